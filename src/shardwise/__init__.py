@@ -1,0 +1,27 @@
+"""Shardwise trains and runs PyTorch models that are too large for one device."""
+
+from shardwise.comm import init
+from shardwise.engine.build import fully_shard, gathered, no_sync
+from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
+from shardwise.errors import ShardwiseError
+from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel
+from shardwise.observe.stats import Stats, expected, reset_stats, stats
+from shardwise.strategy import Strategy
+
+__version__ = "0.1.0"
+__all__ = [
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "ShardwiseError",
+    "Stats",
+    "Strategy",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "expected",
+    "fully_shard",
+    "gathered",
+    "init",
+    "no_sync",
+    "reset_stats",
+    "stats",
+]

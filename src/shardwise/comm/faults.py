@@ -1,0 +1,187 @@
+"""What to say when a rank stops: which rank, in which unit, doing what, and what the others waited for.
+
+Ranks tell each other through the rendezvous store, beside the process groups, because a process group is
+exactly what has broken by then. A rank that has waited for more than a second writes down what it waits
+for; a rank that dies of an exception writes down why before its connections close. Whoever's collective
+then fails reads all of it and raises one report; one rank is elected to print it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from shardwise.errors import CommError, RankFailed, ShardwiseError
+
+if TYPE_CHECKING:
+    from shardwise.comm.group import Op
+
+_QUIET_S = 1.0  # a wait shorter than this is not worth telling the others
+_GRACE_S = 3.0  # how long a failing collective waits for the other ranks' words
+_EXIT_S = 20.0  # after a failure was printed, the interpreter has this long to end
+
+
+class Tracker:
+    """Where this rank is. Written on the hot path, so plain attributes and nothing else."""
+
+    __slots__ = ("phase", "unit", "waiting")
+
+    def __init__(self) -> None:
+        self.phase, self.unit = "", ""
+        self.waiting: tuple[Op, tuple[int, ...], float] | None = None
+
+    def __str__(self) -> str:
+        waiting = self.waiting
+        at = f" (in {self.phase} of unit {self.unit})" if self.phase else ""
+        if waiting is not None:
+            op, ranks, since = waiting
+            return f"waiting {time.perf_counter() - since:.0f} s for {op} over ranks {list(ranks)}{at}"
+        return f"running{at}" if at else "running outside the model"
+
+
+class Faults:
+    """Publishes this rank's state to the others and turns broken collectives into reports."""
+
+    _runs = 0
+
+    def __init__(self, rank: int, size: int, tracker: Tracker, active: bool) -> None:
+        self.rank, self.size, self.tracker = rank, size, tracker
+        self._stopped = threading.Event()
+        self._store: Any = None
+        if size > 1 and active:
+            Faults._runs += 1  # several process groups in one life must not read each other's words
+            base = dist.distributed_c10d._get_default_store()
+            self._prefix = f"shardwise/{Faults._runs}"
+            self._store = dist.PrefixStore(self._prefix, base.clone())
+            threading.Thread(target=self._watch, name="shardwise-faults", daemon=True).start()
+            _install_excepthook()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    # --- telling ---------------------------------------------------------------------------
+    def _watch(self) -> None:
+        store = dist.PrefixStore(self._prefix, dist.distributed_c10d._get_default_store().clone())
+        told = ""
+        while not self._stopped.wait(_QUIET_S / 2):
+            waiting = self.tracker.waiting
+            late = waiting is not None and time.perf_counter() - waiting[2] > _QUIET_S
+            if not late and not told:
+                continue
+            text = str(self.tracker) if late else ""
+            if text != told:
+                try:
+                    store.set(f"status/{self.rank}", text)
+                except RuntimeError:  # the store's host has ended; nobody is left to tell
+                    return
+                told = text
+
+    def publish_failure(self, error: BaseException) -> None:
+        """Write down why this rank ends, before its connections close."""
+        if self._store is None:
+            return
+        at = f"in {self.tracker.phase} of unit {self.tracker.unit}" if self.tracker.phase else "outside the model"
+        text = json.dumps({"rank": self.rank, "at": at, "error": f"{type(error).__name__}: {error}"})
+        try:
+            if self._store.add("failures", 1) == 1:
+                self._store.set("failure", text)
+        except RuntimeError:
+            return  # the store's host ended first; the others see a closed connection
+
+    # --- reading ---------------------------------------------------------------------------
+    def _read(self, key: str) -> str:
+        if self._store.check([key]):
+            return self._store.get(key).decode()
+        return ""
+
+    def explain(self, error: RuntimeError, op: Op, ranks: tuple[int, ...]) -> CommError:
+        """The report for a collective that broke while this rank waited in it."""
+        tracker = self.tracker
+        here = f"rank {self.rank}, in {tracker.phase} of unit {tracker.unit}" if tracker.phase else f"rank {self.rank}"
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        timed_out = "timed out" in line.lower()
+        failure, statuses = None, {}
+        if self._store is not None:
+            try:
+                self._store.set(f"status/{self.rank}", f"stopped while waiting for {op} over ranks {list(ranks)}")
+                until = time.monotonic() + _GRACE_S
+                while time.monotonic() < until:
+                    failure = failure or self._read("failure")
+                    statuses = {r: self._read(f"status/{r}") for r in range(self.size) if r != self.rank}
+                    if failure and all(statuses[r] for r in statuses if r != json.loads(failure)["rank"]):
+                        break
+                    time.sleep(0.1)
+            except RuntimeError:
+                failure = failure or None  # the store is gone with the rank that hosted it
+        cause: dict[str, Any] | None = json.loads(failure) if failure else None
+        if cause is not None:
+            what = f"rank {cause['rank']} failed {cause['at']}: {cause['error']}"
+        elif timed_out:
+            what = f"{op} did not complete within its timeout: the ranks do not agree about what comes next"
+        else:
+            what = f"a rank in {list(ranks)} ended or lost its connection without a word (killed?)"
+        lines = [what, f"  rank {self.rank} was waiting for {op} over ranks {list(ranks)}"]
+        for r, status in sorted(statuses.items()):
+            if cause is None or r != cause["rank"]:
+                lines.append(f"  rank {r}: {status or 'not waiting in a collective, or no word from it'}")
+        fix = (
+            f"look at rank {cause['rank']}'s own message above; the other ranks only waited for it"
+            if cause is not None
+            else "all ranks must run the same units in the same order; if one is only slow, raise the strategy's timeout"
+            if timed_out
+            else "look at the end of the missing rank's log, and at the kernel's for out-of-memory kills"
+        )
+        kind = RankFailed if not timed_out or cause is not None else CommError
+        return kind("\n".join(lines), where=here, fix=fix)
+
+    def elected(self) -> bool:
+        """True on the first rank that asks: it prints the report for all."""
+        if self._store is None:
+            return True
+        try:
+            return self._store.add("reporter", 1) == 1
+        except RuntimeError:
+            return True
+
+
+def _install_excepthook() -> None:
+    previous = sys.excepthook
+    if getattr(previous, "shardwise", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+        from shardwise.comm.world import World
+
+        world = World._current
+        if world is None or world.size == 1:
+            return previous(kind, error, tb)
+        faults = world.faults
+        if isinstance(error, CommError):
+            if faults.elected():
+                print(f"\nshardwise report\n{error}", file=sys.stderr, flush=True)
+            else:
+                print(f"shardwise: rank {world.rank} stopped with the others", file=sys.stderr, flush=True)
+        else:
+            faults.publish_failure(error)
+            if isinstance(error, ShardwiseError):
+                frames = [f for f in traceback.extract_tb(tb) if os.sep + "shardwise" + os.sep not in f.filename]
+                at = f"  at {frames[-1].filename}:{frames[-1].lineno}\n" if frames else ""
+                print(f"\nshardwise: rank {world.rank} failed\n{at}{kind.__name__}: {error}", file=sys.stderr, flush=True)
+            else:
+                print(f"\nshardwise: rank {world.rank} failed", file=sys.stderr, flush=True)
+                previous(kind, error, tb)
+        # A destructor that waits for a peer must not keep this rank alive after its last word.
+        guard = threading.Timer(_EXIT_S, os._exit, (1,))
+        guard.daemon = True
+        guard.start()
+
+    hook.shardwise = True  # type: ignore[attr-defined]
+    sys.excepthook = hook

@@ -1,0 +1,38 @@
+"""Counts of what crosses the wire. Bytes are exact; wait time is this rank's, blocked in ``wait()``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class CommCount:
+    """Totals of one kind of operation on this rank."""
+
+    calls: int = 0
+    bytes_sent: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass
+class CommStats:
+    """Totals per kind: ``gather`` and ``reduce`` of units, ``broadcast`` of initial values and
+    buffers, ``norm`` for clipping, ``control`` for the small exchange that ends a backward."""
+
+    kinds: dict[str, CommCount] = field(default_factory=dict)
+
+    def of(self, kind: str) -> CommCount:
+        count = self.kinds.get(kind)
+        if count is None:
+            count = self.kinds[kind] = CommCount()
+        return count
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(c.bytes_sent for c in self.kinds.values())
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        return {k: {"calls": c.calls, "bytes_sent": c.bytes_sent, "wait_s": c.wait_s} for k, c in self.kinds.items()}
+
+    def reset(self) -> None:
+        self.kinds.clear()

@@ -1,0 +1,138 @@
+"""The process-wide facts: rank, device, process groups, counters and the fault reporter.
+
+There is one :class:`World` per default process group, as there is one default process group per process.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from shardwise.comm.faults import Faults, Tracker
+from shardwise.comm.group import Group
+from shardwise.comm.stats import CommStats
+from shardwise.errors import CommError, StrategyError
+
+
+def init(device: str | torch.device | None = None, *, timeout: float = 600.0) -> World:
+    """Join the process group that the launcher prepared, and return the :class:`World`.
+
+    Args:
+        device: ``cpu`` or ``cuda``; by default CUDA where there is a device for every local rank.
+        timeout: seconds before the rendezvous itself gives up.
+
+    Without a launcher (``WORLD_SIZE`` unset or 1) this is a world of one rank and no process group.
+    A process group that the script made itself is used as it is.
+
+    Raises:
+        CommError: the launcher's variables are incomplete, or the other ranks did not come.
+    """
+    device = torch.device(device) if device is not None else default_device()
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+        if missing:
+            raise CommError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but {', '.join(missing)} is not",
+                fix="start the script with 'shardwise launch' or torchrun",
+            )
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise CommError(
+                f"the {os.environ['WORLD_SIZE']} ranks did not find each other: {str(error).splitlines()[0]}",
+                where=f"rank {os.environ['RANK']}",
+                fix="check that all ranks started and that MASTER_ADDR:MASTER_PORT is reachable",
+            ) from error
+    return World.current(device)
+
+
+def default_device() -> torch.device:
+    """This rank's device: ``cuda:LOCAL_RANK`` where every local rank has one, else the CPU."""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and torch.cuda.device_count() >= count:
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    return torch.device("cpu")
+
+
+class World:
+    """Rank, size, counters, faults and cached meshes of the default process group."""
+
+    _current: World | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.default_pg = dist.group.WORLD if dist.is_initialized() else None
+        self.rank = dist.get_rank() if self.default_pg else 0
+        self.size = dist.get_world_size() if self.default_pg else 1
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
+        self.device = device
+        self.stats = CommStats()
+        self.tracker = Tracker()
+        self.fake = self.default_pg is not None and dist.get_backend(self.default_pg) == "fake"
+        self.faults = Faults(self.rank, self.size, self.tracker, active=not self.fake)
+        self._groups: dict[object, Group] = {}
+        self._meshes: dict[object, object] = {}
+
+    @classmethod
+    def current(cls, device: torch.device | None = None) -> World:
+        """The World of the present default process group; made anew when that changed."""
+        pg = dist.group.WORLD if dist.is_initialized() else None
+        if cls._current is None or cls._current.default_pg is not pg:
+            if cls._current is not None:
+                cls._current.faults.stop()
+            cls._current = cls(device or torch.device("cpu"))
+        return cls._current
+
+    def _make(self, partition: list[list[int]], device: torch.device, timeout: float) -> Group:
+        """One group per list of ranks (every rank makes all of them); returns the one of this rank."""
+        key = (str(partition), device.type, timeout)
+        if key in self._groups:
+            return self._groups[key]
+        mine = next(ranks for ranks in partition if self.rank in ranks)
+        if self.size == 1:
+            group = Group(self, mine, None, False)
+        elif self.fake:
+            group = Group(self, mine, dist.new_group(mine, backend="fake"), True)
+        elif device.type == "cpu":
+            pg = None
+            for ranks in partition:
+                new = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout))
+                pg = new if ranks == mine else pg
+            group = Group(self, mine, pg, False)
+        else:
+            config = str(dist.get_backend_config(self.default_pg))
+            if "nccl" not in config:
+                raise CommError(
+                    f"the model is on {device} but the process group speaks {config}",
+                    where=f"rank {self.rank}",
+                    fix="initialise the process group with backend 'cpu:gloo,cuda:nccl', or move the model to the CPU",
+                )
+            pg = None
+            for ranks in partition:
+                new = dist.new_group(ranks, backend="nccl", timeout=timedelta(seconds=timeout))
+                pg = new if ranks == mine else pg
+            group = Group(self, mine, pg, True)
+        self._groups[key] = group
+        return group
+
+    def control_group(self, timeout: float) -> Group:
+        """A gloo group of all ranks for small host-side exchanges, also when units travel over NCCL."""
+        return self._make([list(range(self.size))], torch.device("cpu"), timeout)
+
+    def mesh(self, device: torch.device, shard_size: int, timeout: float):
+        """The mesh whose shard axis has ``shard_size`` ranks. Collective at the first call per size."""
+        from shardwise.comm.mesh import build_mesh
+
+        if self.size % shard_size:
+            raise StrategyError(
+                f"shard_size={shard_size} does not divide the {self.size} ranks",
+                fix=f"choose a divisor of {self.size}",
+            )
+        key = (device.type, shard_size, timeout)
+        if key not in self._meshes:
+            self._meshes[key] = build_mesh(self, shard_size, timeout, lambda p: self._make(p, device, timeout))
+        return self._meshes[key]

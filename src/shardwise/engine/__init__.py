@@ -1,0 +1,1 @@
+"""The engine: units, their schedule, and optimizers on their pieces."""

@@ -1,0 +1,301 @@
+"""A unit's parameters of one dtype in one flat buffer: values, master values and gradients.
+
+What a strategy splits decides only how long each buffer is and how long it lives:
+
+================  =======================================  ===========================================
+                  whole                                    split
+================  =======================================  ===========================================
+parameters        ``flat`` stays filled                    ``flat`` is filled by a gather, then released
+master values     a view of ``flat`` (or own, if dtypes    the held shards, in the master dtype
+                  differ)
+gradients         reduced in place, ``flat``-sized         arrive in a temporary, reduced to held shards
+optimizer state   one tensor per piece of all shards       one tensor per piece of the held shards
+================  =======================================  ===========================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from shardwise.comm.group import Op, Transfer
+from shardwise.comm.mesh import Mesh, Reduction
+from shardwise.engine.grads import ShardedGrad
+from shardwise.errors import GradientError
+from shardwise.layout import Layout, Piece
+from shardwise.strategy import Strategy
+from shardwise.tiers import Buffer, Ledger
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Bucket:
+    """Parameters of one dtype, all trainable or all frozen when they were sharded.
+
+    Args:
+        label: what reports call it: the unit's name.
+        params, names: the parameters and one full name of each.
+        mesh, strategy: who holds what.
+        ledger: counts the live bytes.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        params: Sequence[nn.Parameter],
+        names: Sequence[str],
+        mesh: Mesh,
+        strategy: Strategy,
+        ledger: Ledger,
+    ) -> None:
+        self.label, self.params, self.names, self.mesh, self.ledger = label, list(params), list(names), mesh, ledger
+        self.device, self.master_dtype = params[0].device, params[0].dtype
+        floating = self.master_dtype.is_floating_point
+        self.dtype = TORCH_DTYPES[strategy.param_dtype] if strategy.param_dtype and floating else self.master_dtype
+        self.reduce_dtype = (
+            TORCH_DTYPES[strategy.reduce_dtype] if strategy.reduce_dtype and floating else self.master_dtype
+        )
+        self.layout = Layout.plan(
+            [(n, tuple(p.shape)) for n, p in zip(names, params, strict=True)], mesh.parts, strategy.layout
+        )
+        self.granularity = strategy.layout
+        self.split = strategy.split_params and mesh.shard.size > 1
+        self.split_grads = strategy.split_grads and mesh.shard.size > 1
+        self.split_optimizer = strategy.split_optimizer and mesh.shard.size > 1
+        self.tag = mesh.new_tag()
+        self._ops = {kind: Op(kind, f"unit {label}", 8 * self.tag + i) for i, kind in enumerate(_KINDS)}
+        self.held = slice(mesh.held.start * self.layout.shard_numel, mesh.held.stop * self.layout.shard_numel)
+        n = len(params)
+        self.valid = [False] * n  # reduced gradients of earlier backwards, not yet zeroed
+        self.arrived = [False] * n  # gradients in ``raw``, not yet reduced
+        self.seen = [False] * n  # gradients that arrived in this backward, reduced or not
+        self.shown = [False] * n  # parameters that had a gradient before this backward
+        self.grad: torch.Tensor | None = None  # reduced gradients
+        self.raw: torch.Tensor | None = None  # arriving gradients, flat
+        self.reduction: Reduction | None = None
+        self._merge: torch.Tensor | None = None
+        self._handles: list[torch.Tensor] | None = None
+        self._take_values()
+        self.piece_params = [[self._view(piece) for piece in pieces] for pieces in self._held_pieces()]
+
+    def op(self, kind: str) -> Op:
+        return self._ops[kind]
+
+    # --- values ------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _take_values(self) -> None:
+        """Move the parameters' values into the flat buffer, rank 0's for everyone, and keep what is held."""
+        alias = not self.split and self.dtype == self.master_dtype
+        state = "gather_buffers" if self.split else "parameters"
+        whole = Buffer(self.layout.numel, self.master_dtype, self.device, state, self.ledger)
+        values = whole.tensor
+        for lo, hi in self.layout.gaps:
+            values[lo:hi].zero_()
+        for slot, p in zip(self.layout.slots, self.params, strict=True):
+            values[slot.offset : slot.stop].copy_(p.detach().reshape(-1))
+        self.mesh.whole.broadcast(values, self.op("broadcast")).wait()
+        if alias:
+            self.flat, self.master = whole, values[self.held]
+        else:
+            self.master = values[self.held].clone()
+            kept = "parameters" if self.split else "optimizer"
+            self.ledger.add(kept, self.master.numel() * self.master.element_size())
+            if self.dtype == self.master_dtype:
+                self.flat = whole
+            else:
+                self.flat = Buffer(self.layout.numel, self.dtype, self.device, state, self.ledger)
+                self.flat.tensor.copy_(values)
+                whole.release()
+        self.aliased = alias
+        for slot, p in zip(self.layout.slots, self.params, strict=True):
+            p.data = self.flat.tensor[slot.offset : slot.stop].view(slot.shape)
+            p.grad_dtype = None  # the reduced gradient has the master dtype, whatever we compute in
+
+    def start_gather(self) -> Transfer:
+        """Fill ``flat`` from the shards of the shard axis. Sends (S-1)/S of it."""
+        self.flat.fill()
+        if not self.aliased:
+            self.flat.tensor[self.held].copy_(self.master)
+        return self.mesh.gather(self.flat.tensor, self.op("gather"))
+
+    def full_values(self) -> torch.Tensor:
+        """All values in the master dtype, in a new flat tensor (collective where values are split)."""
+        out = torch.empty(self.layout.numel, dtype=self.master_dtype, device=self.device)
+        out[self.held].copy_(self.master)
+        self.mesh.gather(out, self.op("state")).wait()
+        return out
+
+    def full_grads(self) -> torch.Tensor:
+        """All reduced gradients in a new flat tensor (collective where they are split)."""
+        out = torch.zeros(self.layout.numel, dtype=self.master_dtype, device=self.device)
+        if self.grad is not None:
+            out[self.held].copy_(self._held_grad(self.grad))
+        if self.split_optimizer:
+            self.mesh.gather(out, self.op("state")).wait()
+        return out
+
+    def _held_pieces(self) -> list[list[Piece]]:
+        """Per parameter, its pieces in the held shards."""
+        out: list[list[Piece]] = [[] for _ in self.params]
+        for piece in self.layout.pieces:
+            if piece.shard in self.mesh.held:
+                out[piece.slot].append(piece)
+        return out
+
+    def _view(self, piece: Piece, base: torch.Tensor | None = None, origin: int | None = None) -> torch.Tensor:
+        base = self.master if base is None else base
+        at = piece.offset - (self.held.start if origin is None else origin)
+        view = base.detach()[at : at + piece.numel]
+        return view.view(self.layout.slots[piece.slot].shape) if self.granularity == "tensor" else view
+
+    def ranges(self, index: int) -> list[tuple[int, int]]:
+        """The ``start:stop`` of parameter ``index`` (flattened) that each of its held pieces covers."""
+        return [(p.start, p.stop) for p in self.layout.pieces if p.slot == index and p.shard in self.mesh.held]
+
+    def held_shards(self, index: int) -> list[int]:
+        return [p.shard for p in self.layout.pieces if p.slot == index and p.shard in self.mesh.held]
+
+    # --- gradients -----------------------------------------------------------------------------
+    def _open_grad(self) -> torch.Tensor:
+        if self.grad is None:
+            n = self.held.stop - self.held.start if self.split_grads else self.layout.numel
+            self.grad = torch.zeros(n, dtype=self.master_dtype, device=self.device)
+            self.ledger.add("gradients", n * self.grad.element_size())
+            origin = self.held.start if self.split_grads else 0
+            self._piece_grads = [[self._view(p, self.grad, origin) for p in ps] for ps in self._held_pieces()]
+        return self.grad
+
+    def _held_grad(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad if self.split_grads else grad[self.held]
+
+    def piece_grads(self, index: int) -> list[torch.Tensor]:
+        """Views of the reduced gradient of parameter ``index``, one per held piece."""
+        self._open_grad()
+        return self._piece_grads[index]
+
+    def read_flags(self) -> None:
+        """Before a backward: forget what the user has zeroed (``p.grad is None``), hide the rest from autograd."""
+        for i, p in enumerate(self.params):
+            self.shown[i] = p.grad is not None
+            if p.grad is None:
+                self.valid[i] = self.arrived[i] = False
+            else:
+                if self._handles is None or p.grad is not self._handles[i]:
+                    self._adopt(i, p.grad)
+                p.grad = None
+        if self.raw is not None and not any(self.arrived):
+            self._close_raw()
+
+    def _adopt(self, i: int, grad: torch.Tensor) -> None:
+        """Take over a gradient that the user put into ``p.grad``."""
+        self.valid[i] = True
+        for (lo, hi), piece in zip(self.ranges(i), self.piece_grads(i), strict=True):
+            piece.copy_(grad.detach().reshape(-1)[lo:hi].view(piece.shape))
+
+    def _open_raw(self) -> torch.Tensor:
+        """The flat buffer gradients arrive in: the whole gradient itself where that is kept and empty."""
+        if not self.split_grads and self.reduce_dtype == self.master_dtype and not any(self.valid):
+            if self.reduction is None:
+                return self._open_grad()
+        raw = torch.empty(self.layout.numel, dtype=self.reduce_dtype, device=self.device)
+        self.ledger.add("gather_buffers", raw.numel() * raw.element_size())
+        return raw
+
+    def _close_raw(self) -> None:
+        if self.raw is not None and self.raw is not self.grad:
+            self.ledger.add("gather_buffers", -self.raw.numel() * self.raw.element_size())
+        self.raw = None
+
+    def arrive(self, index: int, grad: torch.Tensor) -> None:
+        """Copy one gradient into its place as autograd hands it over."""
+        if self.raw is None:
+            self.raw = self._open_raw()
+        slot = self.layout.slots[index]
+        place = self.raw[slot.offset : slot.stop].view(slot.shape)
+        if self.arrived[index]:
+            place.add_(grad)
+        else:
+            place.copy_(grad)
+            self.arrived[index] = self.seen[index] = True
+
+    def launch_reduce(self, scale: float) -> Reduction:
+        """Start reducing what arrived; parameters without a gradient on this rank count as zeros."""
+        self.finish_reduce()
+        if self.raw is None:
+            self.raw = self._open_raw()
+        raw = self.raw
+        for i, slot in enumerate(self.layout.slots):
+            if not self.arrived[i]:
+                raw[slot.offset : slot.stop].zero_()
+        if raw is self.grad:
+            out = raw[self.held]
+        elif any(self.valid):
+            out = self._merge = torch.empty(
+                self.held.stop - self.held.start, dtype=self.master_dtype, device=self.device
+            )
+        else:
+            out = self._held_grad(self._open_grad())
+        self.reduction = self.mesh.reduce(raw, out, scale, self.op("reduce"))
+        self.arrived = [False] * len(self.params)
+        return self.reduction
+
+    def finish_reduce(self) -> None:
+        """Wait for the reduce and add its result to what was already there."""
+        if self.reduction is None:
+            return
+        self.reduction.wait()
+        self.reduction = None
+        self._close_raw()
+        if self._merge is not None:
+            assert self.grad is not None
+            held = self._held_grad(self.grad)
+            for piece in self.layout.pieces:
+                if piece.shard in self.mesh.held:
+                    at = piece.offset - self.held.start
+                    into, add = held[at : at + piece.numel], self._merge[at : at + piece.numel]
+                    into.add_(add) if self.valid[piece.slot] else into.copy_(add)
+            self._merge = None
+        self.valid = [True] * len(self.params)
+
+    def show(self, index: int, param: nn.Parameter) -> None:
+        """Put the gradient's public face into ``p.grad``."""
+        if self._handles is None:
+            grad = self._open_grad()
+            if self.split_optimizer:
+                self._handles = [ShardedGrad(self, i) for i in range(len(self.params))]
+            else:
+                self._handles = [grad[s.offset : s.stop].view(s.shape) for s in self.layout.slots]
+        param.grad = self._handles[index]
+
+    def step_grads(self, index: int) -> list[torch.Tensor] | None:
+        """What the optimizer sees for each held piece of a parameter; ``None`` if it has no gradient."""
+        param = self.params[index]
+        grad = param.grad
+        if grad is None:
+            return None
+        self.require_reduced(index)
+        if self._handles is None or grad is not self._handles[index]:
+            self._adopt(index, grad)
+        return self.piece_grads(index)
+
+    def require_reduced(self, index: int) -> None:
+        """Raise if gradients wait for a reduce (inside ``no_sync``): a step now would let ranks diverge."""
+        if self.arrived[index]:
+            raise GradientError(
+                "the gradient has not been reduced over the ranks yet: its last backward ran under no_sync()",
+                where=f"parameter '{self.names[index]}'",
+                fix="run the last micro-batch's backward outside no_sync() before clipping or stepping",
+            )
+
+    def zero_grad(self, index: int) -> None:
+        """Zero in place, as ``p.grad.zero_()`` asks."""
+        for piece in self.piece_grads(index):
+            piece.zero_()
+        if self.raw is not None and self.arrived[index]:
+            slot = self.layout.slots[index]
+            self.raw[slot.offset : slot.stop].zero_()
+
+
+_KINDS = ("gather", "reduce", "broadcast", "norm", "state")

@@ -1,0 +1,245 @@
+"""``fully_shard``: from a module and a strategy to an engine with hooked units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from shardwise.comm import Mesh, World, init
+from shardwise.engine import optimizer as _optimizer  # noqa: F401  (installs the optimizer hooks)
+from shardwise.engine import state_dict
+from shardwise.engine.schedule import Engine
+from shardwise.engine.select import UnitRule, has_forward, select_units
+from shardwise.engine.unit import Unit
+from shardwise.errors import UnitError
+from shardwise.strategy import Strategy
+
+M = TypeVar("M", bound=nn.Module)
+_ATTRIBUTE = "_shardwise_engine"
+engines: WeakSet[Engine] = WeakSet()
+
+
+def fully_shard(
+    module: M, *, strategy: str | Strategy | None = None, mesh: DeviceMesh | None = None, units: UnitRule = None
+) -> M:
+    """Shard a module in place, so that it trains under ``strategy`` on all ranks.
+
+    The module, its parameter objects, their names and shapes stay; their values move into flat buffers
+    (rank 0's values, for everyone). Train as before: forward, ``loss.backward()``, any optimizer built before
+    or after. Gradients are the mean over ranks.
+
+    Args:
+        module: already on its device, with values (not on ``meta``).
+        strategy: a preset, its string form or a :class:`Strategy`; ``zero3`` by default.
+        mesh: a 1-D mesh of all ranks, or a 2-D (replicate, shard) one for ``hsdp``. By default all ranks.
+        units: which subtrees are gathered together; see :func:`shardwise.engine.select.select_units`.
+            Submodules on which ``fully_shard`` was called before are units with their own strategy.
+
+    Returns:
+        The same module.
+
+    Raises:
+        UnitError: the module is sharded already, has meta or DTensor parameters, or ``units`` matches nothing.
+        StrategyError, NotAvailableYet: see :class:`Strategy`.
+
+    Cost: sends the parameters once, from rank 0. Afterwards ``strategy.explain()`` says what is live and sent.
+    """
+    chosen = Strategy.parse(strategy)
+    chosen.require_available()
+    if engine_of(module) is not None:
+        raise UnitError(f"{type(module).__name__} is sharded already", fix="call fully_shard once per module")
+    params = list(module.named_parameters(remove_duplicate=False))
+    _check(module, params)
+    device = next((p.device for _, p in params), torch.device("cpu"))
+    world = init(device, timeout=chosen.timeout)
+    engine = Engine(module, chosen, _mesh(world, device, chosen, mesh))
+    adopted = [
+        (name, child, sub)
+        for name, child in module.named_modules()
+        if child is not module and (sub := engine_of(child)) is not None
+    ]
+    taken = [name for name, _, _ in adopted]
+    selected = [
+        (name, child)
+        for name, child in select_units(module, units)
+        if not any(_within(name, t) or _within(t, name) for t in taken)
+    ]
+    owners = {name: child for name, child in selected}
+    owners[""] = module
+    names: dict[int, list[str]] = {}
+    objects: dict[int, nn.Parameter] = {}
+    for name, p in params:
+        names.setdefault(id(p), []).append(name)
+        objects[id(p)] = p
+    of_unit: dict[str, list[tuple[nn.Parameter, list[str]]]] = {name: [] for name in [*owners]}
+    for key, p in objects.items():
+        if getattr(p, "_shardwise_unit", None) is not None:
+            continue
+        of_unit[_common_owner(names[key], list(owners))].append((p, names[key]))
+    made = {
+        name: Unit(engine, name, owners[name], of_unit[name], engine.mesh, chosen, engine.ledger)
+        for name, _ in [*selected, ("", module)]
+        if of_unit[name] or name == ""
+    }
+    order = {name: i for i, (name, _) in enumerate(module.named_modules())}
+    below = [(name, [unit]) for name, unit in made.items() if name]
+    for name, _child, sub in adopted:
+        sub.uninstall()
+        for unit in sub.units:
+            unit.name = f"{name}.{unit.name}" if unit.name else name
+            unit.label = f"'{unit.name}'"
+            unit.names = {k: [f"{name}.{n}" for n in ns] for k, ns in unit.names.items()}
+            for b in unit.buckets:
+                _move_ledger(b, sub, engine)
+        below.append((name, sub.units))
+        engines.discard(sub)
+        delattr(_child, _ATTRIBUTE)
+    for _, group in sorted(below, key=lambda item: order[item[0]]):
+        engine.add(group)
+    engine.add([made[""]])
+    for unit in made.values():
+        state_dict.install(unit)
+    engine.install()
+    object.__setattr__(module, _ATTRIBUTE, engine)
+    engines.add(engine)
+    return module
+
+
+def engine_of(module: nn.Module) -> Engine | None:
+    """The engine of a sharded module, also through a wrapper with ``.module``."""
+    found = vars(module).get(_ATTRIBUTE)
+    if found is None:
+        inner = getattr(module, "module", None) if not isinstance(module, nn.ModuleList) else None
+        found = vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
+    return found
+
+
+def require_engine(module: nn.Module) -> Engine:
+    engine = engine_of(module)
+    if engine is None:
+        raise UnitError(f"{type(module).__name__} is not sharded", fix="call shardwise.fully_shard on it first")
+    return engine
+
+
+@contextmanager
+def no_sync(module: nn.Module) -> Iterator[None]:
+    """Backwards inside keep their gradients on this rank; the first one outside reduces their sum.
+
+    Keeps a whole gradient (Ψ elements) on each rank meanwhile, also where gradients are split.
+    """
+    engine = require_engine(module)
+    before, engine.sync = engine.sync, False
+    try:
+        yield
+    finally:
+        engine.sync = before
+
+
+@contextmanager
+def gathered(module: nn.Module, *, write: bool = False, grads: bool = False) -> Iterator[None]:
+    """Have the whole values of a sharded module, or of a submodule, on every rank.
+
+    Args:
+        module: the sharded module, or a module inside one.
+        write: take changed values over (rank 0's, for everyone) when the block ends.
+        grads: show whole reduced gradients in ``p.grad`` meanwhile. Changes to them are not kept.
+
+    A collective: every rank enters. Costs the module's whole values in memory.
+    """
+    chosen = {id(u): u for p in module.parameters() if (u := getattr(p, "_shardwise_unit", None)) is not None}
+    units: list[Unit] = sorted(chosen.values(), key=lambda u: u.index)
+    shown: list[tuple[nn.Parameter, torch.Tensor]] = []
+    for unit in units:
+        unit.gather()
+        unit.kept_for.add("reading")
+        if grads:
+            for bucket in unit.buckets:
+                if not bucket.split_optimizer or all(p.grad is None for p in bucket.params):
+                    continue
+                full = bucket.full_grads()
+                for slot, p in zip(bucket.layout.slots, bucket.params, strict=True):
+                    if p.grad is not None:
+                        shown.append((p, p.grad))
+                        p.grad = full[slot.offset : slot.stop].view(slot.shape)
+    try:
+        yield
+    finally:
+        for p, grad in shown:
+            p.grad = grad
+        with torch.no_grad():
+            for unit in units:
+                for b in unit.buckets if write else ():
+                    b.mesh.whole.broadcast(b.flat.tensor, b.op("broadcast")).wait()
+                    if not b.aliased:
+                        b.master.copy_(b.flat.tensor[b.held])
+                unit.kept_for.discard("reading")
+                unit.release()
+
+
+def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]]) -> None:
+    if not has_forward(module):
+        raise UnitError(f"{type(module).__name__} has no forward", fix="shard the modules inside it, or their parent")
+    for name, p in params:
+        if p.is_meta:
+            raise UnitError(
+                f"parameter '{name}' is on the meta device and has no values to shard",
+                fix="materialise it first: module.to_empty(device=...) and initialise",
+            )
+        if isinstance(p, DTensor) or isinstance(p.data, DTensor):
+            raise UnitError(
+                f"parameter '{name}' is a DTensor already",
+                fix="shard the module with one library only; tensor parallelism beside Shardwise is not supported",
+            )
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise UnitError(f"parameter '{name}' is uninitialised", fix="run a forward first")
+    devices = {str(p.device) for _, p in params}
+    if len(devices) > 1:
+        raise UnitError(f"the parameters are on several devices: {', '.join(sorted(devices))}", fix="move them to one")
+
+
+def _mesh(world: World, device: torch.device, strategy: Strategy, mesh: DeviceMesh | None) -> Mesh:
+    if strategy.preset == "hsdp":
+        size = strategy.shard_size or min(world.local_size, world.size)
+    else:
+        size = world.size if strategy.split_optimizer else 1
+    if mesh is not None:
+        if mesh.size() != world.size or mesh.mesh.flatten().tolist() != list(range(world.size)):
+            raise UnitError(
+                f"the mesh covers ranks {mesh.mesh.flatten().tolist()} of a world of {world.size}",
+                fix="give a mesh of all ranks in order: 1-D, or 2-D (replicate, shard)",
+            )
+        if mesh.ndim == 2:
+            size = mesh.mesh.shape[1]
+        elif mesh.ndim > 2:
+            raise UnitError(f"a mesh of {mesh.ndim} axes", fix="give a 1-D or a 2-D (replicate, shard) mesh")
+        if strategy.preset == "ddp" and mesh.ndim == 2 and size != 1:
+            raise UnitError("'ddp' has no shard axis", fix="use 'hsdp' with a 2-D mesh")
+        if strategy.preset == "ddp":
+            size = 1
+    return world.mesh(device, size, strategy.timeout)
+
+
+def _within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _common_owner(names: Sequence[str], owners: Sequence[str]) -> str:
+    """The innermost owner that contains all names of a (tied) parameter."""
+    fitting = [o for o in owners if all(o == "" or n.startswith(o + ".") for n in names)]
+    return max(fitting, key=len)
+
+
+def _move_ledger(bucket: object, old: Engine, new: Engine) -> None:
+    """Hand a bucket's live bytes from a child's ledger to its parent's."""
+    for state, nbytes in old.ledger.live.items():
+        new.ledger.add(state, nbytes)
+        old.ledger.add(state, -nbytes)
+    bucket.ledger = new.ledger  # type: ignore[attr-defined]
+    bucket.flat.ledger = new.ledger  # type: ignore[attr-defined]

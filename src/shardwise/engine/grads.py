@@ -1,0 +1,152 @@
+"""The gradient that ``p.grad`` shows when the reduced gradient is split over the ranks.
+
+It has the parameter's logical shape and holds this rank's pieces. Operations that have a right answer
+give it (norms take one collective; scaling, clamping and zeroing are local); everything else raises,
+because a silent rank-local answer is how clipping quietly stops working elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shardwise.errors import GradientError
+
+if TYPE_CHECKING:
+    from shardwise.engine.bucket import Bucket
+
+aten = torch.ops.aten
+
+
+class ShardedGrad(torch.Tensor):
+    """A handle of logical shape on one parameter's reduced gradient."""
+
+    bucket: Bucket
+    index: int
+
+    @staticmethod
+    def __new__(cls, bucket: Bucket, index: int) -> ShardedGrad:
+        slot = bucket.layout.slots[index]
+        self = torch.Tensor._make_wrapper_subclass(cls, slot.shape, dtype=bucket.master_dtype, device=bucket.device)
+        self.bucket, self.index = bucket, index
+        return self
+
+    def __init__(self, bucket: Bucket, index: int) -> None:
+        super().__init__()
+
+    @property
+    def local(self) -> list[torch.Tensor]:
+        """This rank's pieces, 1-D (whole-shaped under ``layout=tensor``)."""
+        return self.bucket.piece_grads(self.index)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        name = self.bucket.layout.slots[self.index].name
+        return f"ShardedGrad({name}, shape={tuple(self.shape)}, local={sum(t.numel() for t in self.local)} elements)"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = _RULES.get(func)
+        if rule is None:
+            grad = next((a for a in args if isinstance(a, ShardedGrad)), None)
+            raise GradientError(
+                f"'{func.__name__}' has no right answer on a gradient that is split over the ranks",
+                where=f"gradient of '{grad.bucket.layout.slots[grad.index].name}'" if grad is not None else "",
+                fix="use shardwise.clip_grad_norm_ / clip_grad_value_, or read it inside "
+                "'with shardwise.gathered(module, grads=True):'",
+            )
+        return rule(*args, **(kwargs or {}))
+
+
+def _local(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    out: list[torch.Tensor] = []
+    for g in grads:
+        if isinstance(g, ShardedGrad):
+            g.bucket.require_reduced(g.index)
+            out += g.local
+        else:
+            out.append(g)
+    return out
+
+
+def _each(inplace: Callable[..., Any]) -> Callable[..., Any]:
+    def one(grad: ShardedGrad, *args: Any, **kwargs: Any) -> ShardedGrad:
+        for piece in _local([grad]):
+            inplace(piece, *args, **kwargs)
+        return grad
+
+    return one
+
+
+def _many(inplace: Callable[..., Any]) -> Callable[..., None]:
+    def all_(grads: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        pieces = _local(grads)
+        if pieces:
+            inplace(pieces, *args, **kwargs)
+
+    return all_
+
+
+def _zero(grad: ShardedGrad) -> ShardedGrad:
+    grad.bucket.zero_grad(grad.index)
+    return grad
+
+
+def _zero_all(grads: Sequence[torch.Tensor]) -> None:
+    for g in grads:
+        if isinstance(g, ShardedGrad):
+            _zero(g)
+        else:
+            g.zero_()
+
+
+def _vector_norm(
+    grad: ShardedGrad, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> torch.Tensor:
+    from shardwise.engine.clip import norms_of
+
+    if dim is not None or keepdim or dtype is not None:
+        raise GradientError("a norm along dims has no rank-local answer", fix="use shardwise.clip_grad_norm_")
+    return norms_of([grad], float(ord))[0]
+
+
+def _foreach_norm(grads: Sequence[torch.Tensor], ord: float = 2, dtype: Any = None) -> list[torch.Tensor]:
+    from shardwise.engine.clip import norms_of
+
+    return norms_of(grads, float(ord))
+
+
+def _unscale(grads: Sequence[torch.Tensor], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
+    """GradScaler's check: every rank must see an overflow that any rank's pieces have."""
+    pieces = _local(grads)
+    if pieces:
+        torch._amp_foreach_non_finite_check_and_unscale_(pieces, found_inf, inv_scale)
+    first = next(g for g in grads if isinstance(g, ShardedGrad))
+    mesh = first.bucket.mesh
+    votes = torch.zeros(mesh.shard.size, dtype=torch.float32, device=found_inf.device)
+    votes[mesh.shard.rank] = found_inf
+    mesh.shard.all_gather(votes, first.bucket.op("norm")).wait()
+    found_inf.copy_(votes.max())
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: lambda grad: grad,
+    aten.mul_.Tensor: _each(torch.Tensor.mul_),
+    aten.mul_.Scalar: _each(torch.Tensor.mul_),
+    aten.div_.Tensor: _each(torch.Tensor.div_),
+    aten.div_.Scalar: _each(torch.Tensor.div_),
+    aten.clamp_.default: _each(torch.Tensor.clamp_),
+    aten.nan_to_num_.default: _each(torch.Tensor.nan_to_num_),
+    aten.zero_.default: _zero,
+    aten._foreach_zero_.default: _zero_all,
+    aten._foreach_mul_.Tensor: _many(torch._foreach_mul_),
+    aten._foreach_mul_.Scalar: _many(torch._foreach_mul_),
+    aten._foreach_div_.Tensor: _many(torch._foreach_div_),
+    aten._foreach_div_.Scalar: _many(torch._foreach_div_),
+    aten._foreach_clamp_min_.Scalar: _many(torch._foreach_clamp_min_),
+    aten._foreach_clamp_max_.Scalar: _many(torch._foreach_clamp_max_),
+    aten.linalg_vector_norm.default: _vector_norm,
+    aten._foreach_norm.Scalar: _foreach_norm,
+    aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
+}

@@ -1,0 +1,111 @@
+"""Parameters whose values are elsewhere: reading one is caught, never a wrong number or a crash.
+
+A released parameter keeps its identity, name, shape and hooks; only its class is switched to
+:class:`GuardedParameter`, whose ``__torch_function__`` lets metadata through and stops everything that
+would read or write values. (``torch.nn.UninitializedParameter`` switches class the same way.) Switching
+costs about 0.1 µs per parameter and nothing while the values are present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from shardwise.errors import ReleasedParameterError
+
+if TYPE_CHECKING:
+    from shardwise.engine.unit import Unit
+
+_METADATA = {
+    "shape", "dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "grad_dtype", "is_leaf", "ndim",
+    "names", "name", "itemsize", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested",
+    "is_mkldnn", "is_xpu", "is_mps", "is_xla", "is_sparse_csr", "retains_grad", "output_nr", "_version",
+    "_backward_hooks", "_base", "_grad", "_post_accumulate_grad_hooks", "is_ipu", "is_mtia", "is_maia", "is_vulkan",
+    "nbytes",
+}  # fmt: skip
+_METHODS = {
+    "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size", "stride",
+    "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "is_contiguous", "__hash__", "__len__",
+    "get_device", "is_inference", "storage_offset", "is_same_size", "_is_view", "is_distributed", "is_signed",
+    "retain_grad", "__format__",
+}  # fmt: skip
+
+
+class GuardedParameter(nn.Parameter):
+    """A parameter whose values are released (or still arriving)."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__", "__delete__"):
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            harmless = name in _METADATA
+        else:
+            harmless = name in _METHODS
+        if not harmless:
+            for param in _find((args, kwargs)):
+                if name == "__repr__":
+                    return f"GuardedParameter({param._shardwise_name}, shape={tuple(_plain(param.size))}, released)"
+                if name == "detach" and param._shardwise_unit.reading_state:
+                    continue  # state_dict() takes a handle now; the true values replace it before it returns
+                param._shardwise_unit.touch(param, name)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+def _plain(call: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return call()
+
+
+def _find(tree: Any) -> Iterable[GuardedParameter]:
+    if isinstance(tree, GuardedParameter):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _find(item)
+    elif isinstance(tree, dict):
+        yield from _find(list(tree.values()))
+
+
+def guard(params: Iterable[nn.Parameter]) -> None:
+    """Switch plain parameters to the guarded class."""
+    for p in params:
+        if type(p) is nn.Parameter:
+            p.__class__ = GuardedParameter
+
+
+def unguard(params: Iterable[nn.Parameter]) -> None:
+    """Switch guarded parameters back."""
+    for p in params:
+        if type(p) is GuardedParameter:
+            p.__class__ = nn.Parameter
+
+
+def mark(param: nn.Parameter, unit: Unit, name: str) -> None:
+    """Tell a parameter which unit answers for it."""
+    param._shardwise_unit = unit  # type: ignore[attr-defined]
+    param._shardwise_name = name  # type: ignore[attr-defined]
+
+
+def refuse(param: nn.Parameter, operation: str, unit: str) -> ReleasedParameterError:
+    name = param._shardwise_name  # type: ignore[attr-defined]
+    doing = {
+        "__deepcopy__": "copying",
+        "__reduce_ex__": "pickling",
+        "__get__": "reading",
+        "data": "taking .data of",
+    }.get(operation, f"'{operation}' on")
+    fix = (
+        "copy the module before sharding it and shard the copy too (for EMA: update it inside "
+        "'with shardwise.gathered(model):')"
+        if operation in ("__deepcopy__", "__reduce_ex__")
+        else "wrap the code in 'with shardwise.gathered(module):', or go through the module's forward"
+    )
+    return ReleasedParameterError(
+        f"{doing} parameter '{name}' while its values are released", where=f"unit {unit}", fix=fix
+    )

@@ -1,0 +1,239 @@
+"""Any torch optimizer, stepping on the pieces this rank holds.
+
+``optimizer.param_groups`` always shows the model's own parameters. For the length of ``step()`` (and of
+``state_dict()`` and ``load_state_dict()``) they are exchanged for the held pieces of the master values:
+1-D slices, or whole tensors under ``layout=tensor``. The pieces are cut by the world size alone, so the same
+kernel runs over the same ranges under every strategy. Hooks on all optimizers
+(``register_optimizer_step_pre_hook``) see one before it allocates state, whenever it was built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from shardwise.engine.bucket import Bucket
+from shardwise.engine.unit import Unit
+from shardwise.errors import OptimizerError
+
+ELEMENTWISE: set[str] = {
+    "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop",
+}  # fmt: skip
+"""Names of optimizers whose update of an element depends on that element alone."""
+_REFUSED = {
+    "LBFGS": "its update needs inner products over all parameters",
+    "SparseAdam": "sparse gradients have no flat layout",
+}
+
+
+class _Attachment:
+    """What the engine remembers of one optimizer."""
+
+    def __init__(self) -> None:
+        self.originals: list[list[nn.Parameter]] | None = None  # while exchanged
+        self.state_bytes: dict[int, int] = {}  # per ledger
+        self.states = -1
+
+
+_attached: WeakKeyDictionary[Optimizer, _Attachment] = WeakKeyDictionary()
+
+
+def unit_of(param: Any) -> Unit | None:
+    return getattr(param, "_shardwise_unit", None)
+
+
+def attach(optimizer: Optimizer) -> bool:
+    """Check an optimizer against the layout of the parameters it holds, and follow it.
+
+    Returns whether it holds sharded parameters. Called by ``Accelerator.prepare`` and, at the latest,
+    before the first step.
+
+    Raises:
+        OptimizerError: it cannot step on these pieces (LBFGS, SparseAdam; whole-tensor optimizers
+            under ``layout=element``; fused SGD with momentum below fp32).
+    """
+    if optimizer in _attached:
+        return True
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    units = [u for p in params if (u := unit_of(p)) is not None]
+    if not units:
+        return False
+    check(optimizer, [b for u in units for b in u.buckets])
+    record = _attached[optimizer] = _Attachment()
+    _slice_existing_state(optimizer)
+    optimizer.register_state_dict_pre_hook(lambda o: _exchange(o, record))
+    optimizer.register_state_dict_post_hook(lambda o, sd: _restore(o, record))
+    optimizer.register_load_state_dict_pre_hook(lambda o, sd: _exchange(o, record))
+    optimizer.register_load_state_dict_post_hook(lambda o: _restore(o, record))
+    return True
+
+
+def needs_whole_tensors(optimizer: Optimizer) -> bool:
+    """Does an update mix elements of a tensor, as far as we know? Unknown classes: yes."""
+    return not any(c.__name__ in ELEMENTWISE and c.__module__.startswith("torch.optim") for c in type(optimizer).__mro__)
+
+
+def check(optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
+    name = type(optimizer).__name__
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in _REFUSED and kind.__module__.startswith("torch.optim"):
+            raise OptimizerError(
+                f"{name} cannot train a sharded model: {_REFUSED[kind.__name__]}",
+                fix="use AdamW, or another first-order optimizer",
+            )
+    if needs_whole_tensors(optimizer) and any(b.granularity == "element" for b in buckets):
+        raise OptimizerError(
+            f"{name} is not known to work element by element, and these parameters are cut into slices",
+            fix="shard with layout=tensor, for example Strategy('zero2', layout='tensor'): "
+            "each parameter then belongs whole to one rank",
+        )
+    for group in optimizer.param_groups:
+        if name == "SGD" and group.get("fused") and group.get("momentum", 0) != 0:
+            low = {unit_of(p).buckets[0].master_dtype for p in group["params"] if unit_of(p)} - {torch.float32, torch.float64}  # type: ignore[union-attr]
+            if low:
+                raise OptimizerError(
+                    f"fused SGD with momentum is wrong in {', '.join(map(str, low))} (torch 2.13)",
+                    fix="pass fused=False",
+                )
+
+
+def _find(param: nn.Parameter) -> tuple[Bucket, int] | None:
+    unit = unit_of(param)
+    if unit is None:
+        return None
+    place = unit.places.get(id(param))
+    if place is None:
+        raise OptimizerError(
+            f"the optimizer holds parameter '{param._shardwise_name}' which its unit no longer has",  # type: ignore[attr-defined]
+            where=f"unit {unit.label}",
+            fix="build the optimizer from model.parameters() again",
+        )
+    return place
+
+
+def _exchange(optimizer: Optimizer, record: _Attachment, grads: bool = False) -> None:
+    """Parameters out, pieces in."""
+    if record.originals is not None:
+        _restore(optimizer, record)  # the last step ended in an exception
+    record.originals = [list(g["params"]) for g in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        pieces: list[torch.Tensor] = []
+        for p in group["params"]:
+            place = _find(p)
+            if place is None:
+                pieces.append(p)
+                continue
+            bucket, index = place
+            held = bucket.piece_params[index]
+            if grads:
+                found = bucket.step_grads(index) if p.requires_grad else None
+                for k, piece in enumerate(held):
+                    piece.grad = None if found is None else found[k]
+            pieces += held
+        group["params"] = pieces
+
+
+def _restore(optimizer: Optimizer, record: _Attachment) -> None:
+    if record.originals is not None:
+        for group, params in zip(optimizer.param_groups, record.originals, strict=True):
+            for piece in group["params"]:
+                if unit_of(piece) is None and not isinstance(piece, nn.Parameter):
+                    piece.grad = None
+            group["params"] = params
+        record.originals = None
+
+
+def _slice_existing_state(optimizer: Optimizer) -> None:
+    """State that was there before sharding (momenta of a resumed run) is cut like the parameters."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            place = _find(p)
+            old = optimizer.state.pop(p, None) if place is not None else None
+            if not old:
+                continue
+            assert place is not None
+            bucket, index = place
+            for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):
+                optimizer.state[piece] = {
+                    k: v.reshape(-1)[lo:hi].clone().view(piece.shape)
+                    if isinstance(v, torch.Tensor) and v.shape == p.shape and v.dim() > 0
+                    else (v.clone() if isinstance(v, torch.Tensor) else v)
+                    for k, v in old.items()
+                }
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    if not attach(optimizer):
+        return None
+    record = _attached[optimizer]
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is not None:
+
+        def on_parameters() -> Any:  # a closure zeroes and fills p.grad, so it must see parameters
+            _restore(optimizer, record)
+            result = closure()
+            _exchange(optimizer, record, grads=True)
+            return result
+
+        _exchange(optimizer, record)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": on_parameters}
+        return (args[0], on_parameters, *args[2:]), kwargs
+    _exchange(optimizer, record, grads=True)
+    return None
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    record = _attached.get(optimizer)
+    if record is None or record.originals is None:
+        return
+    params = [p for ps in record.originals for p in ps]
+    _count_state(optimizer, record)
+    _restore(optimizer, record)
+    touched: dict[int, tuple[Unit, list[Bucket]]] = {}
+    for p in params:
+        place = _find(p)
+        if place is not None and p.grad is not None:
+            unit = unit_of(p)
+            assert unit is not None
+            _, buckets = touched.setdefault(id(unit), (unit, []))
+            if place[0] not in buckets:
+                buckets.append(place[0])
+    with torch.no_grad():
+        for unit, buckets in sorted(touched.values(), key=lambda t: t[0].index):
+            unit.publish(buckets)
+
+
+def _count_state(optimizer: Optimizer, record: _Attachment) -> None:
+    """Tell each model's ledger the bytes of its optimizer state, when there is new state."""
+    if len(optimizer.state) == record.states:
+        return
+    record.states = len(optimizer.state)
+    totals: dict[int, tuple[Any, int]] = {}
+    assert record.originals is not None
+    for params in record.originals:
+        for p in params:
+            place, unit = _find(p), unit_of(p)
+            if place is None or unit is None:
+                continue
+            size = sum(
+                v.numel() * v.element_size()
+                for piece in place[0].piece_params[place[1]]
+                for v in optimizer.state.get(piece, {}).values()
+                if isinstance(v, torch.Tensor)
+            )
+            ledger = place[0].ledger
+            totals[id(ledger)] = (ledger, totals.get(id(ledger), (ledger, 0))[1] + size)
+    for key, (ledger, size) in totals.items():
+        ledger.add("optimizer", size - record.state_bytes.get(key, 0))
+        record.state_bytes[key] = size
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

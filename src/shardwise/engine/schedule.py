@@ -1,0 +1,497 @@
+"""The engine: when units are gathered, released and reduced, driven by module and autograd hooks.
+
+::
+
+    forward  unit i:  wait gather(i) · start gather(i+1) · compute · release(i)
+    backward unit i:  wait gather(i) · start gather(i-1) · compute, gradients copied as they arrive
+                      · last one: release(i), start reduce(i) · finish reduce(i+2)
+    step:             update the held pieces · publish
+
+The order of units is learned from the last pass. Reduces are launched in an order that all ranks share,
+whatever order gradients arrive in, so ranks that take different branches still agree; a small exchange
+at the end of each backward says which parameters got a gradient anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+from shardwise.comm.group import Op, Transfer
+from shardwise.comm.mesh import Mesh
+from shardwise.comm.world import World
+from shardwise.engine.unit import Call, Unit
+from shardwise.errors import CommError, UnitError
+from shardwise.strategy import Strategy
+from shardwise.tiers import Ledger
+
+_IN_FLIGHT = 2  # reduces that may be under way before the oldest is finished
+
+
+class Sequence_:
+    """The order units came in during the last pass, to guess the next one."""
+
+    def __init__(self) -> None:
+        self.last: list[Unit] = []
+        self.now: list[Unit] = []
+
+    def begin(self, guess: list[Unit] | None = None) -> None:
+        if self.now:
+            self.last = self.now
+        elif guess is not None and not self.last:
+            self.last = guess
+        self.now = []
+
+    def after(self, unit: Unit) -> Unit | None:
+        """Note that ``unit`` came; return the one expected next."""
+        at = len(self.now)
+        self.now.append(unit)
+        last = self.last
+        if at >= len(last) or last[at] is not unit:
+            if unit not in last:
+                return None
+            at = last.index(unit)
+        return last[at + 1] if at + 1 < len(last) else None
+
+
+class Engine:
+    """Everything that belongs to one sharded model.
+
+    Args:
+        module: the root module.
+        strategy: default for its units.
+        mesh: shard and replicate axes.
+    """
+
+    def __init__(self, module: nn.Module, strategy: Strategy, mesh: Mesh) -> None:
+        self.module, self.strategy, self.mesh = module, strategy, mesh
+        self.world: World = mesh.world
+        self.ledger = Ledger()
+        self.units: list[Unit] = []
+        self.sync = True  # False inside no_sync()
+        self.forward_active = self.backward_active = False
+        self.backward_id = 0
+        self._forward, self._eval, self._backward = Sequence_(), Sequence_(), Sequence_()
+        self._handles: list[Any] = []
+        self._tag = mesh.new_tag()
+        self._inflight: deque[Unit] = deque()
+        self._launched: list[Unit] = []
+        self._ready: set[int] = set()
+        self._fired: list[int] = []
+        self._order: list[int] = []  # unit indices expected to be reduced, in launch order
+        self._next = 0
+        self._gather_log = 0
+        self._keep_graph = False
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise UnitError(
+            "a sharded module cannot be copied: its values are spread over the ranks",
+            fix="copy the module before sharding it and shard the copy too (for EMA: update the copy "
+            "inside 'with shardwise.gathered(model):')",
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnitError("a sharded module cannot be pickled", fix="save model.state_dict() instead")
+
+    def op(self, kind: str) -> Op:
+        return Op(kind, f"model {type(self.module).__name__}", 8 * self._tag + (0 if kind == "control" else 1))
+
+    # --- construction ----------------------------------------------------------------------
+    def add(self, units: Iterable[Unit]) -> None:
+        """Take over units, in the order in which they were registered on every rank."""
+        for unit in units:
+            unit.engine = self
+            unit.index = len(self.units)
+            self.units.append(unit)
+
+    def install(self) -> None:
+        """Hook the modules. ``torch.compile`` is told to stay out of the hooks."""
+        eager: Callable[[Any], Any] = torch.compiler.disable
+        root = self.module
+        self._handles.append(
+            root.register_forward_pre_hook(eager(self._root_pre_forward), prepend=True, with_kwargs=True)
+        )
+        for unit in self.units:
+            if not unit.handles:
+                unit.handles = [
+                    unit.module.register_forward_pre_hook(eager(_PreForward(unit)), with_kwargs=True),
+                    unit.module.register_forward_hook(eager(_PostForward(unit))),
+                ]
+        self._handles.append(root.register_forward_hook(eager(self._root_post_forward)))
+        # Until a backward has shown better: the reverse of registration, with parents after their children.
+        self._order = self._default_order()
+
+    def uninstall(self) -> None:
+        """Remove the root's hooks: a parent engine has taken over the units."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _default_order(self) -> list[int]:
+        depth = {u.index: (u.name.count(".") + 1 if u.name else 0) for u in self.units}
+        live = [u.index for u in self.units if any(p.requires_grad for p in u.params)]
+        return sorted(live, key=lambda i: (depth[i] == 0, -i))
+
+    # --- forward ---------------------------------------------------------------------------
+    def _root_pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.forward_active = True
+        sequence = self._sequence()
+        sequence.begin()
+        if torch.is_grad_enabled() and module.training and self.strategy.broadcast_buffers and self.sync:
+            self._broadcast_buffers()
+
+    def _root_post_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.forward_active = False
+        self._drop("forward")
+        tracker = self.world.tracker
+        tracker.phase = tracker.unit = ""
+
+    def _sequence(self) -> Sequence_:
+        return self._forward if torch.is_grad_enabled() else self._eval
+
+    def _drop(self, reason: str) -> None:
+        """Nothing needs the units that were kept gathered for ``reason`` any more."""
+        for unit in self.units:
+            if reason in unit.kept_for:
+                unit.kept_for.discard(reason)
+                unit.release()
+
+    def pre_forward(self, unit: Unit, args: Any, kwargs: Any) -> Any:
+        tracker = self.world.tracker
+        tracker.phase, tracker.unit = "forward", unit.label
+        if self.backward_active:  # recomputing under activation checkpointing
+            unit.gather()
+        else:
+            following = self._sequence().after(unit)
+            self._log_gather(unit)
+            unit.gather()
+            if following is not None:
+                self._prefetch(following)
+        call = None
+        if torch.is_grad_enabled():
+            unit.watch_trainable()
+            if unit.has_frozen and unit.split:
+                call = Call(unit)
+                for t in tensors_in((args, kwargs)):
+                    if t.requires_grad:
+                        call.inputs += 1
+                        t.register_hook(call.input_ready)
+        unit.call = call
+        if unit.strategy.param_dtype is not None:
+            dtype = unit.buckets[0].dtype if unit.buckets else None
+            if dtype is not None and dtype.is_floating_point:
+                return cast((args, kwargs), dtype)
+        return None
+
+    def post_forward(self, unit: Unit, output: Any) -> None:
+        will_backward = False
+        if torch.is_grad_enabled():
+            hook = _PreBackward(unit, unit.call)
+            for t in tensors_in(output):
+                if t.requires_grad and t.is_floating_point():
+                    t.register_hook(hook)
+                    will_backward = True
+            if not will_backward and unit.split and any(p.requires_grad for p in unit.params):
+                # The graph may run through something this loop cannot see: do not take its values away.
+                unit.kept_for.add("backward")
+        if self.backward_active:
+            return
+        # Whatever comes first in backward stays gathered: the root's own unit and the last one.
+        first_in_backward = will_backward and (unit.module is self.module or self._is_last(unit))
+        if not first_in_backward:
+            unit.release()
+
+    def _is_last(self, unit: Unit) -> bool:
+        last = self._forward.last
+        below = [u for u in last if u.module is not self.module]
+        return bool(below) and below[-1] is unit
+
+    def _prefetch(self, unit: Unit) -> None:
+        if unit.split:
+            unit.start_gather()
+
+    def _log_gather(self, unit: Unit) -> None:
+        if unit.split and not unit.gathered and unit.gathering is None:
+            self._gather_log = zlib.crc32(unit.name.encode(), self._gather_log)
+
+    def _broadcast_buffers(self) -> None:
+        """Rank 0's buffers for everyone, one message per dtype (what DDP does before a forward)."""
+        if self.world.size == 1:
+            return
+        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+        for b in self.module.buffers():
+            if b.numel():
+                kinds.setdefault(b.dtype, []).append(b)
+        with torch.no_grad():
+            for buffers in kinds.values():
+                flat = torch.cat([b.detach().reshape(-1) for b in buffers])
+                self.mesh.whole.broadcast(flat, self.op("broadcast")).wait()
+                if self.world.rank != 0:
+                    for b, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+                        b.copy_(part.view_as(b))
+
+    # --- backward --------------------------------------------------------------------------
+    def begin_backward(self) -> None:
+        """First sign of a backward: arrange to be called when autograd has finished it."""
+        if self.backward_active:
+            return
+        self.backward_active = True
+        self.forward_active = False
+        self.backward_id += 1
+        self._next = 0
+        self._ready.clear()
+        self._launched.clear()
+        self._fired.clear()
+        self._keep_graph = torch.is_grad_enabled()  # create_graph=True: a second backward needs the values
+        self._backward.begin(self._forward.now[::-1])
+        Variable._execution_engine.queue_callback(self._end_backward)
+
+    def pre_backward(self, unit: Unit, call: Call | None) -> None:
+        tracker = self.world.tracker
+        tracker.phase, tracker.unit = "backward", unit.label
+        self.begin_backward()
+        if call is not None and call.inputs > 0:
+            unit.calls.add(call)
+        if unit.backward_id == self.backward_id and unit.gathered:
+            return
+        following = self._backward.after(unit)
+        unit.gather()
+        if following is not None:
+            self._prefetch(following)
+        fresh = unit.backward_id != self.backward_id
+        unit.begin_backward(self.backward_id)
+        if fresh and call is not None and call.inputs > 0:
+            unit.calls.add(call)
+        if self._keep_graph and unit.split:
+            unit.kept_for.add("backward")
+
+    def unit_done(self, unit: Unit) -> None:
+        unit.release()
+        if unit.index not in self._fired:
+            self._fired.append(unit.index)
+        if self.sync and unit.index not in self._ready:
+            self._ready.add(unit.index)
+            self._launch_ready()
+
+    def _launch_ready(self) -> None:
+        while self._next < len(self._order) and self._order[self._next] in self._ready:
+            unit = self.units[self._order[self._next]]
+            self._next += 1
+            self._launch(unit)
+
+    @torch.no_grad()
+    def _launch(self, unit: Unit) -> None:
+        scale = 1.0 / self.world.size
+        while len(self._inflight) >= _IN_FLIGHT:
+            oldest = self._inflight.popleft()
+            for b in oldest.buckets:
+                if b.split_grads:
+                    b.finish_reduce()
+                elif b.reduction is not None:
+                    b.reduction.advance()
+        for b in unit.buckets:
+            if any(p.requires_grad for p in b.params):
+                b.launch_reduce(scale)
+        self._inflight.append(unit)
+        self._launched.append(unit)
+
+    def _end_backward(self) -> None:
+        """Autograd is done: reduce what is left, agree on what got gradients, show them in ``p.grad``."""
+        tracker = self.world.tracker
+        tracker.phase = "the end of backward"
+        try:
+            if self.sync:
+                used = self._reduce_rest()
+            else:
+                used = {id(p) for u in self.units for b in u.buckets for p, a in zip(b.params, b.arrived, strict=True) if a}
+            for unit in self.units:
+                took_part = unit.backward_id == self.backward_id
+                for b, i, p in unit.slots:
+                    if id(p) in used or (took_part and b.shown[i]):
+                        b.show(i, p)
+            if not self._keep_graph:
+                self._drop("backward")
+                for unit in self.units:
+                    unit.release()
+        finally:
+            self.backward_active = False
+            self._inflight.clear()
+            tracker.phase = tracker.unit = ""
+
+    def _reduce_rest(self) -> set[int]:
+        with torch.no_grad():
+            # 1. What was reduced last time, on any rank, is reduced now, with zeros where nothing arrived.
+            for index in self._order[self._next :]:
+                self._prepare_unfired(self.units[index])
+                self._launch(self.units[index])
+            launched = {u.index for u in self._launched}
+            # 2. Which parameters got a gradient, and where more arrived after their unit's reduce?
+            arrived = {id(p) for u in self.units for b in u.buckets for p, a in zip(b.params, b.seen, strict=True) if a}
+            message = _Message(self, arrived, [u.index for u in self.units if u.any_arrived])
+            transfer = message.start()
+            for unit in self._launched:
+                for b in unit.buckets:
+                    b.finish_reduce()
+            self._inflight.clear()
+            used, again, order = message.finish(transfer)
+            # 3. What nobody expected: units used for the first time, or a second arrival in one backward.
+            wanted = {u.index for u in self.units if any(id(p) in used for p in u.params)}
+            for unit in self.units:
+                if unit.index in again or (unit.index in wanted and unit.index not in launched):
+                    self._prepare_unfired(unit)
+                    self._launch(unit)
+            for unit in self.units:
+                for b in unit.buckets:
+                    b.finish_reduce()
+                    b.seen = [False] * len(b.params)
+            self._order = [i for i in order if i in wanted] + [
+                i for i in self._default_order() if i in wanted and i not in order
+            ]
+            self._gather_log = 0
+        return used
+
+    def _prepare_unfired(self, unit: Unit) -> None:
+        if unit.backward_id != self.backward_id:
+            unit.begin_backward(self.backward_id)
+
+    @torch.no_grad()
+    def scale_grads(self, factor: float) -> None:
+        """Multiply every reduced gradient by ``factor``."""
+        if factor != 1.0:
+            pieces = [g for u in self.units for b, i, p in u.slots if p.grad is not None for g in b.step_grads(i) or ()]
+            if pieces:
+                torch._foreach_mul_(pieces, factor)
+
+
+class _PreForward:
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return self.unit.engine.pre_forward(self.unit, args, kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.unit.engine.__deepcopy__(memo)
+
+
+class _PostForward(_PreForward):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # type: ignore[override]
+        self.unit.engine.post_forward(self.unit, output)
+
+
+class _PreBackward:
+    __slots__ = ("call", "unit")
+
+    def __init__(self, unit: Unit, call: Call | None) -> None:
+        self.unit, self.call = unit, call
+
+    def __call__(self, grad: torch.Tensor) -> None:
+        self.unit.engine.pre_backward(self.unit, self.call)
+
+
+class _Message:
+    """The exchange that ends a backward: one small row of bytes per rank.
+
+    Row: one byte per parameter (got a gradient), one per unit (more arrived after its reduce), the
+    order in which units were done (two bytes each), and a checksum of the gathers.
+    """
+
+    def __init__(self, engine: Engine, arrived: set[int], late: list[int]) -> None:
+        self.engine = engine
+        self.params = [p for u in engine.units for p in u.params]
+        self.late = late
+        self.arrived = arrived
+        n, m = len(self.params), len(engine.units)
+        self.cut = (n, n + m, n + 3 * m, n + 3 * m + 4)
+        row = bytearray(self.cut[3])
+        for i, p in enumerate(self.params):
+            row[i] = id(p) in arrived
+        for i in late:
+            row[n + i] = 1
+        order = engine._fired + [i for i in range(m) if i not in set(engine._fired)]
+        for k, i in enumerate(order):
+            row[n + m + 2 * k : n + m + 2 * k + 2] = i.to_bytes(2, "little")
+        row[self.cut[2] :] = engine._gather_log.to_bytes(4, "little")
+        self.row = row
+        self.fired = len(engine._fired)
+
+    def start(self) -> Transfer | None:
+        group = self.engine.mesh.control
+        if group.size == 1 or self.engine.world.fake:
+            return None
+        width = len(self.row)
+        self.all = bytearray(width * group.size)
+        self.all[group.rank * width : (group.rank + 1) * width] = self.row
+        self.tensor = torch.frombuffer(self.all, dtype=torch.uint8)
+        return group.all_gather(self.tensor, self.engine.op("control"))
+
+    def finish(self, transfer: Transfer | None) -> tuple[set[int], set[int], list[int]]:
+        """(ids of parameters used anywhere, units to reduce again, rank 0's order)."""
+        engine, (n, m_end, order_end, _) = self.engine, self.cut
+        rows = [bytes(self.row)]
+        if transfer is not None:
+            transfer.wait()
+            width = len(self.row)
+            rows = [bytes(self.all[k : k + width]) for k in range(0, len(self.all), width)]
+        used = {id(p) for i, p in enumerate(self.params) if any(row[i] for row in rows)}
+        again = {i for i in range(m_end - n) if any(row[n + i] for row in rows)}
+        logs = [row[order_end:] for row in rows]
+        if len(set(logs)) > 1:
+            odd = next(r for r, log in enumerate(logs) if log != logs[0])
+            raise CommError(
+                f"rank {odd} gathered other units than rank 0 in this step: the ranks took different branches",
+                where=f"rank {engine.world.rank}",
+                fix="make every rank run the same units in the same order, or use ddp, zero1 or zero2",
+            )
+        first = rows[0][m_end:order_end]
+        order = [int.from_bytes(first[k : k + 2], "little") for k in range(0, len(first), 2)]
+        return used, again, order
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested tuples, lists, dicts, dataclasses and plain objects."""
+    seen: set[int] = set()
+    stack = [tree]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            if id(item) not in seen:
+                seen.add(id(item))
+                yield item
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif item is None or isinstance(item, (int, float, str, bytes, bool, torch.dtype, torch.device, nn.Module)):
+            continue
+        elif id(item) not in seen:
+            seen.add(id(item))
+            if hasattr(item, "__dict__"):
+                stack.extend(vars(item).values())
+            elif dataclasses.is_dataclass(item):
+                stack.extend(getattr(item, f.name) for f in dataclasses.fields(item))
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    """The same nest with floating-point tensors in ``dtype`` (containers are copied, objects are not)."""
+    if isinstance(tree, torch.Tensor):
+        return tree.to(dtype) if tree.is_floating_point() and tree.dtype != dtype else tree
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(cast(x, dtype) for x in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(cast(x, dtype) for x in tree)
+    if isinstance(tree, dict):
+        out = tree.copy()  # keeps the class, as Hugging Face's outputs need
+        for k, v in tree.items():
+            out[k] = cast(v, dtype)
+        return out
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return dataclasses.replace(tree, **{f.name: cast(getattr(tree, f.name), dtype) for f in dataclasses.fields(tree) if f.init})
+    return tree

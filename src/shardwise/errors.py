@@ -1,0 +1,54 @@
+"""One hierarchy of errors. Each says what was wrong, where (rank, unit, file), and what to do."""
+
+from __future__ import annotations
+
+
+class ShardwiseError(Exception):
+    """Base of everything Shardwise raises on purpose.
+
+    Args:
+        what: the fact, in one sentence.
+        where: rank, unit, parameter or file it concerns; empty if it concerns the whole program.
+        fix: what the reader can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        text = what if not where else f"{where}: {what}"
+        super().__init__(text if not fix else f"{text}\n  fix: {fix}")
+
+
+class StrategyError(ShardwiseError, ValueError):
+    """A strategy, or a combination of its keys, that does not exist."""
+
+
+class NotAvailableYet(ShardwiseError, NotImplementedError):
+    """A row of the strategy table that this version parses but cannot serve."""
+
+
+class UnitError(ShardwiseError, ValueError):
+    """A module that cannot be sharded the way it was asked for."""
+
+
+class ReleasedParameterError(ShardwiseError, RuntimeError):
+    """Somebody read a parameter whose values are not on this rank at the moment."""
+
+
+class GradientError(ShardwiseError, RuntimeError):
+    """An operation on sharded gradients that has no right answer on one rank alone."""
+
+
+class OptimizerError(ShardwiseError, ValueError):
+    """An optimizer that cannot step on shards, or not with this layout."""
+
+
+class CommError(ShardwiseError, RuntimeError):
+    """A collective that did not complete. The text is the report: who waited for what, where."""
+
+
+class RankFailed(CommError):
+    """Another rank stopped; this one ends because of it. The other rank holds the first cause."""
+
+
+class LaunchError(ShardwiseError):
+    """A launch that cannot start the processes it was asked for."""

@@ -1,0 +1,116 @@
+"""Drop-ins for torch's own wrappers: change the import, keep the script.
+
+``DistributedDataParallel`` shards nothing by default (``ddp``), ``FullyShardedDataParallel`` everything (``zero3``).
+Both are thin: ``self.module`` is the caller's module, sharded in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.engine.build import fully_shard, gathered, no_sync, require_engine
+from shardwise.engine.clip import clip_grad_norm_
+from shardwise.engine.select import UnitRule
+from shardwise.errors import StrategyError
+from shardwise.strategy import Strategy
+
+
+class _Wrapper(nn.Module):
+    _preset = "zero3"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        strategy: str | Strategy | None = None,
+        units: UnitRule = None,
+        mesh: Any = None,
+        broadcast_buffers: bool = True,
+        **torch_options: Any,
+    ) -> None:
+        super().__init__()
+        unknown = set(torch_options) - _HARMLESS
+        if unknown:
+            raise StrategyError(
+                f"{type(self).__name__} does not know {', '.join(sorted(unknown))}",
+                fix="say it with strategy=..., for example strategy='zero3,param_dtype=bf16'",
+            )
+        chosen = Strategy.parse(strategy if strategy is not None else self._preset)
+        if not broadcast_buffers:
+            chosen = chosen.replace(broadcast_buffers=False)
+        fully_shard(module, strategy=chosen, units=units, mesh=mesh)
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backwards inside keep their gradients on this rank. See :func:`shardwise.no_sync`."""
+        return no_sync(self.module)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Clip by the global norm over all ranks and return it. See :func:`shardwise.clip_grad_norm_`."""
+        return clip_grad_norm_(self.module, max_norm, norm_type)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own state dict, under the original names. A collective where parameters are split."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load whole tensors, with or without torch DDP's ``module.`` before the names."""
+        if state_dict and all(k.startswith("module.") for k in state_dict):
+            state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+        return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+class DistributedDataParallel(_Wrapper):
+    """``torch.nn.parallel.DistributedDataParallel`` over the sharding engine.
+
+    Args:
+        module: on its device already.
+        strategy: ``ddp`` by default; any other works too.
+        broadcast_buffers: send rank 0's buffers before each training forward.
+        device_ids, output_device, find_unused_parameters, gradient_as_bucket_view, static_graph,
+            bucket_cap_mb, process_group=None, ...: accepted and not needed: unused parameters are found
+            without being told, and gradients are views always.
+
+    Ranks may use different parameters in a step; the mean counts a missing gradient as zero.
+    """
+
+    _preset = "ddp"
+
+
+class FullyShardedDataParallel(_Wrapper):
+    """``torch.distributed.fsdp.FullyShardedDataParallel`` over the sharding engine.
+
+    Args:
+        module: on its device already.
+        strategy: ``zero3`` by default.
+        units: in place of ``auto_wrap_policy``: a class, several, a predicate, or ``None`` for the default.
+    """
+
+    @staticmethod
+    def summon_full_params(module: nn.Module, writeback: bool = True, **_: Any) -> AbstractContextManager[None]:
+        """Whole values on every rank inside the block. See :func:`shardwise.gathered`."""
+        inner = module.module if isinstance(module, _Wrapper) else module
+        require_engine(inner)
+        return gathered(inner, write=writeback)
+
+
+_HARMLESS = {
+    "device_ids", "output_device", "dim", "process_group", "bucket_cap_mb", "find_unused_parameters",
+    "check_reduction", "gradient_as_bucket_view", "static_graph", "init_sync", "skip_all_reduce_unused_params",
+    "use_orig_params", "device_id", "sync_module_states", "forward_prefetch", "limit_all_gathers",
+    "backward_prefetch",
+}  # fmt: skip

@@ -1,0 +1,126 @@
+"""``shardwise.stats()``: counted bytes and live bytes, and the formulas to hold them against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from shardwise.comm import CommCount, World
+from shardwise.engine.build import engines, require_engine
+from shardwise.engine.schedule import Engine
+from shardwise.strategy import Strategy
+from shardwise.tiers import STATES
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What this rank has sent and holds.
+
+    Attributes:
+        comm: per kind (``gather``, ``reduce``, ``broadcast``, ``norm``, ``control``, ...): calls, bytes
+            sent, and seconds blocked waiting. Of the whole process.
+        live, peak: bytes by state (``parameters``, ``gradients``, ``optimizer``, ``gather_buffers``).
+        peak_total: bytes of all states at their joint peak.
+    """
+
+    comm: dict[str, CommCount]
+    live: dict[str, int]
+    peak: dict[str, int]
+    peak_total: int
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(c.bytes_sent for c in self.comm.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "comm": {k: vars(c) for k, c in self.comm.items()},
+            "live": self.live,
+            "peak": self.peak,
+            "peak_total": self.peak_total,
+        }
+
+
+def stats(module: nn.Module | None = None) -> Stats:
+    """Counters of one sharded module, or of all that live in this process."""
+    chosen = [require_engine(module)] if module is not None else list(engines)
+    comm = {k: CommCount(c.calls, c.bytes_sent, c.wait_s) for k, c in World.current().stats.kinds.items()}
+    return Stats(
+        comm,
+        {s: sum(e.ledger.live[s] for e in chosen) for s in STATES},
+        {s: sum(e.ledger.peak[s] for e in chosen) for s in STATES},
+        sum(e.ledger.peak_total for e in chosen),
+    )
+
+
+def reset_stats(module: nn.Module | None = None) -> None:
+    """Start counting anew: peaks become what is live now, bytes and calls zero."""
+    for engine in [require_engine(module)] if module is not None else list(engines):
+        engine.ledger.reset_peak()
+    World.current().stats.reset()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the formulas say for one rank and one step (bytes)."""
+
+    sent_per_step: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    gather_buffers: int
+
+    @property
+    def states(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def expected(module: nn.Module, strategy: str | Strategy | None = None, optimizer_tensors: int = 2) -> Expected:
+    """The formulas of the ZeRO table, from the layout that the engine itself uses.
+
+    Args:
+        module: a sharded module.
+        strategy: another row of the table to compute instead of the module's own.
+        optimizer_tensors: state tensors per parameter: 2 for Adam, 1 for SGD with momentum, 0 for SGD.
+
+    Per unit of P padded elements, N ranks and S ranks per shard group: a reduce sends (N-1)/N · P (plus (R-1)/N · P
+    along the replicate axis), every gather (S-1)/S · P. ``gather_buffers`` is the largest unit's whole
+    buffers: its values and the next one's, its arriving gradients and those of the reduce in flight.
+    """
+    engine = require_engine(module)
+    row = Strategy.parse(strategy) if strategy is not None else engine.strategy
+    return _formula(engine, row, optimizer_tensors)
+
+
+def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
+    size = engine.world.size
+    shard = engine.mesh.shard.size if row == engine.strategy else (1 if row.preset == "ddp" else size)
+    copies = size // shard
+    sent = parameters = gradients = optimizer = 0
+    largest: list[int] = []
+    for unit in engine.units:
+        whole = 0
+        for b in unit.buckets:
+            n, value, master = b.layout.numel, _width(b.dtype), _width(b.master_dtype)
+            wire = _width(b.reduce_dtype)
+            trainable = any(p.requires_grad for p in b.params)
+            split_params = row.split_params and shard > 1
+            gathers = (2 if trainable else 1) if split_params else (1 if row.split_optimizer and trainable else 0)
+            sent += gathers * (shard - 1) * (n // shard) * value
+            parameters += n // shard * master if split_params else n * value
+            if not split_params and value != master:
+                optimizer += n // shard * master if row.split_optimizer else n * master
+            if trainable:
+                sent += (size - 1) * (n // size) * wire + (copies - 1) * (n // size) * master
+                gradients += (n // shard if row.split_grads else n) * master
+                optimizer += tensors * (n // shard if row.split_optimizer else n) * master
+            whole += (n * value if split_params else 0) + (n * wire if row.split_grads and trainable else 0)
+        largest.append(whole)
+    two = sum(sorted(largest)[-2:]) if row.split_params or row.split_grads else 0
+    return Expected(sent, parameters, gradients, optimizer, two)
+
+
+def _width(dtype: Any) -> int:
+    return dtype.itemsize

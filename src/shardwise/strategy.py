@@ -1,0 +1,205 @@
+"""The strategy table: which model state is split over the ranks, and where each one lives.
+
+Training holds three *model states* (the words of the ZeRO paper, Rajbhandari et al. 2020):
+parameters, gradients and optimizer state. A :class:`Strategy` says for each one whether it is
+partitioned over the ranks and what its home is; a *preset* is a row of that table, not a code path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+from shardwise.errors import NotAvailableYet, StrategyError
+
+
+class Row(NamedTuple):
+    """One row of the table: is each model state split over the ranks of the shard group?"""
+
+    params: bool
+    grads: bool
+    optimizer: bool
+    known_as: str
+
+
+PRESETS: dict[str, Row] = {
+    "ddp": Row(False, False, False, "DistributedDataParallel, ZeRO-0"),
+    "zero1": Row(False, False, True, "ZeRO-1, ZeroRedundancyOptimizer"),
+    "zero2": Row(False, True, True, "ZeRO-2, FSDP SHARD_GRAD_OP"),
+    "zero3": Row(True, True, True, "ZeRO-3, FSDP FULL_SHARD, fully_shard"),
+    "hsdp": Row(True, True, True, "hybrid FSDP, MiCS, ZeRO++ hpZ"),
+}
+DTYPES = ("fp32", "bf16", "fp16")
+HOMES = ("device", "cpu", "nvme")
+LAYOUTS = ("element", "tensor")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the model states are laid over ranks and tiers.
+
+    ``Strategy("zero3")``, ``Strategy("zero2", offload_optimizer="cpu")`` and
+    ``Strategy.parse("zero2,offload_optimizer=cpu")`` are the three ways to write one.
+
+    Args:
+        preset: a row of the table: ``ddp``, ``zero1``, ``zero2``, ``zero3`` or ``hsdp``.
+        offload_params, offload_grads, offload_optimizer: the home of each state: ``device``, ``cpu``
+            or (not for gradients) ``nvme``.
+        shard_size: ranks that share one copy of the states. Only ``hsdp`` may set it; by default
+            the ranks of one host.
+        layout: ``element`` cuts a unit into equal slices, anywhere; ``tensor`` never cuts a
+            parameter, for optimizers that need whole matrices (Muon, Adafactor, ...).
+        param_dtype: dtype to compute in (``fp32``, ``bf16``, ``fp16``); the optimizer keeps the
+            original dtype as master values. ``None`` computes in each parameter's own dtype.
+        reduce_dtype: dtype in which gradients cross the wire. Sums are always taken in the master
+            dtype. ``None`` sends the dtype of the master values (fp32 as a rule).
+        broadcast_buffers: send rank 0's buffers before each training forward, as DDP does.
+        timeout: seconds a collective may wait before every rank ends with a report.
+
+    Raises:
+        StrategyError: an unknown preset, key or value, or a combination without meaning.
+    """
+
+    preset: str = "zero3"
+    offload_params: str = "device"
+    offload_grads: str = "device"
+    offload_optimizer: str = "device"
+    shard_size: int | None = None
+    layout: str = "element"
+    param_dtype: str | None = None
+    reduce_dtype: str | None = None
+    broadcast_buffers: bool = True
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.preset == "auto":
+            raise NotAvailableYet(
+                "strategy 'auto' needs the planner, which is not part of this version",
+                fix=f"name one of {', '.join(PRESETS)}",
+            )
+        _choose("preset", self.preset, tuple(PRESETS))
+        for key in ("offload_params", "offload_grads", "offload_optimizer"):
+            homes = HOMES if key != "offload_grads" else HOMES[:2]
+            _choose(key, getattr(self, key), homes)
+        _choose("layout", self.layout, LAYOUTS)
+        for key in ("param_dtype", "reduce_dtype"):
+            if getattr(self, key) is not None:
+                _choose(key, getattr(self, key), DTYPES)
+        if self.shard_size is not None and self.preset != "hsdp":
+            raise StrategyError(
+                f"shard_size={self.shard_size} has no meaning for '{self.preset}'",
+                fix="use the preset 'hsdp', or leave shard_size out",
+            )
+        if self.shard_size is not None and self.shard_size < 1:
+            raise StrategyError(f"shard_size={self.shard_size} is not a number of ranks", fix="give 1 or more")
+        if not self.timeout > 0:
+            raise StrategyError(f"timeout={self.timeout} is not a time in seconds", fix="give more than 0")
+
+    # --- the table -------------------------------------------------------------------------
+    @property
+    def split_params(self) -> bool:
+        return PRESETS[self.preset].params
+
+    @property
+    def split_grads(self) -> bool:
+        return PRESETS[self.preset].grads
+
+    @property
+    def split_optimizer(self) -> bool:
+        return PRESETS[self.preset].optimizer
+
+    @classmethod
+    def parse(cls, text: str | Strategy | None) -> Strategy:
+        """Read ``preset,key=value,...``; a :class:`Strategy` passes through, ``None`` is the default."""
+        if text is None:
+            return cls()
+        if isinstance(text, Strategy):
+            return text
+        if not isinstance(text, str):
+            raise StrategyError(
+                f"a strategy is a string or a Strategy, not {type(text).__name__}", fix='for example "zero3"'
+            )
+        preset, *pairs = [part.strip() for part in text.split(",")]
+        if "=" in preset:
+            raise StrategyError(f"'{text}' does not begin with a preset", fix=f"one of {', '.join(PRESETS)}")
+        kinds = {f.name: f.type for f in fields(cls) if f.name != "preset"}
+        values: dict[str, object] = {}
+        for pair in pairs:
+            key, sep, value = (s.strip() for s in pair.partition("="))
+            if not sep or key not in kinds:
+                raise StrategyError(f"'{pair}' is not one of the keys {', '.join(kinds)}", where=f"strategy '{text}'")
+            if key in values:
+                raise StrategyError(f"'{key}' is given twice", where=f"strategy '{text}'")
+            values[key] = _read(key, value, str(kinds[key]))
+        return cls(preset, **values)  # type: ignore[arg-type]
+
+    def replace(self, **changes: object) -> Strategy:
+        """The same strategy with some keys changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """The string form, which :meth:`parse` reads back to an equal strategy."""
+        parts = [self.preset]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "preset" and value != f.default:
+                parts.append(f"{f.name}={str(value).lower() if isinstance(value, bool) else value}")
+        return ",".join(parts)
+
+    def require_available(self) -> None:
+        """Raise :class:`NotAvailableYet` for homes that this version cannot serve."""
+        asked = [k for k in ("offload_params", "offload_grads", "offload_optimizer") if getattr(self, k) != "device"]
+        if asked:
+            raise NotAvailableYet(
+                f"{', '.join(f'{k}={getattr(self, k)}' for k in asked)} is not available yet: "
+                "this version keeps every model state on the device",
+                where=f"strategy '{self}'",
+                fix=f"leave it out: '{self.replace(**dict.fromkeys(asked, 'device'))}'",
+            )
+
+    def explain(self) -> str:
+        """The table row in words, with what it costs per step (Ψ = parameter elements, N = ranks)."""
+        row = PRESETS[self.preset]
+        over = "the ranks of a shard group, and repeated across groups" if self.preset == "hsdp" else "all ranks"
+        lines = [f"{self.preset} (known elsewhere as: {row.known_as})"]
+        for state, split, key in (
+            ("parameters", row.params, "offload_params"),
+            ("gradients", row.grads, "offload_grads"),
+            ("optimizer state", row.optimizer, "offload_optimizer"),
+        ):
+            home = getattr(self, key)
+            where = "" if home == "device" else f", home on {home}"
+            lines.append(f"  {state}: " + (f"split over {over}" if split else "whole on every rank") + where)
+        share = {"ddp": "16Ψ", "zero1": "8Ψ + 8Ψ/N", "zero2": "4Ψ + 12Ψ/N", "zero3": "16Ψ/N", "hsdp": "16Ψ/S"}
+        wire = {"zero3": "3Ψ", "hsdp": "3Ψ inside a shard group and 1Ψ/S to 2Ψ/S across groups"}.get(self.preset, "2Ψ")
+        lines.append(f"  memory per rank with Adam in fp32: {share[self.preset]} bytes")
+        lines.append(f"  sent per step: {wire} elements, times (N-1)/N")
+        if self.param_dtype:
+            lines.append(f"  computes in {self.param_dtype}, with master values in the original dtype")
+        if self.reduce_dtype:
+            lines.append(f"  gradients cross the wire in {self.reduce_dtype}, summed in the master dtype")
+        if self.layout == "tensor":
+            lines.append("  parameters are never cut: each belongs whole to one rank (for Muon, Adafactor, ...)")
+        return "\n".join(lines)
+
+
+def _choose(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise StrategyError(f"{key}={value!r} is not known", fix=f"one of {', '.join(allowed)}")
+
+
+def _read(key: str, value: str, kind: str) -> object:
+    try:
+        if value.lower() == "none" and "None" in kind:
+            return None
+        if kind.startswith("int"):
+            return int(value)
+        if kind.startswith("float"):
+            return float(value)
+    except ValueError:
+        raise StrategyError(f"{key}={value} is not a number") from None
+    if kind == "bool":
+        if value.lower() not in ("true", "false", "1", "0"):
+            raise StrategyError(f"{key}={value} is neither true nor false")
+        return value.lower() in ("true", "1")
+    return value
