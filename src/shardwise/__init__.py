@@ -5,6 +5,7 @@ from shardwise.engine.build import fully_shard, gathered, no_sync
 from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
 from shardwise.errors import ShardwiseError
 from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel
+from shardwise.observe.memory import MemoryMeter, memory_meter
 from shardwise.observe.stats import Stats, expected, reset_stats, stats
 from shardwise.strategy import Strategy
 
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DistributedDataParallel",
     "FullyShardedDataParallel",
+    "MemoryMeter",
     "ShardwiseError",
     "Stats",
     "Strategy",
@@ -21,6 +23,7 @@ __all__ = [
     "fully_shard",
     "gathered",
     "init",
+    "memory_meter",
     "no_sync",
     "reset_stats",
     "stats",

@@ -8,12 +8,20 @@ shard per rank of the world; column ``s`` *holds* the ``R`` consecutive shards `
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from shardwise.comm.group import Group, Op, Transfer, reduce_scatter_builtin
 from shardwise.comm.world import World
+
+
+class Memory(Protocol):
+    """Where a reduce gets the memory it receives into (the engine's ledger)."""
+
+    def empty(self, numel: int, dtype: torch.dtype, device: torch.device, state: str) -> torch.Tensor: ...
+    def drop(self, tensor: torch.Tensor, state: str) -> None: ...
 
 
 class Mesh:
@@ -47,13 +55,13 @@ class Mesh:
         """All-gather along the shard axis into ``flat`` ``(parts * n,)``, in place."""
         return self.shard.all_gather(flat, op)
 
-    def reduce(self, raw: torch.Tensor, out: torch.Tensor, scale: float, op: Op) -> Reduction:
+    def reduce(self, raw: torch.Tensor, out: torch.Tensor, scale: float, op: Op, memory: Memory) -> Reduction:
         """Sum ``raw`` ``(parts * n,)`` over the world times ``scale`` into ``out`` ``(R * n,)``: the held shards.
 
         ``out`` may be a view of ``raw`` at the held shards. Sends ``(W-1)/W`` of ``raw``, plus
         ``(R-1)/W`` along the replicate axis. Sums run in rank order and in the dtype of ``out``.
         """
-        return Reduction(self, raw, out, scale, op)
+        return Reduction(self, raw, out, scale, op, memory)
 
 
 class Reduction:
@@ -63,11 +71,12 @@ class Reduction:
     other work is under way; ``wait()`` finishes both.
     """
 
-    __slots__ = ("_first", "_second", "mesh", "op", "out", "raw", "scale", "sources")
+    __slots__ = ("_first", "_second", "memory", "mesh", "op", "out", "raw", "received", "scale", "sources")
 
-    def __init__(self, mesh: Mesh, raw: torch.Tensor, out: torch.Tensor, scale: float, op: Op) -> None:
-        self.mesh, self.raw, self.out, self.scale, self.op = mesh, raw, out, scale, op
+    def __init__(self, mesh: Mesh, raw: torch.Tensor, out: torch.Tensor, scale: float, op: Op, memory: Memory) -> None:
+        self.mesh, self.raw, self.out, self.scale, self.op, self.memory = mesh, raw, out, scale, op, memory
         self.sources: list[torch.Tensor] = []
+        self.received: list[torch.Tensor] = []
         self._second: Transfer | None = None
         self._first: Transfer | None = self._start_builtin() if mesh.whole.builtin else self._start_ordered()
 
@@ -80,7 +89,9 @@ class Reduction:
         if group.size == 1:
             self.sources = [mine]
             return Transfer(None, None)
-        self.sources = [mine if r == group.rank else torch.empty_like(mine) for r in range(group.size)]
+        self.received = [self._take(n) for _ in group.peers()]
+        spare = iter(self.received)
+        self.sources = [mine if r == group.rank else next(spare) for r in range(group.size)]
         recvs = [(self.sources[r], r) for r in reversed(group.peers())]
         sends = [(chunk[r], r) for r in group.peers()]
         return Transfer(group, self.op, group.exchange(sends, recvs, self.op))
@@ -95,7 +106,7 @@ class Reduction:
             total.add_(source)
         if self.scale != 1.0 or total.data_ptr() != out.data_ptr():
             torch.mul(total, self.scale, out=out)
-        self.sources = []
+        self._give_back()
 
     # --- the backend's own -------------------------------------------------------------------
     def _start_builtin(self) -> Transfer:
@@ -107,13 +118,24 @@ class Reduction:
             whole._count(self.op, 2 * (whole.size - 1) * raw.numel() * raw.element_size() // whole.size)
             work = dist.all_reduce(raw, group=whole.pg, async_op=True)
             return Transfer(whole, self.op, [work], lambda: self._scale_into(raw))
-        part = torch.empty(raw.numel() // shard.size, dtype=raw.dtype, device=raw.device)
+        part = self._take(raw.numel() // shard.size)
+        self.received = [part]
         shard._count(self.op, (shard.size - 1) * part.numel() * part.element_size())
         work = reduce_scatter_builtin(part, raw, shard.pg)
         return Transfer(shard, self.op, [work], lambda: self._scale_into(part))
 
     def _scale_into(self, total: torch.Tensor) -> None:
         torch.mul(total.to(self.out.dtype), self.scale, out=self.out)
+        self._give_back()
+
+    # --- memory ------------------------------------------------------------------------------
+    def _take(self, numel: int) -> torch.Tensor:
+        return self.memory.empty(numel, self.raw.dtype, self.raw.device, "gather_buffers")
+
+    def _give_back(self) -> None:
+        for tensor in self.received:
+            self.memory.drop(tensor, "gather_buffers")
+        self.received, self.sources = [], []
 
     # --- stages ------------------------------------------------------------------------------
     def advance(self) -> None:

@@ -74,6 +74,7 @@ class Bucket:
         self.shown = [False] * n  # parameters that had a gradient before this backward
         self.grad: torch.Tensor | None = None  # reduced gradients
         self.raw: torch.Tensor | None = None  # arriving gradients, flat
+        self._reducing: torch.Tensor | None = None  # the ``raw`` that is being reduced
         self.reduction: Reduction | None = None
         self._merge: torch.Tensor | None = None
         self._handles: list[torch.Tensor] | None = None
@@ -99,9 +100,10 @@ class Bucket:
         if alias:
             self.flat, self.master = whole, values[self.held]
         else:
-            self.master = values[self.held].clone()
+            n = self.held.stop - self.held.start
             kept = "parameters" if self.split else "optimizer"
-            self.ledger.add(kept, self.master.numel() * self.master.element_size())
+            self.master = self.ledger.empty(n, self.master_dtype, self.device, kept)
+            self.master.copy_(values[self.held])
             if self.dtype == self.master_dtype:
                 self.flat = whole
             else:
@@ -161,8 +163,7 @@ class Bucket:
     def _open_grad(self) -> torch.Tensor:
         if self.grad is None:
             n = self.held.stop - self.held.start if self.split_grads else self.layout.numel
-            self.grad = torch.zeros(n, dtype=self.master_dtype, device=self.device)
-            self.ledger.add("gradients", n * self.grad.element_size())
+            self.grad = self.ledger.empty(n, self.master_dtype, self.device, "gradients").zero_()
             origin = self.held.start if self.split_grads else 0
             self._piece_grads = [[self._view(p, self.grad, origin) for p in ps] for ps in self._held_pieces()]
         return self.grad
@@ -186,7 +187,8 @@ class Bucket:
                     self._adopt(i, p.grad)
                 p.grad = None
         if self.raw is not None and not any(self.arrived):
-            self._close_raw()
+            self._close(self.raw)
+            self.raw = None
 
     def _adopt(self, i: int, grad: torch.Tensor) -> None:
         """Take over a gradient that the user put into ``p.grad``."""
@@ -199,14 +201,11 @@ class Bucket:
         if not self.split_grads and self.reduce_dtype == self.master_dtype and not any(self.valid):
             if self.reduction is None:
                 return self._open_grad()
-        raw = torch.empty(self.layout.numel, dtype=self.reduce_dtype, device=self.device)
-        self.ledger.add("gather_buffers", raw.numel() * raw.element_size())
-        return raw
+        return self.ledger.empty(self.layout.numel, self.reduce_dtype, self.device, "gather_buffers")
 
-    def _close_raw(self) -> None:
-        if self.raw is not None and self.raw is not self.grad:
-            self.ledger.add("gather_buffers", -self.raw.numel() * self.raw.element_size())
-        self.raw = None
+    def _close(self, raw: torch.Tensor) -> None:
+        if raw is not self.grad:
+            self.ledger.drop(raw, "gather_buffers")
 
     def arrive(self, index: int, grad: torch.Tensor) -> None:
         """Copy one gradient into its place as autograd hands it over."""
@@ -223,21 +222,19 @@ class Bucket:
     def launch_reduce(self, scale: float) -> Reduction:
         """Start reducing what arrived; parameters without a gradient on this rank count as zeros."""
         self.finish_reduce()
-        if self.raw is None:
-            self.raw = self._open_raw()
-        raw = self.raw
+        raw = self.raw if self.raw is not None else self._open_raw()
+        self.raw, self._reducing = None, raw
         for i, slot in enumerate(self.layout.slots):
             if not self.arrived[i]:
                 raw[slot.offset : slot.stop].zero_()
         if raw is self.grad:
             out = raw[self.held]
         elif any(self.valid):
-            out = self._merge = torch.empty(
-                self.held.stop - self.held.start, dtype=self.master_dtype, device=self.device
-            )
+            n = self.held.stop - self.held.start
+            out = self._merge = self.ledger.empty(n, self.master_dtype, self.device, "gather_buffers")
         else:
             out = self._held_grad(self._open_grad())
-        self.reduction = self.mesh.reduce(raw, out, scale, self.op("reduce"))
+        self.reduction = self.mesh.reduce(raw, out, scale, self.op("reduce"), self.ledger)
         self.arrived = [False] * len(self.params)
         return self.reduction
 
@@ -247,7 +244,9 @@ class Bucket:
             return
         self.reduction.wait()
         self.reduction = None
-        self._close_raw()
+        assert self._reducing is not None
+        self._close(self._reducing)
+        self._reducing = None
         if self._merge is not None:
             assert self.grad is not None
             held = self._held_grad(self.grad)
@@ -256,6 +255,7 @@ class Bucket:
                     at = piece.offset - self.held.start
                     into, add = held[at : at + piece.numel], self._merge[at : at + piece.numel]
                     into.add_(add) if self.valid[piece.slot] else into.copy_(add)
+            self.ledger.drop(self._merge, "gather_buffers")
             self._merge = None
         self.valid = [True] * len(self.params)
 

@@ -63,7 +63,7 @@ def fully_shard(
     adopted = [
         (name, child, sub)
         for name, child in module.named_modules()
-        if child is not module and (sub := engine_of(child)) is not None
+        if child is not module and (sub := vars(child).get(_ATTRIBUTE)) is not None
     ]
     taken = [name for name, _, _ in adopted]
     selected = [
@@ -96,8 +96,7 @@ def fully_shard(
             unit.name = f"{name}.{unit.name}" if unit.name else name
             unit.label = f"'{unit.name}'"
             unit.names = {k: [f"{name}.{n}" for n in ns] for k, ns in unit.names.items()}
-            for b in unit.buckets:
-                _move_ledger(b, sub, engine)
+        _move_ledger(sub, engine)
         below.append((name, sub.units))
         engines.discard(sub)
         delattr(_child, _ATTRIBUTE)
@@ -192,7 +191,7 @@ def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]]) -> Non
                 f"parameter '{name}' is on the meta device and has no values to shard",
                 fix="materialise it first: module.to_empty(device=...) and initialise",
             )
-        if isinstance(p, DTensor) or isinstance(p.data, DTensor):
+        if isinstance(p, DTensor):
             raise UnitError(
                 f"parameter '{name}' is a DTensor already",
                 fix="shard the module with one library only; tensor parallelism beside Shardwise is not supported",
@@ -236,10 +235,10 @@ def _common_owner(names: Sequence[str], owners: Sequence[str]) -> str:
     return max(fitting, key=len)
 
 
-def _move_ledger(bucket: object, old: Engine, new: Engine) -> None:
-    """Hand a bucket's live bytes from a child's ledger to its parent's."""
+def _move_ledger(old: Engine, new: Engine) -> None:
+    """Hand a child's live bytes to its parent's ledger."""
     for state, nbytes in old.ledger.live.items():
         new.ledger.add(state, nbytes)
-        old.ledger.add(state, -nbytes)
-    bucket.ledger = new.ledger  # type: ignore[attr-defined]
-    bucket.flat.ledger = new.ledger  # type: ignore[attr-defined]
+    for unit in old.units:
+        for b in unit.buckets:
+            b.ledger = b.flat.ledger = new.ledger

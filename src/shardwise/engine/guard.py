@@ -30,12 +30,15 @@ _METHODS = {
     "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size", "stride",
     "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "is_contiguous", "__hash__", "__len__",
     "get_device", "is_inference", "storage_offset", "is_same_size", "_is_view", "is_distributed", "is_signed",
-    "retain_grad", "__format__",
+    "retain_grad", "__format__", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 }  # fmt: skip
 
 
 class GuardedParameter(nn.Parameter):
     """A parameter whose values are released (or still arriving)."""
+
+    _shardwise_unit: Unit
+    _shardwise_name: str
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,6 +58,15 @@ class GuardedParameter(nn.Parameter):
                 param._shardwise_unit.touch(param, name)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        self._shardwise_unit.touch(self, "__deepcopy__")
+        return nn.Parameter.__deepcopy__(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._shardwise_unit.touch(self, "__reduce_ex__")
+        return nn.Parameter.__reduce_ex__(self, protocol)
 
 
 def _plain(call: Any) -> Any:

@@ -31,14 +31,17 @@ _REFUSED = {
     "SparseAdam": "sparse gradients have no flat layout",
 }
 
+_PER_PARAMETER = {"step", "eta", "mu", "mu_product"}
+"""State of torch.optim that is one number per parameter, also where the parameter itself is 0-dim."""
+
 
 class _Attachment:
     """What the engine remembers of one optimizer."""
 
     def __init__(self) -> None:
         self.originals: list[list[nn.Parameter]] | None = None  # while exchanged
-        self.state_bytes: dict[int, int] = {}  # per ledger
-        self.states = -1
+        self.states = 0
+        self.counted: set[int] = set()  # pieces whose state is in the ledger
 
 
 _attached: WeakKeyDictionary[Optimizer, _Attachment] = WeakKeyDictionary()
@@ -162,7 +165,7 @@ def _slice_existing_state(optimizer: Optimizer) -> None:
             for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):
                 optimizer.state[piece] = {
                     k: v.reshape(-1)[lo:hi].clone().view(piece.shape)
-                    if isinstance(v, torch.Tensor) and v.shape == p.shape and v.dim() > 0
+                    if isinstance(v, torch.Tensor) and v.shape == p.shape and k not in _PER_PARAMETER
                     else (v.clone() if isinstance(v, torch.Tensor) else v)
                     for k, v in old.items()
                 }
@@ -211,28 +214,22 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _count_state(optimizer: Optimizer, record: _Attachment) -> None:
-    """Tell each model's ledger the bytes of its optimizer state, when there is new state."""
+    """Tell each model's ledger about optimizer state that is new since the last step."""
     if len(optimizer.state) == record.states:
         return
     record.states = len(optimizer.state)
-    totals: dict[int, tuple[Any, int]] = {}
     assert record.originals is not None
-    for params in record.originals:
-        for p in params:
-            place, unit = _find(p), unit_of(p)
-            if place is None or unit is None:
-                continue
-            size = sum(
-                v.numel() * v.element_size()
-                for piece in place[0].piece_params[place[1]]
-                for v in optimizer.state.get(piece, {}).values()
-                if isinstance(v, torch.Tensor)
-            )
-            ledger = place[0].ledger
-            totals[id(ledger)] = (ledger, totals.get(id(ledger), (ledger, 0))[1] + size)
-    for key, (ledger, size) in totals.items():
-        ledger.add("optimizer", size - record.state_bytes.get(key, 0))
-        record.state_bytes[key] = size
+    for p in (p for params in record.originals for p in params):
+        place = _find(p)
+        if place is None:
+            continue
+        bucket, index = place
+        for piece in bucket.piece_params[index]:
+            if id(piece) not in record.counted and piece in optimizer.state:
+                record.counted.add(id(piece))
+                for value in optimizer.state[piece].values():
+                    if isinstance(value, torch.Tensor):
+                        bucket.ledger.adopt(value, "optimizer")
 
 
 register_optimizer_step_pre_hook(_before_step)

@@ -18,7 +18,9 @@ from shardwise.errors import UnitError
 def install(unit: Unit) -> None:
     """Hook the unit's module so that its part of a state dict has true values."""
     module = unit.module
-    prefix_len = len(unit.name) + 1 if unit.name else 0
+
+    def key_of(prefix: str, name: str) -> str:
+        return prefix + name[len(unit.name) + 1 if unit.name else 0 :]  # the unit is renamed when a parent adopts it
 
     def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if unit.gathering is not None:
@@ -35,7 +37,7 @@ def install(unit: Unit) -> None:
             for slot, p in zip(bucket.layout.slots, bucket.params, strict=True):
                 value = full[slot.offset : slot.stop].view(slot.shape)
                 for name in unit.names[id(p)]:
-                    key = prefix + name[prefix_len:]
+                    key = key_of(prefix, name)
                     if key in state:
                         state[key] = value
 
@@ -52,7 +54,7 @@ def install(unit: Unit) -> None:
         for bucket, index, p in unit.slots:
             shape = bucket.layout.slots[index].shape
             for name in unit.names[id(p)]:
-                value = state.get(prefix + name[prefix_len:])
+                value = state.get(key_of(prefix, name))
                 if isinstance(value, torch.Tensor) and tuple(value.shape) == shape:
                     flat = value.detach().reshape(-1)
                     for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):

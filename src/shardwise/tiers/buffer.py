@@ -18,10 +18,9 @@ class Buffer:
     __slots__ = ("ledger", "nbytes", "state", "tensor")
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, state: str, ledger: Ledger) -> None:
-        self.tensor = torch.empty(numel, dtype=dtype, device=device)
+        self.tensor = ledger.empty(numel, dtype, device, state)
         self.nbytes = numel * self.tensor.element_size()
         self.state, self.ledger = state, ledger
-        ledger.add(state, self.nbytes)
 
     @property
     def filled(self) -> bool:

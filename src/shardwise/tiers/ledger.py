@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+import torch
+
 STATES = ("parameters", "gradients", "optimizer", "gather_buffers")
 
 
-class Ledger:
-    """Exact live bytes by state. The engine writes down every buffer it allocates and frees.
+class Observer(Protocol):
+    """Somebody who counts every live tensor and must not count the ledger's twice."""
 
-    ``parameters``: values a rank keeps between steps (whole or its shards). ``gradients``: reduced
-    and not yet reduced gradients a rank keeps. ``optimizer``: optimizer state, and master values
-    where parameters are kept in another dtype. ``gather_buffers``: whole units that come and go.
+    paused: bool
+
+    def disown(self, tensor: torch.Tensor) -> None: ...
+    def sample(self) -> None: ...
+
+
+class Ledger:
+    """Exact live bytes by state. Every buffer of the engine is allocated and freed through it.
+
+    ``parameters``: values a rank keeps between steps (whole, or its shards). ``gradients``: reduced
+    gradients, and whole ones that ``no_sync`` keeps. ``optimizer``: optimizer state, and master values where
+    whole parameters are kept in another dtype. ``gather_buffers``: whatever comes and goes with a unit:
+    its gathered values, its arriving gradients, what a reduce receives.
     """
 
     def __init__(self) -> None:
         self.live = dict.fromkeys(STATES, 0)
         self.peak = dict.fromkeys(STATES, 0)
         self.peak_total = 0
-        self.at_peak = dict(self.live)
+        self.observer: Observer | None = None
 
     @property
     def total(self) -> int:
@@ -30,11 +44,32 @@ class Ledger:
         if nbytes > 0:
             if live[state] > self.peak[state]:
                 self.peak[state] = live[state]
-            total = self.total
-            if total > self.peak_total:
-                self.peak_total = total
-                self.at_peak = dict(live)
+            self.peak_total = max(self.peak_total, self.total)
+            if self.observer is not None:
+                self.observer.sample()
+
+    def empty(self, numel: int, dtype: torch.dtype, device: torch.device, state: str) -> torch.Tensor:
+        """A new 1-D tensor, counted under ``state`` until :meth:`drop`."""
+        observer = self.observer
+        if observer is None:
+            tensor = torch.empty(numel, dtype=dtype, device=device)
+        else:
+            paused, observer.paused = observer.paused, True
+            tensor = torch.empty(numel, dtype=dtype, device=device)
+            observer.paused = paused
+        self.add(state, tensor.numel() * tensor.element_size())
+        return tensor
+
+    def drop(self, tensor: torch.Tensor, state: str) -> None:
+        """The caller lets go of a tensor that :meth:`empty` made."""
+        self.add(state, -tensor.numel() * tensor.element_size())
+
+    def adopt(self, tensor: torch.Tensor, state: str) -> None:
+        """Count a tensor that somebody else allocated (optimizer state)."""
+        if self.observer is not None:
+            self.observer.disown(tensor)
+        self.add(state, tensor.numel() * tensor.element_size())
 
     def reset_peak(self) -> None:
         """Forget the peaks: from here on they are what is live now."""
-        self.peak, self.at_peak, self.peak_total = dict(self.live), dict(self.live), self.total
+        self.peak, self.peak_total = dict(self.live), self.total
