@@ -4,7 +4,7 @@
 
     forward  unit i:  wait gather(i) · start gather(i+1) · compute · release(i)
     backward unit i:  wait gather(i) · start gather(i-1) · compute, gradients copied as they arrive
-                      · last one: release(i), start reduce(i) · finish reduce(i+2)
+                      · last one: release(i) · finish reduce(i+1) · start reduce(i)
     step:             update the held pieces · publish
 
 The order of units is learned from the last pass. Reduces are launched in an order that all ranks share,
@@ -32,7 +32,7 @@ from shardwise.errors import CommError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 
-_IN_FLIGHT = 2  # reduces that may be under way before the oldest is finished
+_IN_FLIGHT = 1  # reduces under way while the next unit computes; each holds a unit's gradients twice
 
 
 class Sequence_:
@@ -209,9 +209,13 @@ class Engine:
             unit.release()
 
     def _is_last(self, unit: Unit) -> bool:
-        last = self._forward.last
-        below = [u for u in last if u.module is not self.module]
-        return bool(below) and below[-1] is unit
+        return unit is self.last_forward
+
+    @property
+    def last_forward(self) -> Unit | None:
+        """The unit that came last in the last forward: it stays gathered, since backward begins with it."""
+        below = [u for u in self._forward.last if u.module is not self.module]
+        return below[-1] if below else None
 
     def _prefetch(self, unit: Unit) -> None:
         if unit.split:

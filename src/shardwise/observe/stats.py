@@ -86,8 +86,10 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
         optimizer_tensors: state tensors per parameter: 2 for Adam, 1 for SGD with momentum, 0 for SGD.
 
     Per unit of P padded elements, N ranks and S ranks per shard group: a reduce sends (N-1)/N · P (plus (R-1)/N · P
-    along the replicate axis), every gather (S-1)/S · P. ``gather_buffers`` is the largest unit's whole
-    buffers: its values and the next one's, its arriving gradients and those of the reduce in flight.
+    along the replicate axis) and a gather (S-1)/S · P. Split parameters are gathered for forward and for backward,
+    but for the root's own and the last unit, which stay; whole ones with split optimizer state once per step.
+    ``gather_buffers`` bounds what comes and goes: the values of the root's own and two other units, their arriving
+    gradients where gradients are split, and what one reduce receives.
     """
     engine = require_engine(module)
     row = Strategy.parse(strategy) if strategy is not None else engine.strategy
@@ -99,27 +101,42 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
     shard = engine.mesh.shard.size if row == engine.strategy else (1 if row.preset == "ddp" else size)
     copies = size // shard
     sent = parameters = gradients = optimizer = 0
-    largest: list[int] = []
+    values: list[int] = []  # per unit: bytes of gathered values, of a whole gradient
+    arriving: list[int] = []
+    root = engine.units[-1]
+    stays = {id(root), id(engine.last_forward or (engine.units[-2] if len(engine.units) > 1 else root))}
     for unit in engine.units:
-        whole = 0
+        values.append(0)
+        arriving.append(0)
         for b in unit.buckets:
             n, value, master = b.layout.numel, _width(b.dtype), _width(b.master_dtype)
             wire = _width(b.reduce_dtype)
             trainable = any(p.requires_grad for p in b.params)
             split_params = row.split_params and shard > 1
-            gathers = (2 if trainable else 1) if split_params else (1 if row.split_optimizer and trainable else 0)
+            if split_params:
+                gathers = 1 if id(unit) in stays else 2
+                values[-1] += n * value
+                parameters += n // shard * master
+            else:
+                gathers = 1 if row.split_optimizer and shard > 1 and trainable else 0
+                parameters += n * value
+                if value != master:
+                    optimizer += n // shard * master if row.split_optimizer else n * master
             sent += gathers * (shard - 1) * (n // shard) * value
-            parameters += n // shard * master if split_params else n * value
-            if not split_params and value != master:
-                optimizer += n // shard * master if row.split_optimizer else n * master
             if trainable:
                 sent += (size - 1) * (n // size) * wire + (copies - 1) * (n // size) * master
                 gradients += (n // shard if row.split_grads else n) * master
                 optimizer += tensors * (n // shard if row.split_optimizer else n) * master
-            whole += (n * value if split_params else 0) + (n * wire if row.split_grads and trainable else 0)
-        largest.append(whole)
-    two = sum(sorted(largest)[-2:]) if row.split_params or row.split_grads else 0
-    return Expected(sent, parameters, gradients, optimizer, two)
+                arriving[-1] += n * wire
+    buffers = _root_and_two(values) + max(arriving) * (size - 1) // size
+    if row.split_grads and shard > 1:
+        buffers += _root_and_two(arriving)
+    return Expected(sent, parameters, gradients, optimizer, buffers)
+
+
+def _root_and_two(sizes: list[int]) -> int:
+    """What is live when the root's own unit and two others are."""
+    return sizes[-1] + sum(sorted(sizes[:-1])[-2:])
 
 
 def _width(dtype: Any) -> int:

@@ -1,0 +1,497 @@
+"""The Accelerator: one script, the true mean, the same decisions on every rank."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import PRESETS, assert_close, batch, loss_of, make, rank, whole, world
+from ranks import run
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import shardwise
+from shardwise.accelerator import Accelerator
+from shardwise.data import BatchShard, DataError
+from shardwise.errors import CommError, GradientError, OptimizerError, StrategyError
+
+
+def everywhere(size, function, *args):
+    """On every rank of a world of ``size``; a world of one is this process."""
+    return [function(*args)] if size == 1 else run(size, function, *args)
+
+
+class Weight(nn.Module):
+    """loss = mean of w * x, so the gradient is the mean of x."""
+
+    def __init__(self, n: int = 1) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(n))
+
+    def forward(self, x):
+        return (x * self.w).sum(-1)
+
+
+def grad_of(model):
+    with shardwise.gathered(model, grads=True):
+        return model.w.grad.clone()
+
+
+# --- prepare -----------------------------------------------------------------------------------
+def prepare_kinds(preset):
+    accelerator = Accelerator(strategy=preset, cpu=True)
+    model = make()
+    early = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.StepLR(early, 1)
+    loader = DataLoader(TensorDataset(torch.arange(4.0)), batch_size=1)
+    params = list(model.parameters())
+    other = object()
+    sched, data, thing, opt, prepared = accelerator.prepare(schedule, loader, other, early, model)
+    assert prepared is model and thing is other and accelerator.unwrap_model(prepared) is model
+    assert all(a is b for a, b in zip(params, model.parameters(), strict=True))
+    assert isinstance(opt, torch.optim.Optimizer) and opt.optimizer is early and opt.param_groups is early.param_groups
+    assert sched.scheduler is schedule and sched.optimizers == [opt] and len(data) == -(-4 // world())
+    assert accelerator.prepare(model) is model and accelerator.prepare(opt) is opt
+    late = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    torch.optim.lr_scheduler.StepLR(late, 1)  # a scheduler on the wrapper
+    accelerator.backward(loss_of(model, batch(0, rank())))
+    late.step()
+    late.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    assert (accelerator.num_processes, accelerator.process_index) == (world(), rank())
+    assert accelerator.is_main_process == (rank() == 0)
+    accelerator.wait_for_everyone()
+    return True
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_prepare(size, preset):
+    assert all(everywhere(size, prepare_kinds, preset))
+
+
+def test_settings_are_not_shared(monkeypatch):
+    a = Accelerator(gradient_accumulation_steps=4, strategy="zero2", mixed_precision="bf16", cpu=True)
+    b = Accelerator(cpu=True)
+    assert (b.gradient_accumulation_steps, b.strategy.preset, b.mixed_precision) == (1, "ddp", "no")
+    with a.accumulate():
+        assert not a.sync_gradients and b.sync_gradients
+    monkeypatch.setenv("SHARDWISE_STRATEGY", "zero3")
+    monkeypatch.setenv("SHARDWISE_MIXED_PRECISION", "bf16")
+    assert Accelerator(strategy="ddp", cpu=True).strategy == shardwise.Strategy("zero3", param_dtype="bf16")
+    monkeypatch.delenv("SHARDWISE_STRATEGY")
+    with pytest.raises(StrategyError, match="contradict"):
+        Accelerator(strategy="zero3,param_dtype=fp16", cpu=True)
+
+
+def training(preset, precision=None):
+    accelerator = Accelerator(strategy=preset, mixed_precision=precision, cpu=True)
+    model = make()
+    model, opt = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    losses, norms = [], []
+    for step in range(6):
+        logits = model(batch(step, rank())[:, :-1])
+        assert logits.dtype == torch.float32
+        loss = F.cross_entropy(logits.flatten(0, 1), batch(step, rank())[:, 1:].flatten())
+        accelerator.backward(loss)
+        norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
+        opt.step()
+        opt.zero_grad()
+        losses.append(float(accelerator.reduce(loss, "mean")))
+    return losses, norms, whole(model)
+
+
+def training_alone(size):
+    model = make()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, norms = [], []
+    for step in range(6):
+        loss = loss_of(model, torch.cat([batch(step, r) for r in range(size)]))
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        opt.step()
+        opt.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, norms, whole(model)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_mixed_precision(size, preset):
+    oracle = training_alone(size)
+    for losses, norms, weights in everywhere(size, training, preset):
+        assert losses == pytest.approx(oracle[0], rel=1e-4)
+        assert norms == pytest.approx(oracle[1], rel=1e-4)
+        assert_close(weights, oracle[2], 1e-4)
+    for precision, tol in (("bf16", 0.05), ("fp16", 0.02)):
+        for losses, norms, weights in everywhere(size, training, preset, precision):
+            assert all(v.dtype == torch.float32 for v in weights.values())
+            assert losses == pytest.approx(oracle[0], rel=tol)
+            assert norms == pytest.approx(oracle[1], rel=2 * tol)
+
+
+# --- accumulation ------------------------------------------------------------------------------
+def accumulation(preset, n, zero_first, precision=None):
+    """Gradients at the boundaries of one epoch over 5 batches per rank, with values that add up exactly."""
+    accelerator = Accelerator(strategy=preset, gradient_accumulation_steps=n, cpu=True, mixed_precision=precision)
+    model = Weight(3)
+    data = torch.tensor([[float(2**k), 1.0, float(k)] for k in range(5 * world())])
+    model, opt, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), DataLoader(TensorDataset(data), batch_size=1)
+    )
+    schedule = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 1.0))
+    grads, syncs, norms = [], [], []
+    for (x,) in loader:
+        with accelerator.accumulate(model):
+            if zero_first:
+                opt.zero_grad()
+            accelerator.backward(model(x).mean())
+            syncs.append(accelerator.sync_gradients)
+            norms.append(accelerator.clip_grad_norm_(model.parameters(), 1e9))
+            if accelerator.sync_gradients:
+                grads.append(grad_of(model) / (accelerator.scaler.get_scale() if norms[-1] is None else 1.0))
+            opt.step()
+            schedule.step()
+            if not zero_first:
+                opt.zero_grad()
+    assert [norm is None for norm in norms] == [not s for s in syncs]
+    return [g.tolist() for g in grads], syncs, whole(model)["w"].tolist(), schedule.last_epoch
+
+
+@pytest.mark.parametrize("precision", [None, "fp16"])
+@pytest.mark.parametrize("zero_first", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_accumulation_gives_the_true_mean_tail_included(size, preset, zero_first, precision):
+    data = torch.tensor([[float(2**k), 1.0, float(k)] for k in range(5 * size)])
+    means = [data[: 4 * size].mean(0), data[4 * size :].mean(0)]
+    for grads, syncs, weight, scheduled in everywhere(size, accumulation, preset, 4, zero_first, precision):
+        assert syncs == [False, False, False, True, True]
+        assert torch.equal(torch.tensor(grads), torch.stack(means))
+        assert torch.equal(torch.tensor(weight), -means[0] - means[1])
+        assert scheduled == 2
+
+
+def test_accumulation_on_three_ranks():
+    data = torch.tensor([[float(2**k), 1.0, float(k)] for k in range(15)])
+    for grads, _, _, _ in run(3, accumulation, "zero3", 4, False):
+        torch.testing.assert_close(torch.tensor(grads), torch.stack([data[:12].mean(0), data[12:].mean(0)]))
+
+
+def two_losses(preset):
+    """Two backwards per micro-batch, and two models of which one is trained by the second loss only."""
+    accelerator = Accelerator(strategy=preset, gradient_accumulation_steps=2, cpu=True)
+    a, b = accelerator.prepare(Weight(), Weight())
+    for k in range(2):
+        with accelerator.accumulate(a, b):
+            x = torch.tensor([[float(4 * k + rank())]])
+            accelerator.backward(a(x).mean())
+            accelerator.backward((a(x) + b(2 * x)).mean())
+    return grad_of(a).item(), grad_of(b).item()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_losses_add_up(preset):
+    mean = (0 + 1 + 4 + 5) / 4
+    assert run(2, two_losses, preset) == [(2 * mean, 2 * mean)] * 2
+
+
+def outside_accumulate(preset):
+    accelerator = Accelerator(strategy=preset, cpu=True)
+    model = accelerator.prepare(Weight())
+    x = torch.tensor([[float(1 + rank())]])
+    with accelerator.no_sync(model):
+        accelerator.backward(model(x).mean())
+    accelerator.backward(model(x).mean())
+    summed = grad_of(model).item()
+    model.zero_grad()
+    accelerator.backward(model(x).mean(), weight=1 + 2 * rank())
+    return summed, grad_of(model).item()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_outside_accumulate_gradients_add_up(preset):
+    assert run(2, outside_accumulate, preset) == [(3.0, (1 * 1 + 3 * 2) / 4)] * 2
+
+
+# --- weights -----------------------------------------------------------------------------------
+WEIGHTS = [[3, 1, 4], [0, 5, 0], [2, 0, 6], [0, 0, 0]]  # micro-batch by rank
+
+
+def weighted(preset, precision, windows):
+    accelerator = Accelerator(
+        strategy=preset, mixed_precision=precision, gradient_accumulation_steps=len(windows[0]), cpu=True
+    )
+    model = Weight(2)
+    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    grads = []
+    for window in windows:
+        for k in window:
+            with accelerator.accumulate(model):
+                n = WEIGHTS[k][rank()]
+                items = torch.full((n, 2), float(k + 1)) + torch.arange(2.0)
+                accelerator.backward(model(items).mean(), weight=n)  # the mean of nothing is nan
+                if accelerator.clip_grad_norm_(model.parameters(), 1e9) is not None:
+                    grads.append(grad_of(model).tolist())
+                opt.step()
+                opt.zero_grad()
+    assert not accelerator.optimizer_step_was_skipped
+    return grads
+
+
+@pytest.mark.parametrize("precision", [None, "fp16"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_weighted_losses_give_the_mean_over_items(size, preset, precision):
+    if size == 3 and preset in ("zero1", "zero2"):
+        return
+    windows = [[3, 3], [0, 1], [2, 3], [1, 2]]
+    expected = []
+    for window in windows:
+        items = [k + 1.0 for k in window for n in WEIGHTS[k][:size] for _ in range(n)]
+        mean = sum(items) / len(items) if items else 0.0
+        expected.append([mean, mean + 1 if items else 0.0])
+    for grads in everywhere(size, weighted, preset, precision, windows):
+        torch.testing.assert_close(torch.tensor(grads), torch.tensor(expected))
+
+
+def test_weighted_and_unweighted_do_not_mix():
+    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+    model = accelerator.prepare(Weight())
+    with accelerator.accumulate(model):
+        accelerator.backward(model(torch.ones(1, 1)).mean(), weight=2)
+    with accelerator.accumulate(model), pytest.raises(GradientError, match="weighted and unweighted"):
+        accelerator.backward(model(torch.ones(1, 1)).mean())
+    with pytest.raises(GradientError, match="not a number of items"):
+        accelerator.backward(model(torch.ones(1, 1)).mean(), weight=-1)
+
+
+# --- fp16 --------------------------------------------------------------------------------------
+def overflow(preset):
+    accelerator = Accelerator(strategy=preset, mixed_precision="fp16", cpu=True)
+    model = make()
+    model, opt = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    schedule = accelerator.prepare(torch.optim.lr_scheduler.StepLR(opt.optimizer, 1, gamma=0.5))
+    seen = []
+    for step in range(4):
+        before = whole(model)
+        loss = loss_of(model, batch(step, rank()))
+        if step == 1 and rank() == world() - 1:
+            loss = loss * float("inf")
+        accelerator.backward(loss)
+        if step == 2:
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
+        moved = any(not torch.equal(before[k], v) for k, v in whole(model).items())
+        assert moved == (not accelerator.optimizer_step_was_skipped)
+        seen.append((accelerator.optimizer_step_was_skipped, accelerator.scaler.get_scale(), schedule.last_epoch))
+    return seen, whole(model)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_overflow_on_one_rank_is_skipped_by_all(size, preset):
+    ranks = everywhere(size, overflow, preset)
+    start = 65536.0
+    for seen, weights in ranks:
+        assert seen == [(False, start, 1), (True, start / 2, 1), (False, start / 2, 2), (False, start / 2, 3)]
+        assert all(torch.isfinite(v).all() for v in weights.values())
+
+
+def two_optimizers():
+    """The scale must not change while a second optimizer still holds gradients of the old one."""
+    accelerator = Accelerator(strategy="zero2", mixed_precision="fp16", cpu=True)
+    a, b = Weight(), Weight()
+    a, b, of_a, of_b = accelerator.prepare(
+        a, b, torch.optim.SGD(a.parameters(), lr=1.0), torch.optim.SGD(b.parameters(), lr=1.0)
+    )
+    x = torch.ones(1, 1)
+    accelerator.backward(a(x).mean() * (float("inf") if rank() == 0 else 1.0) + b(x).mean())
+    of_a.step()
+    of_b.step()
+    skipped = of_a.step_was_skipped, of_b.step_was_skipped
+    for opt in (of_a, of_b):
+        opt.zero_grad()
+    accelerator.backward(a(x).mean() + b(x).mean())
+    for opt in (of_a, of_b):
+        opt.step()
+    return skipped, accelerator.scaler.get_scale(), whole(a)["w"].item(), whole(b)["w"].item()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_optimizers_share_a_scale(size):
+    assert everywhere(size, two_optimizers) == [((True, False), 32768.0, -1.0, -2.0)] * size
+
+
+# --- optimizers --------------------------------------------------------------------------------
+class Matrices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def inputs(step, r):
+    return torch.randn(3, 6, generator=torch.Generator().manual_seed(10 * step + r))
+
+
+def muon(preset, late):
+    accelerator = Accelerator(strategy=preset, cpu=True)
+    torch.manual_seed(1)
+    model = Matrices()
+    opt = torch.optim.Muon(model.parameters(), lr=0.05)
+    model, opt = accelerator.prepare(model, opt) if late else accelerator.prepare(opt, model)[::-1]
+    for step in range(4):
+        accelerator.backward(model(inputs(step, rank())).square().mean())
+        opt.step()
+        opt.zero_grad()
+    return whole(model)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_muon_gets_whole_tensors(size, preset):
+    torch.manual_seed(1)
+    oracle = Matrices()
+    opt = torch.optim.Muon(oracle.parameters(), lr=0.05)
+    for step in range(4):
+        oracle(torch.cat([inputs(step, r) for r in range(size)])).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    for weights in everywhere(size, muon, preset, size == 2):
+        assert_close(weights, whole(oracle), 1e-4)
+
+
+def test_impossible_optimizers_are_refused_before_anything_changes():
+    accelerator = Accelerator(strategy="zero3", cpu=True)
+    for kind in (torch.optim.LBFGS, torch.optim.SparseAdam):
+        model = Weight()
+        with pytest.raises(OptimizerError, match=kind.__name__):
+            accelerator.prepare(kind(model.parameters()), model)
+        assert not hasattr(model.w, "_shardwise_unit")
+    model = accelerator.prepare(Matrices())
+    with pytest.raises(OptimizerError, match="layout=tensor"):
+        accelerator.prepare(torch.optim.Muon(model.parameters()))
+
+
+# --- data --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("samples", [1, 2, 7, 8, 11, 12])
+def test_batch_shards(samples, ranks, drop_last):
+    batches = torch.utils.data.BatchSampler(range(samples), 4 if ranks != 3 else 3, drop_last)
+    size = batches.batch_size
+    for split in (False, True):
+        if split and size % ranks:
+            with pytest.raises(DataError):
+                BatchShard(batches, ranks, 0, split)
+            continue
+        for even in (False, True):
+            shards = [BatchShard(batches, ranks, r, split, even) for r in range(ranks)]
+            parts = [list(s) for s in shards]
+            part = size // ranks if split else size
+            if even:
+                assert [len(p) for p in parts] == [len(s) for s in shards]
+                assert all(len(b) == part for p in parts for b in p)
+            seen = [i for row in zip(*parts, strict=True) for b in row for i in b] if even else None
+            step = ranks * part
+            if even and not drop_last:
+                wanted = list(range(samples)) + [i % min(samples, step) for i in range(-samples % step)]
+                assert seen == wanted
+                assert shards[0].tail.real == samples - (len(wanted) - step)
+            elif even:
+                assert seen == list(range(samples // step * step))
+            elif not drop_last:
+                assert sorted(i for p in parts for b in p for i in b) == list(range(samples))
+                assert [len(p) for p in parts] == [len(s) for s in shards] or split
+
+
+class Stream(IterableDataset):
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        return iter(torch.arange(self.n))
+
+
+def reading(kind, samples, size, options, workers=0):
+    accelerator = Accelerator(cpu=True, **options)
+    if kind == "iterable":
+        loader = DataLoader(Stream(samples), batch_size=size)
+    else:
+        torch.manual_seed(rank())  # the ranks' own random states must not matter
+        loader = DataLoader(torch.arange(samples), batch_size=size, shuffle=kind == "shuffled", num_workers=workers)
+    loader = accelerator.prepare(loader)
+    epochs = []
+    for _ in range(2):
+        raw, kept, objects, ends = [], [], [], []
+        for x in loader:
+            raw.append(x.tolist())
+            out = accelerator.gather_for_metrics({"x": x, "pairs": torch.stack([x, x], 1)})
+            assert torch.equal(out["pairs"][:, 0], out["x"])
+            kept += out["x"].tolist()
+            objects += accelerator.gather_for_metrics([str(int(v)) for v in x])
+            ends.append(loader.end_of_dataloader)
+        assert ends == [False] * (len(ends) - 1) + [True]
+        assert kind == "iterable" or len(loader) == len(ends)
+        assert objects == [str(v) for v in kept]
+        epochs.append((raw, kept))
+    loader.set_epoch(0)
+    again = [x.tolist() for x in loader]
+    assert again == epochs[0][0]
+    return epochs
+
+
+@pytest.mark.parametrize("kind", ["plain", "shuffled", "iterable"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_sample_once(size, kind):
+    for samples in (3, 13, 18):
+        ranks = everywhere(size, reading, kind, samples, 3, {})
+        for epoch in range(2):
+            assert all(r[epoch][1] == ranks[0][epoch][1] for r in ranks)
+            order = ranks[0][epoch][1]
+            assert sorted(order) == list(range(samples))
+            assert (order == sorted(order)) == (kind != "shuffled") or samples == 3
+            if size > 1:
+                assert len({len(r[epoch][0]) for r in ranks}) == 1
+                assert {len(b) for r in ranks for b in r[epoch][0]} == {3}
+        assert kind != "shuffled" or samples == 3 or ranks[0][0][1] != ranks[0][1][1]
+
+
+def test_split_batches_and_workers():
+    for order in run(2, reading, "plain", 10, 4, {"split_batches": True}):
+        assert order[0][1] == list(range(10))
+        assert [len(b) for b in order[0][0]] == [2, 2, 2]
+    assert reading("shuffled", 10, 4, {}, 1)[0][1] != list(range(10))
+
+
+def sharing():
+    accelerator = Accelerator(cpu=True)
+    x = torch.tensor([[1.0 + rank(), 2.0]], dtype=torch.bfloat16)
+    out = accelerator.gather({"a": [x, torch.tensor(rank())], "b": (torch.tensor([rank() == 1]),)})
+    total = accelerator.reduce(torch.tensor([float(rank() + 1)]), "sum", scale=2.0)
+    wrong = ""
+    if world() > 1:
+        try:
+            accelerator.gather(torch.zeros(1 + rank()))
+        except CommError as error:
+            wrong = str(error)
+    with pytest.raises(TypeError):
+        accelerator.gather([1, 2])
+    return out["a"][0].tolist(), out["a"][1].tolist(), out["b"][0].tolist(), float(total), "other shapes" in wrong
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gather_and_reduce(size):
+    rows = [[1.0 + r, 2.0] for r in range(size)]
+    total = 2.0 * math.comb(size + 1, 2)
+    expected = (rows, list(range(size)), [r == 1 for r in range(size)], total, size > 1)
+    assert everywhere(size, sharing) == [expected] * size

@@ -1,0 +1,55 @@
+"""The floors of the house: imports go downward only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import shardwise
+
+ROOT = Path(shardwise.__file__).parent
+# Lower floors first. A module may import its own floor and those below.
+FLOORS = [
+    ["errors"],
+    ["strategy", "environment"],
+    ["layout"],
+    ["comm"],
+    ["tiers"],
+    ["engine"],
+    ["data", "observe", "operations"],
+    ["fsdp", "accelerator", "stepping"],
+    ["__init__"],
+    ["cli", "__main__"],
+]
+FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "shardwise":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {a.name if a.name in FLOOR_OF else "__init__" for a in node.names}
+        elif isinstance(node, ast.Import):
+            for a in node.names:
+                parts = a.name.split(".")
+                if parts[0] == "shardwise":
+                    found.add(parts[1] if len(parts) > 1 else "__init__")
+    return found
+
+
+def test_every_module_has_a_floor():
+    top = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert top <= set(FLOOR_OF), f"give a floor to {sorted(top - set(FLOOR_OF))}"
+
+
+def test_imports_go_downward():
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for other in imports(path):
+            assert FLOOR_OF[other] <= FLOOR_OF[name], f"{path.relative_to(ROOT)} imports {other}, a floor above it"
+
+
+def test_layout_and_strategy_know_no_torch():
+    for name in ("layout.py", "strategy.py", "errors.py"):
+        assert "import torch" not in (ROOT / name).read_text()
