@@ -15,12 +15,12 @@ PRESETS = ["ddp", "zero1", "zero2", "zero3"]
 
 
 class Block(nn.Module):
-    def __init__(self, d: int) -> None:
+    def __init__(self, d: int, odd: bool = True) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(d)
         self.up = nn.Linear(d, 3 * d)
         self.down = nn.Linear(3 * d, d, bias=False)
-        self.gain = nn.Parameter(torch.ones(()))
+        self.gain = nn.Parameter(torch.ones(() if odd else (1,)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.gain * self.down(F.gelu(self.up(self.norm(x))))
@@ -29,13 +29,13 @@ class Block(nn.Module):
 class LM(nn.Module):
     """A byte-level model with odd sizes, a scalar and an empty parameter, and an optionally tied head."""
 
-    def __init__(self, d: int = 13, layers: int = 3, vocab: int = 31, tied: bool = False) -> None:
+    def __init__(self, d: int = 13, layers: int = 3, vocab: int = 31, tied: bool = False, odd: bool = True) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, d)
-        self.blocks = nn.ModuleList(Block(d) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(d, odd) for _ in range(layers))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, vocab, bias=False)
-        self.nothing = nn.Parameter(torch.empty(0, 4))
+        self.nothing = nn.Parameter(torch.empty(0, 4)) if odd else None
         if tied:
             self.head.weight = self.embed.weight
 

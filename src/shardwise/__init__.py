@@ -1,5 +1,6 @@
 """Shardwise trains and runs PyTorch models that are too large for one device."""
 
+from shardwise.accelerator import Accelerator
 from shardwise.comm import init
 from shardwise.engine.build import fully_shard, gathered, no_sync
 from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
@@ -11,6 +12,7 @@ from shardwise.strategy import Strategy
 
 __version__ = "0.1.0"
 __all__ = [
+    "Accelerator",
     "DistributedDataParallel",
     "FullyShardedDataParallel",
     "MemoryMeter",

@@ -34,6 +34,10 @@ class _Wrapper(nn.Module):
         **torch_options: Any,
     ) -> None:
         super().__init__()
+        if torch_options.pop("process_group", None) is not None:
+            raise StrategyError(
+                "process_group of some ranks is not supported", fix="leave it out: the model trains over all ranks"
+            )
         unknown = set(torch_options) - _HARMLESS
         if unknown:
             raise StrategyError(
@@ -109,7 +113,7 @@ class FullyShardedDataParallel(_Wrapper):
 
 
 _HARMLESS = {
-    "device_ids", "output_device", "dim", "process_group", "bucket_cap_mb", "find_unused_parameters",
+    "device_ids", "output_device", "dim", "bucket_cap_mb", "find_unused_parameters",
     "check_reduction", "gradient_as_bucket_view", "static_graph", "init_sync", "skip_all_reduce_unused_params",
     "use_orig_params", "device_id", "sync_module_states", "forward_prefetch", "limit_all_gathers",
     "backward_prefetch",

@@ -1,0 +1,230 @@
+"""``shardwise launch`` through the command line, with real rank processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shardwise import ShardwiseError, Strategy, cli, environment
+
+SRC = str(Path(__file__).parent.parent / "src")
+
+
+def start(*args: object, cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SHARDWISE_", "OMP_"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "shardwise", *map(str, args)],
+        cwd=cwd, env={**inherited, "PYTHONPATH": SRC, **variables}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def command(*args: object, cwd: Path, **variables: str) -> tuple[int, str, str]:
+    return finish(start(*args, cwd=cwd, **variables))
+
+
+def script(folder: Path, text: str, name: str = "job.py") -> str:
+    (folder / name).write_text(text)
+    return name
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The message of a command that ends with 2 before anything starts."""
+    monkeypatch.setattr(sys, "argv", ["shardwise", *args])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+ECHO = """
+import json, os, sys
+keys = ("RANK", "WORLD_SIZE", "SHARDWISE_STRATEGY", "SHARDWISE_MIXED_PRECISION", "SHARDWISE_CPU", "OMP_NUM_THREADS")
+with open(f"said-{os.environ['RANK']}", "w") as f:
+    json.dump([{k: os.environ.get(k) for k in keys}, sys.argv[1:]], f)
+"""
+
+
+def said(folder: Path) -> list[tuple[dict[str, str | None], list[str]]]:
+    import json
+
+    return [tuple(json.loads(p.read_text())) for p in sorted(folder.glob("said-*"))]
+
+
+def test_as_many_run_as_were_asked_for_and_arguments_arrive_untouched(tmp_path: Path) -> None:
+    own = ["--lr", "3", "-n", "7", "--strategy=ddp", "--", "$x ${local_rank} $$", "two words", "--help"]
+    code, _, err = command(
+        "launch", "--nproc", 3, "--strategy", "zero2, reduce_dtype=bf16", "--mixed-precision", "bf16", "--cpu",
+        script(tmp_path, ECHO), *own, cwd=tmp_path, OMP_NUM_THREADS="5",
+    )  # fmt: skip
+    assert code == 0, err
+    found = said(tmp_path)
+    assert [e["RANK"] for e, _ in found] == ["0", "1", "2"]
+    for variables, args in found:
+        assert args == own
+        assert variables["WORLD_SIZE"] == "3"
+        assert variables["SHARDWISE_STRATEGY"] == "zero2,reduce_dtype=bf16"
+        assert variables["SHARDWISE_MIXED_PRECISION"] == "bf16"
+        assert variables["SHARDWISE_CPU"] == "1"
+        assert variables["OMP_NUM_THREADS"] == "5"
+    assert err == ""
+
+
+def test_a_module_with_defaults_says_how_many_ranks_and_sets_nothing(tmp_path: Path) -> None:
+    script(tmp_path, ECHO, "job.py")
+    code, _, err = command("launch", "--cpu", "-m", "job", "-m", cwd=tmp_path)
+    assert code == 0, err
+    assert err == "shardwise: 1 rank on the CPU (--nproc chooses how many)\n"
+    [(variables, args)] = said(tmp_path)
+    assert args == ["-m"]
+    assert variables["SHARDWISE_STRATEGY"] is None
+    assert int(variables["OMP_NUM_THREADS"] or 0) >= 1
+
+
+FAILS = """
+import os, signal, sys, torch, shardwise
+world = shardwise.init("cpu")
+model = shardwise.fully_shard(torch.nn.Linear(4, 4))
+for step in range(5):
+    if step == 2 and world.rank == 1:
+        {end}
+    model(torch.ones(1, 4)).sum().backward()
+"""
+
+
+def test_a_rank_that_raises_is_named_first_and_the_launcher_adds_one_line_per_rank(tmp_path: Path) -> None:
+    code, _, err = command(
+        "launch", "-n", 2, "--cpu", script(tmp_path, FAILS.format(end="raise ValueError('no such row')")), cwd=tmp_path
+    )
+    assert code == 1
+    assert "ValueError: no such row" in err
+    summary = [line for line in err.splitlines() if line.startswith("shardwise: rank ") and "exit code" in line]
+    assert summary[0] == "shardwise: rank 1 ended with exit code 1, the first to fail"
+    assert "ChildFailedError" not in err and "torch/distributed/elastic" not in err
+    assert err.count("shardwise report") <= 1
+
+
+def test_a_killed_rank_is_named_with_its_signal_and_the_others_report_where_they_waited(tmp_path: Path) -> None:
+    code, _, err = command(
+        "launch", "-n", 2, "--cpu",
+        script(tmp_path, FAILS.format(end="os.kill(os.getpid(), signal.SIGKILL)")), cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 1
+    assert "shardwise: rank 1 was ended by SIGKILL" in err
+    assert err.count("shardwise report") == 1
+    assert "rank 0 was waiting for" in err
+
+
+def test_ctrl_c_ends_every_rank_with_one_message(tmp_path: Path) -> None:
+    sleeps = "import os, time\nopen('pid-' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+    process = start("launch", "--nproc", 2, "--cpu", script(tmp_path, sleeps), cwd=tmp_path)
+    until = time.monotonic() + 60
+    pids: list[int] = []
+    while len(pids) < 2 and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.1)
+        pids = [int(text) for p in tmp_path.glob("pid-*") if (text := p.read_text())]
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert err == "\nshardwise: stopped by Ctrl-C; all 2 ranks have ended\n"
+    assert len(pids) == 2 and not any(alive(pid) for pid in pids)
+
+
+def test_restarts_are_said_and_can_succeed(tmp_path: Path) -> None:
+    once = "import os, sys\nsys.exit(3 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' else 0)\n"
+    code, _, err = command("launch", "-n", 1, "--cpu", "--max-restarts", 1, script(tmp_path, once), cwd=tmp_path)
+    assert code == 0, err
+    assert "rank 0 ended with exit code 3" in err and "starting all ranks anew (1 restart left)" in err
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_two_hosts_meet(tmp_path: Path, numbered: bool) -> None:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{s.getsockname()[1]}"
+    name = script(tmp_path, ECHO)
+    launchers = [
+        start(
+            "launch", "-n", 1, "--cpu", "--nnodes", 2, "--rdzv-endpoint", endpoint,
+            *(["--node-rank", host] if numbered else []), name, cwd=tmp_path,
+        )
+        for host in range(2)
+    ]  # fmt: skip
+    for launcher in launchers:
+        code, _, err = finish(launcher)
+        assert code == 0, err
+    assert [(e["RANK"], e["WORLD_SIZE"]) for e, _ in said(tmp_path)] == [("0", "2"), ("1", "2")]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nothere.py"], "there is no script 'nothere.py'"),
+        (["-m", "no_such_module_here"], "there is no module"),
+        (["--nproc", "0", "x.py"], "--nproc 0 is not a number of ranks"),
+        (["--strategy", "zerro", "x.py"], "one of ddp, zero1"),
+        (["--strategy", "zero3,offload_params=nvme", "x.py"], "fix:"),
+        (["--mixed-precision", "fp8", "x.py"], "one of no, fp16, bf16"),
+        (["--nnodes", "2", "--nproc", "1", "x.py"], "--rdzv-endpoint"),
+        (["--node-rank", "1", "--nproc", "1", "x.py"], "--node-rank 1"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_its_fix(
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = refused(monkeypatch, capsys, "launch", *args)
+    assert "error: " in err and message in err and "Traceback" not in err
+
+
+def test_more_ranks_than_cuda_devices_needs_cpu_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    err = refused(monkeypatch, capsys, "launch", "--nproc", "4", "x.py")
+    assert "CUDA devices (2)" in err and "--cpu" in err
+
+
+def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import shardwise
+
+    monkeypatch.setattr(sys, "argv", ["shardwise", "--version"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code in (0, None)
+    assert capsys.readouterr().out == f"shardwise {shardwise.__version__}\n"
+
+
+def test_the_launchers_word_wins_over_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(environment.STRATEGY, raising=False)
+    monkeypatch.delenv(environment.MIXED_PRECISION, raising=False)
+    assert environment.strategy_from_environment() == Strategy("zero3")
+    assert environment.strategy_from_environment("zero1") == Strategy("zero1")
+    assert environment.mixed_precision_from_environment() is None
+    monkeypatch.setenv(environment.STRATEGY, "zero2")
+    monkeypatch.setenv(environment.MIXED_PRECISION, "bf16")
+    assert environment.strategy_from_environment(Strategy("ddp")) == Strategy("zero2")
+    assert environment.mixed_precision_from_environment("no") == "bf16"
+    monkeypatch.setenv(environment.MIXED_PRECISION, "fp8")
+    with pytest.raises(ShardwiseError, match="SHARDWISE_MIXED_PRECISION"):
+        environment.mixed_precision_from_environment()
