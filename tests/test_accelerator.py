@@ -87,9 +87,11 @@ def test_settings_are_not_shared(monkeypatch):
     monkeypatch.setenv("SHARDWISE_STRATEGY", "zero3")
     monkeypatch.setenv("SHARDWISE_MIXED_PRECISION", "bf16")
     assert Accelerator(strategy="ddp", cpu=True).strategy == shardwise.Strategy("zero3", param_dtype="bf16")
+    assert Accelerator(strategy="zero2,param_dtype=fp16", cpu=True).mixed_precision == "bf16", "the launcher's wins"
     monkeypatch.delenv("SHARDWISE_STRATEGY")
+    monkeypatch.delenv("SHARDWISE_MIXED_PRECISION")
     with pytest.raises(StrategyError, match="contradict"):
-        Accelerator(strategy="zero3,param_dtype=fp16", cpu=True)
+        Accelerator(strategy="zero3,param_dtype=fp16", mixed_precision="bf16", cpu=True)
 
 
 def training(preset, precision=None):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import adamw, assert_close, assert_same, batch, loss_of, make, rank, whole
-from ranks import run
 from torch import nn
 
 import shardwise
+from models import adamw, assert_close, assert_same, batch, loss_of, make, rank, whole
+from ranks import run
 from shardwise.errors import StrategyError
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import PRESETS, adamw, assert_close, assert_same, batch, loss_of, make, rank, whole, world
-from ranks import run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import shardwise
+from models import PRESETS, adamw, assert_close, assert_same, batch, loss_of, make, rank, whole, world
+from ranks import run
 from shardwise.errors import GradientError, OptimizerError, ReleasedParameterError, UnitError
 
 D = 8
@@ -24,7 +24,9 @@ def data(step: int, r: int, rows: int = 3, d: int = D) -> torch.Tensor:
     return torch.randn(rows, d, generator=torch.Generator().manual_seed(77 * step + r))
 
 
-def compare(build: Any, strategy: str, size: int, steps: int = 3, lr: float = 0.05, tol: float = 1e-5, loss: Any = None):
+def compare(
+    build: Any, strategy: str, size: int, steps: int = 3, lr: float = 0.05, tol: float = 1e-5, loss: Any = None
+):
     """Train ``build()`` sharded on this rank's rows and plain on all rows; same weights, same missing gradients."""
     loss = loss or (lambda m, x, k: m(x).square().mean())
     torch.manual_seed(5)
@@ -45,7 +47,6 @@ def compare(build: Any, strategy: str, size: int, steps: int = 3, lr: float = 0.
         opt.zero_grad()
         ref.zero_grad()
     assert_close(whole(model), whole(oracle), tol)
-    return True
 
 
 # --- models -------------------------------------------------------------------------------------
@@ -578,8 +579,14 @@ def released() -> None:
     assert {n: id(p) for n, p in model.named_parameters()} == objects
     assert {n: p.shape for n, p in model.named_parameters()} == shapes
     weight = model.blocks[0].up.weight
-    for use in (lambda: weight + 1, lambda: weight.data, lambda: weight.sum(), lambda: torch._foreach_add([weight], 1.0),
-                lambda: weight.numpy(), lambda: weight.tolist()):  # fmt: skip
+    uses = [
+        lambda: weight + 1,
+        lambda: weight.data,
+        lambda: weight.sum(),
+        lambda: weight.numpy(),
+        lambda: weight.tolist(),
+    ]
+    for use in [*uses, lambda: torch._foreach_add([weight], 1.0)]:
         with pytest.raises(ReleasedParameterError, match=r"blocks\.0\.up\.weight"):
             use()
     with pytest.raises(ReleasedParameterError, match="copy the module before"):
@@ -708,9 +715,7 @@ def misuse() -> None:
     with pytest.raises(UnitError, match="already"):
         shardwise.fully_shard(model)
     with pytest.raises(UnitError, match="meta"):
-        with torch.device("meta"):
-            meta = nn.Linear(2, 2)
-        shardwise.fully_shard(meta)
+        shardwise.fully_shard(nn.Linear(2, 2, device="meta"))
     with pytest.raises(UnitError, match="matches no module"):
         shardwise.fully_shard(make(), units="Nope")
     for bad in (torch.optim.LBFGS(model.parameters()), torch.optim.SparseAdam(list(model.parameters()))):

@@ -43,7 +43,9 @@ def test_world_of_64(strategy, tmp_path):
     path = tmp_path / "fake.py"
     path.write_text(SCRIPT)
     env = {"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, str(path), strategy, "64"], capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(path), strategy, "64"], capture_output=True, text=True, env=env, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     live, expected = facts["live"], facts["expected"]

@@ -70,7 +70,9 @@ def start(tmp_path: Path, size: int, *args: str) -> tuple[list[int], list[str], 
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         }  # fmt: skip
         ranks.append(
-            subprocess.Popen([sys.executable, str(path), *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, str(path), *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
         )
     outputs = [p.communicate(timeout=100)[1] for p in ranks]
     return [p.returncode for p in ranks], outputs, time.monotonic() - begin

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import PRESETS, LM, batch, loss_of, make, rank
-from ranks import run
 
 import shardwise
+from models import LM, PRESETS, batch, loss_of, make, rank
+from ranks import run
 
 SIZES = {"d": 64, "layers": 4, "vocab": 97}
 

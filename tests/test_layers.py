@@ -10,7 +10,7 @@ import shardwise
 ROOT = Path(shardwise.__file__).parent
 # Lower floors first. A module may import its own floor and those below.
 FLOORS = [
-    ["errors"],
+    ["errors", "trees"],
     ["strategy", "environment"],
     ["layout"],
     ["comm"],
@@ -29,7 +29,9 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "shardwise":
             parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {a.name if a.name in FLOOR_OF else "__init__" for a in node.names}
+            found |= (
+                {parts[1]} if len(parts) > 1 else {a.name if a.name in FLOOR_OF else "__init__" for a in node.names}
+            )
         elif isinstance(node, ast.Import):
             for a in node.names:
                 parts = a.name.split(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -19,8 +20,8 @@ def test_every_element_is_in_exactly_one_place(shapes, parts, granularity):
     assert layout.used == sum(prod(s) for s in shapes)
     assert layout.numel >= layout.used and layout.numel % parts == 0 and layout.shard_numel % ALIGN == 0
     taken = sorted((s.offset, s.stop) for s in layout.slots if s.numel)
-    assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False)), "no overlap"
-    assert all(0 <= lo and hi <= layout.numel for lo, hi in taken)
+    assert all(a[1] <= b[0] for a, b in pairwise(taken)), "no overlap"
+    assert all(lo >= 0 and hi <= layout.numel for lo, hi in taken)
     for i, slot in enumerate(layout.slots):
         pieces = [p for p in layout.pieces if p.slot == i]
         assert sum(p.numel for p in pieces) == slot.numel

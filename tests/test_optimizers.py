@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from models import PRESETS, assert_close, assert_same, batch, loss_of, make, rank, whole
-from ranks import run
 from torch.optim import lr_scheduler
 
 import shardwise
+from models import PRESETS, assert_close, assert_same, batch, loss_of, make, rank, whole
+from ranks import run
 from shardwise.errors import OptimizerError
 
 ELEMENTWISE: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def train_pair(strategy: str, size: int, build: Any, before: bool, steps: int = 
 
 def elementwise(size: int, name: str) -> None:
     """All presets, built before and after: the same bits; and close to one process."""
-    kw = {k: v for k, v in ELEMENTWISE[name].items()}
+    kw = dict(ELEMENTWISE[name])
 
     def build(model):
         g = groups(model) if name != "Rprop" else [{"params": list(model.parameters())}]
@@ -217,8 +218,8 @@ def closures(strategy: str, size: int) -> None:
             loss.backward()
             return loss
 
-        opts[0].step(lambda: closure(model, opts[0], batch(step, rank())))
-        opts[1].step(lambda: closure(oracle, opts[1], torch.cat([batch(step, r) for r in range(size)])))
+        opts[0].step(partial(closure, model, opts[0], batch(step, rank())))
+        opts[1].step(partial(closure, oracle, opts[1], torch.cat([batch(step, r) for r in range(size)])))
     assert_close(whole(model), whole(oracle), 2e-4)
 
 

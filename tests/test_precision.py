@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, whole
-from ranks import run
 
 import shardwise
+from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, whole
+from ranks import run
 
 
 def bf16(size: int) -> None:

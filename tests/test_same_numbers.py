@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from models import assert_close, assert_same, train, train_alone
 from ranks import run
 

@@ -29,11 +29,13 @@ def test_forms_agree():
     assert Strategy.parse("hsdp,shard_size=2,timeout=5").timeout == 5.0
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "zero4", "zero3,what=1", "zero3,layout=row", "zero3,shard_size=2", "layout=tensor", "zero3,layout=tensor,layout=tensor",
-     "zero3,timeout=soon", "zero3,timeout=0", "hsdp,shard_size=0", "zero1,offload_grads=nvme", "zero3,broadcast_buffers=perhaps"],
-)  # fmt: skip
+MISTAKES = """
+zero4 | zero3,what=1 | zero3,layout=row | zero3,shard_size=2 | layout=tensor | zero3,layout=tensor,layout=tensor
+zero3,timeout=soon | zero3,timeout=0 | hsdp,shard_size=0 | zero1,offload_grads=nvme | zero3,broadcast_buffers=perhaps
+"""
+
+
+@pytest.mark.parametrize("text", ["", *MISTAKES.replace("\n", "|").strip("|").split("|")])
 def test_mistakes_name_themselves(text):
     with pytest.raises(StrategyError) as error:
         Strategy.parse(text)

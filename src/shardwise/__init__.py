@@ -2,10 +2,10 @@
 
 from shardwise.accelerator import Accelerator
 from shardwise.comm import init
-from shardwise.engine.build import fully_shard, gathered, no_sync
+from shardwise.engine.build import gathered, no_sync
 from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
 from shardwise.errors import ShardwiseError
-from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel
+from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel, fully_shard
 from shardwise.observe.memory import MemoryMeter, memory_meter
 from shardwise.observe.stats import Stats, expected, reset_stats, stats
 from shardwise.strategy import Strategy

@@ -34,7 +34,7 @@ from shardwise import operations
 from shardwise.comm import World, init
 from shardwise.comm.world import default_device
 from shardwise.data import ShardedLoader
-from shardwise.engine.build import engine_of, fully_shard, no_sync
+from shardwise.engine.build import engine_of, no_sync, shard
 from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
 from shardwise.engine.optimizer import attach, check, needs_whole_tensors
 from shardwise.environment import CPU, mixed_precision_from_environment, strategy_from_environment
@@ -42,6 +42,7 @@ from shardwise.errors import StrategyError
 from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel
 from shardwise.stepping import AcceleratedOptimizer, AcceleratedScheduler, Steps
 from shardwise.strategy import Strategy
+from shardwise.trees import leaves, map_tensors
 
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -199,7 +200,7 @@ class Accelerator:
             if any(needs_whole_tensors(o) for o in holding):
                 strategy = strategy.replace(layout="tensor")
             if own:
-                fully_shard(model, strategy=strategy)
+                shard(model, strategy)
                 engine = engine_of(model)
         self._steps.models.append(model)
         if engine is not None and engine.strategy.param_dtype in _HALVES:
@@ -375,7 +376,7 @@ class Accelerator:
                 objects, lists of which are joined.
             use_gather_object: pickle even tensors, for example because the ranks have different shapes.
         """
-        tensors = all(isinstance(leaf, torch.Tensor) for leaf in operations.leaves(input_data))
+        tensors = all(isinstance(leaf, torch.Tensor) for leaf in leaves(input_data))
         loader = self._steps.loader
         tail = loader.tail() if loader is not None else None
 
@@ -385,7 +386,7 @@ class Accelerator:
             return rows[: tail.real * (n // tail.total)] if tail is not None and whole else rows
 
         if tensors and not use_gather_object:
-            return operations.map_tensors(operations.gather(input_data), real)
+            return map_tensors(operations.gather(input_data), real)
         parts = operations.gather_object(input_data)
         lists = all(isinstance(part, (list, tuple)) for part in parts)
         return real([item for part in parts for item in part] if lists else parts)
@@ -408,7 +409,7 @@ def _as_list(parameters: Any) -> list[Any]:
 def _outputs_in_fp32(module: nn.Module, args: Any, output: Any) -> Any:
     """A forward hook: losses are computed in fp32 whatever the model computed in."""
     half = (torch.float16, torch.bfloat16)
-    return operations.map_tensors(output, lambda t: t.float() if t.dtype in half else t)
+    return map_tensors(output, lambda t: t.float() if t.dtype in half else t)
 
 
 def _state_to_parameters(optimizer: Optimizer) -> None:

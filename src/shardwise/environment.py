@@ -24,7 +24,7 @@ PRECISIONS = ("no", "fp16", "bf16")
 
 
 def strategy_from_environment(default: str | Strategy | None = None) -> Strategy:
-    """The strategy to use: the launcher's, else the script's ``default``, else ``zero3``.
+    """The strategy to use: the launcher's, else the script's ``default``, else ``zero3``, in the launcher's precision.
 
     Args:
         default: what the script asked for.
@@ -33,7 +33,12 @@ def strategy_from_environment(default: str | Strategy | None = None) -> Strategy
         StrategyError: the value (the variable's, or the default) is not a strategy.
     """
     text = os.environ.get(STRATEGY)
-    return Strategy.parse(text if text else default)
+    chosen = Strategy.parse(text if text else default)
+    precision = os.environ.get(MIXED_PRECISION)
+    if precision:
+        wanted = mixed_precision_from_environment()
+        chosen = chosen.replace(param_dtype=None if wanted == "no" else wanted)
+    return chosen
 
 
 def mixed_precision_from_environment(default: str | None = None) -> str | None:

@@ -1,4 +1,4 @@
-"""Drop-ins for torch's own wrappers: change the import, keep the script.
+"""``fully_shard``, and drop-ins for torch's own wrappers: change the import, keep the script.
 
 ``DistributedDataParallel`` shards nothing by default (``ddp``), ``FullyShardedDataParallel`` everything (``zero3``).
 Both are thin: ``self.module`` is the caller's module, sharded in place.
@@ -8,16 +8,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from shardwise.engine.build import fully_shard, gathered, no_sync, require_engine
+from shardwise.engine import build
+from shardwise.engine.build import gathered, no_sync, require_engine
 from shardwise.engine.clip import clip_grad_norm_
 from shardwise.engine.select import UnitRule
+from shardwise.environment import strategy_from_environment
 from shardwise.errors import StrategyError
 from shardwise.strategy import Strategy
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fully_shard(
+    module: M, *, strategy: str | Strategy | None = None, mesh: DeviceMesh | None = None, units: UnitRule = None
+) -> M:
+    """Shard a module in place, so that it trains under ``strategy`` on all ranks.
+
+    The module, its parameter objects, their names and shapes stay; their values move into flat buffers
+    (rank 0's values, for everyone). Train as before: forward, ``loss.backward()``, any optimizer built before
+    or after. Gradients are the mean over ranks.
+
+    Args:
+        module: already on its device, with values (not on ``meta``).
+        strategy: a preset, its string form or a :class:`Strategy`; ``zero3`` by default. What
+            ``shardwise launch --strategy`` says wins over it.
+        mesh: a 1-D mesh of all ranks, or a 2-D (replicate, shard) one for ``hsdp``. By default all ranks.
+        units: which subtrees are gathered together: a module class or several, a class name, a predicate
+            ``(name, module) -> bool``, or ``None`` for repeated blocks and what else is large. Submodules on
+            which ``fully_shard`` was called before are units with their own strategy.
+
+    Returns:
+        The same module.
+
+    Raises:
+        UnitError: the module is sharded already, has meta or DTensor parameters, or ``units`` matches nothing.
+        StrategyError, NotAvailableYet: see :class:`Strategy`.
+
+    Cost: sends the parameters once, from rank 0. ``shardwise.expected(module)`` says what is live and sent later.
+    """
+    return build.shard(module, strategy_from_environment(strategy), mesh, units)
 
 
 class _Wrapper(nn.Module):
@@ -44,10 +79,10 @@ class _Wrapper(nn.Module):
                 f"{type(self).__name__} does not know {', '.join(sorted(unknown))}",
                 fix="say it with strategy=..., for example strategy='zero3,param_dtype=bf16'",
             )
-        chosen = Strategy.parse(strategy if strategy is not None else self._preset)
+        chosen = strategy_from_environment(strategy if strategy is not None else self._preset)
         if not broadcast_buffers:
             chosen = chosen.replace(broadcast_buffers=False)
-        fully_shard(module, strategy=chosen, units=units, mesh=mesh)
+        build.shard(module, chosen, mesh, units)
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

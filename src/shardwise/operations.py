@@ -6,10 +6,8 @@ results: sums are taken in rank order. Ranks that bring different shapes are tol
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 import zlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,42 +15,10 @@ import torch
 from shardwise.comm import World
 from shardwise.comm.group import Op
 from shardwise.errors import CommError
+from shardwise.trees import leaves, map_tensors
 
 _OP = Op("collective", "the accelerator", 0)  # units count their tags from 8: nothing else uses this one
 _TIMEOUT = 600.0
-
-
-def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """The same nest of tuples, lists, mappings and dataclasses with ``change`` applied to every tensor.
-
-    Containers are copied and keep their class; everything that is not a tensor stays as it is.
-    """
-    if isinstance(tree, torch.Tensor):
-        return change(tree)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(x, change) for x in tree))
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(x, change) for x in tree)
-    if isinstance(tree, dict):
-        out = tree.copy()  # keeps the class, as Hugging Face's outputs need
-        for key, value in tree.items():
-            out[key] = map_tensors(value, change)
-        return out
-    if isinstance(tree, Mapping):
-        return type(tree)({k: map_tensors(v, change) for k, v in tree.items()})  # type: ignore[call-arg]
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        changed = {f.name: map_tensors(getattr(tree, f.name), change) for f in dataclasses.fields(tree) if f.init}
-        return dataclasses.replace(tree, **changed)
-    return tree
-
-
-def leaves(tree: Any) -> list[Any]:
-    """Everything in a nest of tuples, lists and mappings that is not itself one of these, in order."""
-    if isinstance(tree, (list, tuple)):
-        return [leaf for item in tree for leaf in leaves(item)]
-    if isinstance(tree, Mapping):
-        return [leaf for item in tree.values() for leaf in leaves(item)]
-    return [tree]
 
 
 def to_device(tree: Any, device: torch.device, non_blocking: bool = False) -> Any:
@@ -127,9 +93,7 @@ def gather_object(item: Any) -> list[Any]:
     sizes = [int(n) for n in all_gather(torch.tensor([len(data)]))]
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
-    return [
-        pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(all_gather(padded), sizes, strict=True)
-    ]
+    return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(all_gather(padded), sizes, strict=True)]
 
 
 def reduce(tree: Any, reduction: str = "sum", scale: float = 1.0) -> Any:

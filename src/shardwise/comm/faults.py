@@ -60,7 +60,7 @@ class Faults:
             Faults._runs += 1  # several process groups in one life must not read each other's words
             base = dist.distributed_c10d._get_default_store()
             self._prefix = f"shardwise/{Faults._runs}"
-            self._store = dist.PrefixStore(self._prefix, base.clone())
+            self._store = dist.PrefixStore(self._prefix, base.clone())  # type: ignore[attr-defined]
             threading.Thread(target=self._watch, name="shardwise-faults", daemon=True).start()
             _install_excepthook()
 
@@ -69,7 +69,8 @@ class Faults:
 
     # --- telling ---------------------------------------------------------------------------
     def _watch(self) -> None:
-        store = dist.PrefixStore(self._prefix, dist.distributed_c10d._get_default_store().clone())
+        base = dist.distributed_c10d._get_default_store()
+        store = dist.PrefixStore(self._prefix, base.clone())  # type: ignore[attr-defined]
         told = ""
         while not self._stopped.wait(_QUIET_S / 2):
             waiting = self.tracker.waiting
@@ -135,7 +136,7 @@ class Faults:
         fix = (
             f"look at rank {cause['rank']}'s own message above; the other ranks only waited for it"
             if cause is not None
-            else "all ranks must run the same units in the same order; if one is only slow, raise the strategy's timeout"
+            else "all ranks must run the same units in the same order; if one is only slow, raise the timeout"
             if timed_out
             else "look at the end of the missing rank's log, and at the kernel's for out-of-memory kills"
         )
@@ -162,7 +163,8 @@ def _install_excepthook() -> None:
 
         world = World._current
         if world is None or world.size == 1:
-            return previous(kind, error, tb)
+            previous(kind, error, tb)
+            return
         faults = world.faults
         if isinstance(error, CommError):
             if faults.elected():
@@ -174,7 +176,9 @@ def _install_excepthook() -> None:
             if isinstance(error, ShardwiseError):
                 frames = [f for f in traceback.extract_tb(tb) if os.sep + "shardwise" + os.sep not in f.filename]
                 at = f"  at {frames[-1].filename}:{frames[-1].lineno}\n" if frames else ""
-                print(f"\nshardwise: rank {world.rank} failed\n{at}{kind.__name__}: {error}", file=sys.stderr, flush=True)
+                print(
+                    f"\nshardwise: rank {world.rank} failed\n{at}{kind.__name__}: {error}", file=sys.stderr, flush=True
+                )
             else:
                 print(f"\nshardwise: rank {world.rank} failed", file=sys.stderr, flush=True)
                 previous(kind, error, tb)

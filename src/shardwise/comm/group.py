@@ -103,7 +103,9 @@ class Group:
         except RuntimeError as error:  # the connection to a rank that ended is found here as often as in wait()
             raise self.world.faults.explain(error, op, self.ranks) from error
 
-    def exchange(self, sends: Sequence[tuple[torch.Tensor, int]], recvs: Sequence[tuple[torch.Tensor, int]], op: Op):
+    def exchange(
+        self, sends: Sequence[tuple[torch.Tensor, int]], recvs: Sequence[tuple[torch.Tensor, int]], op: Op
+    ) -> list[object]:
         """Start tagged sends ``(tensor, group rank)`` and receives; returns their work handles."""
         pg = self.pg
         assert pg is not None
@@ -141,9 +143,7 @@ class Group:
             return Transfer(None, None)
         if self.builtin:
             self._count(op, tensor.numel() * tensor.element_size() if self.rank == 0 else 0)
-            return Transfer(
-                self, op, [dist.broadcast(tensor, group=self.pg, group_src=0, async_op=True)]
-            )
+            return Transfer(self, op, [dist.broadcast(tensor, group=self.pg, group_src=0, async_op=True)])
         if self.rank == 0:
             return Transfer(self, op, self.exchange([(tensor, r) for r in self.peers()], [], op))
         return Transfer(self, op, self.exchange([], [(tensor, 0)], op))

@@ -151,9 +151,7 @@ class Reduction:
         elif mesh.replicate.size > 1 and mesh.shard.size > 1:
             group = mesh.replicate
             group._count(self.op, 2 * (group.size - 1) * self.out.numel() * self.out.element_size() // group.size)
-            self._second = Transfer(
-                group, self.op, [dist.all_reduce(self.out, group=group.pg, async_op=True)]
-            )
+            self._second = Transfer(group, self.op, [dist.all_reduce(self.out, group=group.pg, async_op=True)])
 
     def wait(self) -> None:
         self.advance()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from shardwise.comm.faults import Faults, Tracker
 from shardwise.comm.group import Group
 from shardwise.comm.stats import CommStats
 from shardwise.errors import CommError, StrategyError
+
+if TYPE_CHECKING:
+    from shardwise.comm.mesh import Mesh
 
 
 def init(device: str | torch.device | None = None, *, timeout: float = 600.0) -> World:
@@ -75,7 +79,7 @@ class World:
         self.fake = self.default_pg is not None and dist.get_backend(self.default_pg) == "fake"
         self.faults = Faults(self.rank, self.size, self.tracker, active=not self.fake)
         self._groups: dict[object, Group] = {}
-        self._meshes: dict[object, object] = {}
+        self._meshes: dict[object, Mesh] = {}
 
     @classmethod
     def current(cls, device: torch.device | None = None) -> World:
@@ -123,7 +127,7 @@ class World:
         """A gloo group of all ranks for small host-side exchanges, also when units travel over NCCL."""
         return self._make([list(range(self.size))], torch.device("cpu"), timeout)
 
-    def mesh(self, device: torch.device, shard_size: int, timeout: float):
+    def mesh(self, device: torch.device, shard_size: int, timeout: float) -> Mesh:
         """The mesh whose shard axis has ``shard_size`` ranks. Collective at the first call per size."""
         from shardwise.comm.mesh import build_mesh
 

@@ -198,9 +198,9 @@ class Bucket:
 
     def _open_raw(self) -> torch.Tensor:
         """The flat buffer gradients arrive in: the whole gradient itself where that is kept and empty."""
-        if not self.split_grads and self.reduce_dtype == self.master_dtype and not any(self.valid):
-            if self.reduction is None:
-                return self._open_grad()
+        in_place = not self.split_grads and self.reduce_dtype == self.master_dtype
+        if in_place and self.reduction is None and not any(self.valid):
+            return self._open_grad()
         return self.ledger.empty(self.layout.numel, self.reduce_dtype, self.device, "gather_buffers")
 
     def _close(self, raw: torch.Tensor) -> None:

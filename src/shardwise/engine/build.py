@@ -1,4 +1,4 @@
-"""``fully_shard``: from a module and a strategy to an engine with hooked units."""
+"""From a module and a strategy to an engine with hooked units."""
 
 from __future__ import annotations
 
@@ -26,32 +26,8 @@ _ATTRIBUTE = "_shardwise_engine"
 engines: WeakSet[Engine] = WeakSet()
 
 
-def fully_shard(
-    module: M, *, strategy: str | Strategy | None = None, mesh: DeviceMesh | None = None, units: UnitRule = None
-) -> M:
-    """Shard a module in place, so that it trains under ``strategy`` on all ranks.
-
-    The module, its parameter objects, their names and shapes stay; their values move into flat buffers
-    (rank 0's values, for everyone). Train as before: forward, ``loss.backward()``, any optimizer built before
-    or after. Gradients are the mean over ranks.
-
-    Args:
-        module: already on its device, with values (not on ``meta``).
-        strategy: a preset, its string form or a :class:`Strategy`; ``zero3`` by default.
-        mesh: a 1-D mesh of all ranks, or a 2-D (replicate, shard) one for ``hsdp``. By default all ranks.
-        units: which subtrees are gathered together; see :func:`shardwise.engine.select.select_units`.
-            Submodules on which ``fully_shard`` was called before are units with their own strategy.
-
-    Returns:
-        The same module.
-
-    Raises:
-        UnitError: the module is sharded already, has meta or DTensor parameters, or ``units`` matches nothing.
-        StrategyError, NotAvailableYet: see :class:`Strategy`.
-
-    Cost: sends the parameters once, from rank 0. Afterwards ``strategy.explain()`` says what is live and sent.
-    """
-    chosen = Strategy.parse(strategy)
+def shard(module: M, chosen: Strategy, mesh: DeviceMesh | None = None, units: UnitRule = None) -> M:
+    """:func:`shardwise.fully_shard`, with exactly this strategy whatever the launcher said."""
     chosen.require_available()
     if engine_of(module) is not None:
         raise UnitError(f"{type(module).__name__} is sharded already", fix="call fully_shard once per module")
@@ -71,7 +47,7 @@ def fully_shard(
         for name, child in select_units(module, units)
         if not any(_within(name, t) or _within(t, name) for t in taken)
     ]
-    owners = {name: child for name, child in selected}
+    owners = dict(selected)
     owners[""] = module
     names: dict[int, list[str]] = {}
     objects: dict[int, nn.Parameter] = {}

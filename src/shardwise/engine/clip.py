@@ -46,7 +46,9 @@ def clip_grad_norm_(
     grads = _settled(held)
     total = combine(shard_norms(grads, norm_type), norm_type)
     if error_if_nonfinite and not torch.isfinite(total):
-        raise GradientError(f"the norm of the gradients is {float(total)}", fix="lower the learning rate or skip this step")
+        raise GradientError(
+            f"the norm of the gradients is {float(total)}", fix="lower the learning rate or skip this step"
+        )
     # Multiply always, even by one: a branch on the value would make a GPU wait for it.
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     pieces = [piece for _, _, ps in grads for piece in ps]
@@ -126,7 +128,7 @@ def norms_of(grads: Sequence[torch.Tensor], norm_type: float) -> list[torch.Tens
     sharded: list[tuple[int, ShardedGrad]] = []
     for k, g in enumerate(grads):
         if isinstance(g, ShardedGrad):
-            g.bucket.require_reduced(g.index)
+            g.bucket.require_reduced(g.slot)
             sharded.append((k, g))
         else:
             out[k] = torch.linalg.vector_norm(g, norm_type)

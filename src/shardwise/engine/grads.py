@@ -24,13 +24,13 @@ class ShardedGrad(torch.Tensor):
     """A handle of logical shape on one parameter's reduced gradient."""
 
     bucket: Bucket
-    index: int
+    slot: int
 
     @staticmethod
     def __new__(cls, bucket: Bucket, index: int) -> ShardedGrad:
         slot = bucket.layout.slots[index]
         self = torch.Tensor._make_wrapper_subclass(cls, slot.shape, dtype=bucket.master_dtype, device=bucket.device)
-        self.bucket, self.index = bucket, index
+        self.bucket, self.slot = bucket, index
         return self
 
     def __init__(self, bucket: Bucket, index: int) -> None:
@@ -39,20 +39,20 @@ class ShardedGrad(torch.Tensor):
     @property
     def local(self) -> list[torch.Tensor]:
         """This rank's pieces, 1-D (whole-shaped under ``layout=tensor``)."""
-        return self.bucket.piece_grads(self.index)
+        return self.bucket.piece_grads(self.slot)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        name = self.bucket.layout.slots[self.index].name
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        name = self.bucket.layout.slots[self.slot].name
         return f"ShardedGrad({name}, shape={tuple(self.shape)}, local={sum(t.numel() for t in self.local)} elements)"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         rule = _RULES.get(func)
         if rule is None:
             grad = next((a for a in args if isinstance(a, ShardedGrad)), None)
             raise GradientError(
                 f"'{func.__name__}' has no right answer on a gradient that is split over the ranks",
-                where=f"gradient of '{grad.bucket.layout.slots[grad.index].name}'" if grad is not None else "",
+                where=f"gradient of '{grad.bucket.layout.slots[grad.slot].name}'" if grad is not None else "",
                 fix="use shardwise.clip_grad_norm_ / clip_grad_value_, or read it inside "
                 "'with shardwise.gathered(module, grads=True):'",
             )
@@ -63,7 +63,7 @@ def _local(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     out: list[torch.Tensor] = []
     for g in grads:
         if isinstance(g, ShardedGrad):
-            g.bucket.require_reduced(g.index)
+            g.bucket.require_reduced(g.slot)
             out += g.local
         else:
             out.append(g)
@@ -89,7 +89,7 @@ def _many(inplace: Callable[..., Any]) -> Callable[..., None]:
 
 
 def _zero(grad: ShardedGrad) -> ShardedGrad:
-    grad.bucket.zero_grad(grad.index)
+    grad.bucket.zero_grad(grad.slot)
     return grad
 
 

@@ -59,7 +59,6 @@ class GuardedParameter(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
-
     def __deepcopy__(self, memo: Any) -> Any:
         self._shardwise_unit.touch(self, "__deepcopy__")
         return nn.Parameter.__deepcopy__(self, memo)
@@ -95,7 +94,7 @@ def unguard(params: Iterable[nn.Parameter]) -> None:
     """Switch guarded parameters back."""
     for p in params:
         if type(p) is GuardedParameter:
-            p.__class__ = nn.Parameter
+            p.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 def mark(param: nn.Parameter, unit: Unit, name: str) -> None:

@@ -79,7 +79,9 @@ def attach(optimizer: Optimizer) -> bool:
 
 def needs_whole_tensors(optimizer: Optimizer) -> bool:
     """Does an update mix elements of a tensor, as far as we know? Unknown classes: yes."""
-    return not any(c.__name__ in ELEMENTWISE and c.__module__.startswith("torch.optim") for c in type(optimizer).__mro__)
+    return not any(
+        c.__name__ in ELEMENTWISE and c.__module__.startswith("torch.optim") for c in type(optimizer).__mro__
+    )
 
 
 def check(optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
@@ -98,7 +100,8 @@ def check(optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
         )
     for group in optimizer.param_groups:
         if name == "SGD" and group.get("fused") and group.get("momentum", 0) != 0:
-            low = {unit_of(p).buckets[0].master_dtype for p in group["params"] if unit_of(p)} - {torch.float32, torch.float64}  # type: ignore[union-attr]
+            places = [place for p in group["params"] if (place := _find(p)) is not None]
+            low = {bucket.master_dtype for bucket, _ in places} - {torch.float32, torch.float64}
             if low:
                 raise OptimizerError(
                     f"fused SGD with momentum is wrong in {', '.join(map(str, low))} (torch 2.13)",

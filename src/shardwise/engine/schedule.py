@@ -14,10 +14,10 @@ at the end of each backward says which parameters got a gradient anywhere.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from shardwise.engine.unit import Call, Unit
 from shardwise.errors import CommError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
+from shardwise.trees import map_tensors, tensors_in
 
 _IN_FLIGHT = 1  # reduces under way while the next unit computes; each holds a unit's gradients twice
 
@@ -187,7 +188,7 @@ class Engine:
         if unit.strategy.param_dtype is not None:
             dtype = unit.buckets[0].dtype if unit.buckets else None
             if dtype is not None and dtype.is_floating_point:
-                return cast((args, kwargs), dtype)
+                return map_tensors((args, kwargs), partial(_in_dtype, dtype))
         return None
 
     def post_forward(self, unit: Unit, output: Any) -> None:
@@ -314,7 +315,9 @@ class Engine:
             if self.sync:
                 used = self._reduce_rest()
             else:
-                used = {id(p) for u in self.units for b in u.buckets for p, a in zip(b.params, b.arrived, strict=True) if a}
+                used = {
+                    id(p) for u in self.units for b in u.buckets for p, a in zip(b.params, b.arrived, strict=True) if a
+                }
             for unit in self.units:
                 took_part = unit.backward_id == self.backward_id
                 for b, i, p in unit.slots:
@@ -337,7 +340,7 @@ class Engine:
                 self._launch(self.units[index])
             launched = {u.index for u in self._launched}
             # 2. Which parameters got a gradient, and where more arrived after their unit's reduce?
-            arrived = {id(p) for u in self.units for b in u.buckets for p, a in zip(b.params, b.seen, strict=True) if a}
+            arrived = {id(p) for u in self.units for b, i, p in u.slots if b.seen[i]}
             message = _Message(self, arrived, [u.index for u in self.units if u.any_arrived])
             transfer = message.start()
             for unit in self._launched:
@@ -386,7 +389,7 @@ class _PreForward:
 
 
 class _PostForward(_PreForward):
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # type: ignore[override]
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.unit.engine.post_forward(self.unit, output)
 
 
@@ -459,43 +462,5 @@ class _Message:
         return used, again, order
 
 
-def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists, dicts, dataclasses and plain objects."""
-    seen: set[int] = set()
-    stack = [tree]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, torch.Tensor):
-            if id(item) not in seen:
-                seen.add(id(item))
-                yield item
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            stack.extend(item)
-        elif isinstance(item, dict):
-            stack.extend(item.values())
-        elif item is None or isinstance(item, (int, float, str, bytes, bool, torch.dtype, torch.device, nn.Module)):
-            continue
-        elif id(item) not in seen:
-            seen.add(id(item))
-            if hasattr(item, "__dict__"):
-                stack.extend(vars(item).values())
-            elif dataclasses.is_dataclass(item):
-                stack.extend(getattr(item, f.name) for f in dataclasses.fields(item))
-
-
-def cast(tree: Any, dtype: torch.dtype) -> Any:
-    """The same nest with floating-point tensors in ``dtype`` (containers are copied, objects are not)."""
-    if isinstance(tree, torch.Tensor):
-        return tree.to(dtype) if tree.is_floating_point() and tree.dtype != dtype else tree
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(cast(x, dtype) for x in tree))
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(cast(x, dtype) for x in tree)
-    if isinstance(tree, dict):
-        out = tree.copy()  # keeps the class, as Hugging Face's outputs need
-        for k, v in tree.items():
-            out[k] = cast(v, dtype)
-        return out
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return dataclasses.replace(tree, **{f.name: cast(getattr(tree, f.name), dtype) for f in dataclasses.fields(tree) if f.init})
-    return tree
+def _in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor

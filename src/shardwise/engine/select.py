@@ -75,7 +75,7 @@ def _by_default(root: nn.Module) -> list[tuple[str, nn.Module]]:
     for name, module in root.named_modules():
         if any(name == b or name.startswith(b + ".") for b in inside):
             continue
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and (module is not root or isinstance(root, nn.Sequential)):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
             children = list(module.named_children())
             kinds = {type(c) for _, c in children}
             if len(children) > 1 and len(kinds) == 1 and all(_has_params(c) and has_forward(c) for _, c in children):
@@ -86,9 +86,8 @@ def _by_default(root: nn.Module) -> list[tuple[str, nn.Module]]:
         return _by_size(root, "", max(numel(root) // 8, 1)) if numel(root) >= 1 << 20 else []
     large = max(numel(c) for _, c in blocks) // 2
     found = dict(blocks)
-    for name, module in _beside(root, "", set(found)):
-        found[name] = module if numel(module) >= max(large, 1) else None  # type: ignore[assignment]
-    return [(n, m) for n, m in root.named_modules() if found.get(n) is m and m is not root]
+    found |= {name: module for name, module in _beside(root, "", set(found)) if numel(module) >= max(large, 1)}
+    return [(name, found[name]) for name, module in root.named_modules() if found.get(name) is module]
 
 
 def _beside(module: nn.Module, name: str, blocks: set[str]) -> list[tuple[str, nn.Module]]:

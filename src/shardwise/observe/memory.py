@@ -8,6 +8,7 @@ A metered step is slow: meter one step, not a run.
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,9 +65,12 @@ class MemoryMeter(TorchDispatchMode):
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()
-        self._watch[key] = weakref.ref(storage, lambda _ref, key=key: self._forget(key))
+        self._watch[key] = weakref.ref(storage, partial(self._gone, key))
         self.activations += self._sizes[key]
         self.sample()
+
+    def _gone(self, key: int, _ref: object) -> None:
+        self._forget(key)
 
     def _forget(self, key: int) -> None:
         self.activations -= self._sizes.pop(key, 0)
