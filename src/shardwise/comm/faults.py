@@ -55,6 +55,7 @@ class Faults:
     def __init__(self, rank: int, size: int, tracker: Tracker, active: bool) -> None:
         self.rank, self.size, self.tracker = rank, size, tracker
         self._stopped = threading.Event()
+        self.failed = False  # this rank is ending with an error
         self._store: Any = None
         if size > 1 and active:
             Faults._runs += 1  # several process groups in one life must not read each other's words
@@ -166,6 +167,7 @@ def _install_excepthook() -> None:
             previous(kind, error, tb)
             return
         faults = world.faults
+        faults.failed = True
         if isinstance(error, CommError):
             if faults.elected():
                 print(f"\nshardwise report\n{error}", file=sys.stderr, flush=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 from weakref import WeakSet
 
@@ -18,7 +19,7 @@ from shardwise.engine import state_dict
 from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit
-from shardwise.errors import UnitError
+from shardwise.errors import CommError, UnitError
 from shardwise.strategy import Strategy
 
 M = TypeVar("M", bound=nn.Module)
@@ -85,6 +86,18 @@ def shard(module: M, chosen: Strategy, mesh: DeviceMesh | None = None, units: Un
     object.__setattr__(module, _ATTRIBUTE, engine)
     engines.add(engine)
     return module
+
+
+@atexit.register
+def _finish_transfers() -> None:
+    """A rank that ends after its last step still owes the others what it is publishing."""
+    if World._current is not None and World._current.faults.failed:
+        return
+    for engine in list(engines):
+        with suppress(CommError):  # the rank we owed it to has ended itself
+            for unit in engine.units:
+                if unit.gathering is not None:
+                    unit.gather()
 
 
 def engine_of(module: nn.Module) -> Engine | None:
