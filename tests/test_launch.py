@@ -191,15 +191,23 @@ def test_two_hosts_meet(tmp_path: Path, numbered: bool) -> None:
     ],
 )
 def test_a_wrong_request_is_refused_with_its_fix(
-    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    script(tmp_path, "", "x.py")
     err = refused(monkeypatch, capsys, "launch", *args)
-    assert "error: " in err and message in err and "Traceback" not in err
+    assert err.startswith("error: ") and message in err and "Traceback" not in err
 
 
 def test_more_ranks_than_cuda_devices_needs_cpu_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    script(tmp_path, "", "x.py")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     err = refused(monkeypatch, capsys, "launch", "--nproc", "4", "x.py")
     assert "CUDA devices (2)" in err and "--cpu" in err
@@ -222,8 +230,9 @@ def test_the_launchers_word_wins_over_the_scripts(monkeypatch: pytest.MonkeyPatc
     assert environment.strategy_from_environment("zero1") == Strategy("zero1")
     assert environment.mixed_precision_from_environment() is None
     monkeypatch.setenv(environment.STRATEGY, "zero2")
-    monkeypatch.setenv(environment.MIXED_PRECISION, "bf16")
     assert environment.strategy_from_environment(Strategy("ddp")) == Strategy("zero2")
+    monkeypatch.setenv(environment.MIXED_PRECISION, "bf16")
+    assert environment.strategy_from_environment(Strategy("ddp")) == Strategy("zero2", param_dtype="bf16")
     assert environment.mixed_precision_from_environment("no") == "bf16"
     monkeypatch.setenv(environment.MIXED_PRECISION, "fp8")
     with pytest.raises(ShardwiseError, match="SHARDWISE_MIXED_PRECISION"):

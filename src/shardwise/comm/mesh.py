@@ -55,13 +55,13 @@ class Mesh:
         """All-gather along the shard axis into ``flat`` ``(parts * n,)``, in place."""
         return self.shard.all_gather(flat, op)
 
-    def reduce(self, raw: torch.Tensor, out: torch.Tensor, scale: float, op: Op, memory: Memory) -> Reduction:
-        """Sum ``raw`` ``(parts * n,)`` over the world times ``scale`` into ``out`` ``(R * n,)``: the held shards.
+    def reduce(self, raw: torch.Tensor, out: torch.Tensor, op: Op, memory: Memory) -> Reduction:
+        """Sum ``raw`` ``(parts * n,)`` over the world into ``out`` ``(R * n,)``: the held shards.
 
         ``out`` may be a view of ``raw`` at the held shards. Sends ``(W-1)/W`` of ``raw``, plus
         ``(R-1)/W`` along the replicate axis. Sums run in rank order and in the dtype of ``out``.
         """
-        return Reduction(self, raw, out, scale, op, memory)
+        return Reduction(self, raw, out, op, memory)
 
 
 class Reduction:
@@ -71,10 +71,10 @@ class Reduction:
     other work is under way; ``wait()`` finishes both.
     """
 
-    __slots__ = ("_first", "_second", "memory", "mesh", "op", "out", "raw", "received", "scale", "sources")
+    __slots__ = ("_first", "_second", "memory", "mesh", "op", "out", "raw", "received", "sources")
 
-    def __init__(self, mesh: Mesh, raw: torch.Tensor, out: torch.Tensor, scale: float, op: Op, memory: Memory) -> None:
-        self.mesh, self.raw, self.out, self.scale, self.op, self.memory = mesh, raw, out, scale, op, memory
+    def __init__(self, mesh: Mesh, raw: torch.Tensor, out: torch.Tensor, op: Op, memory: Memory) -> None:
+        self.mesh, self.raw, self.out, self.op, self.memory = mesh, raw, out, op, memory
         self.sources: list[torch.Tensor] = []
         self.received: list[torch.Tensor] = []
         self._second: Transfer | None = None
@@ -100,12 +100,16 @@ class Reduction:
         n = self.raw.numel() // self.mesh.parts
         row = self.mesh.replicate.rank
         out = self.out[row * n : (row + 1) * n]
-        first, *rest = self.sources
+        first, *between = self.sources
+        last = between.pop() if between else None
         total = first if first.dtype == out.dtype else first.to(out.dtype)
-        for source in rest:
+        for source in between:
             total.add_(source)
-        if self.scale != 1.0 or total.data_ptr() != out.data_ptr():
-            torch.mul(total, self.scale, out=out)
+        # ``out`` may be this rank's own source, so it is written by the very last sum only.
+        if last is not None:
+            torch.add(total, last, out=out)
+        elif total.data_ptr() != out.data_ptr():
+            out.copy_(total)
         self._give_back()
 
     # --- the backend's own -------------------------------------------------------------------
@@ -113,19 +117,20 @@ class Reduction:
         mesh, raw = self.mesh, self.raw
         whole, shard = mesh.whole, mesh.shard
         if whole.size == 1:
-            return Transfer(None, None, (), lambda: self._scale_into(raw))
+            return Transfer(None, None, (), lambda: self._store(raw))
         if shard.size == 1:
             whole._count(self.op, 2 * (whole.size - 1) * raw.numel() * raw.element_size() // whole.size)
             work = dist.all_reduce(raw, group=whole.pg, async_op=True)
-            return Transfer(whole, self.op, [work], lambda: self._scale_into(raw))
+            return Transfer(whole, self.op, [work], lambda: self._store(raw))
         part = self._take(raw.numel() // shard.size)
         self.received = [part]
         shard._count(self.op, (shard.size - 1) * part.numel() * part.element_size())
         work = reduce_scatter_builtin(part, raw, shard.pg)
-        return Transfer(shard, self.op, [work], lambda: self._scale_into(part))
+        return Transfer(shard, self.op, [work], lambda: self._store(part))
 
-    def _scale_into(self, total: torch.Tensor) -> None:
-        torch.mul(total.to(self.out.dtype), self.scale, out=self.out)
+    def _store(self, total: torch.Tensor) -> None:
+        if total.data_ptr() != self.out.data_ptr() or total.dtype != self.out.dtype:
+            self.out.copy_(total)
         self._give_back()
 
     # --- memory ------------------------------------------------------------------------------

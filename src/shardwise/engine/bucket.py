@@ -61,6 +61,7 @@ class Bucket:
             [(n, tuple(p.shape)) for n, p in zip(names, params, strict=True)], mesh.parts, strategy.layout
         )
         self.granularity = strategy.layout
+        self.share = 1.0 / mesh.parts
         self.split = strategy.split_params and mesh.shard.size > 1
         self.split_grads = strategy.split_grads and mesh.shard.size > 1
         self.split_optimizer = strategy.split_optimizer and mesh.shard.size > 1
@@ -213,13 +214,17 @@ class Bucket:
             self.raw = self._open_raw()
         slot = self.layout.slots[index]
         place = self.raw[slot.offset : slot.stop].view(slot.shape)
+        # The mean is taken here, in the pass that copies anyway, so that a reduce is a plain sum.
         if self.arrived[index]:
-            place.add_(grad)
+            place.add_(grad, alpha=self.share)
+            return
+        self.arrived[index] = self.seen[index] = True
+        if grad.dtype == place.dtype:
+            torch.mul(grad, self.share, out=place)
         else:
-            place.copy_(grad)
-            self.arrived[index] = self.seen[index] = True
+            place.copy_(grad).mul_(self.share)
 
-    def launch_reduce(self, scale: float) -> Reduction:
+    def launch_reduce(self) -> Reduction:
         """Start reducing what arrived; parameters without a gradient on this rank count as zeros."""
         self.finish_reduce()
         raw = self.raw if self.raw is not None else self._open_raw()
@@ -234,7 +239,7 @@ class Bucket:
             out = self._merge = self.ledger.empty(n, self.master_dtype, self.device, "gather_buffers")
         else:
             out = self._held_grad(self._open_grad())
-        self.reduction = self.mesh.reduce(raw, out, scale, self.op("reduce"), self.ledger)
+        self.reduction = self.mesh.reduce(raw, out, self.op("reduce"), self.ledger)
         self.arrived = [False] * len(self.params)
         return self.reduction
 

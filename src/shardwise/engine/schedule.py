@@ -293,7 +293,6 @@ class Engine:
 
     @torch.no_grad()
     def _launch(self, unit: Unit) -> None:
-        scale = 1.0 / self.world.size
         while len(self._inflight) >= _IN_FLIGHT:
             oldest = self._inflight.popleft()
             for b in oldest.buckets:
@@ -303,7 +302,7 @@ class Engine:
                     b.reduction.advance()
         for b in unit.buckets:
             if any(p.requires_grad for p in b.params):
-                b.launch_reduce(scale)
+                b.launch_reduce()
         self._inflight.append(unit)
         self._launched.append(unit)
 

@@ -1,0 +1,240 @@
+"""Start rank processes and see them to their end: the launcher under ``launch`` and ``demo``.
+
+The work is torch's own elastic agent (the one under ``torchrun``): rendezvous, environment, restarts. What is
+different is how it ends. The first failure does not cut the other ranks short while they say what they were
+waiting for, a failed run is one line per rank instead of a traceback of the launcher, and Ctrl-C is one message.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import registry as rendezvous
+
+from shardwise.cli.console import say, show_cursor
+from shardwise.errors import LaunchError
+
+# Survivors of a failed rank have this long to print their report. It covers the time that shardwise.comm.faults
+# waits for the other ranks' words, and the end of the interpreter after it.
+_GRACE_S = 8.0
+_SHUTDOWN_S = 10  # after SIGTERM, before SIGKILL
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes to start on this host.
+
+    Args:
+        command: what follows ``python -u``: ``("script.py", "arg", ...)`` or ``("-m", "module", ...)``.
+        nproc: ranks on this host.
+        nnodes: hosts, each of which runs a launcher with the same ``nproc``.
+        node_rank: this host's number; ``None`` lets the rendezvous number the hosts.
+        endpoint: ``host:port`` where the hosts meet; empty for a free port of this host.
+        run_id: tells several runs at one endpoint apart.
+        max_restarts: how often all ranks are started anew after a failure.
+        environment: variables for the ranks, on top of this process's.
+    """
+
+    command: Sequence[str]
+    nproc: int
+    nnodes: int = 1
+    node_rank: int | None = None
+    endpoint: str = ""
+    run_id: str = ""
+    max_restarts: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def run_ranks(ranks: Ranks) -> int:
+    """Run the ranks to their end.
+
+    Returns:
+        0 if all ranks succeeded, 1 if one failed, 128 + n if this process was told to stop by signal n
+        (130 for Ctrl-C). What happened has been said on stderr.
+
+    Raises:
+        LaunchError: the hosts did not find each other.
+    """
+    os.environ.update(ranks.environment)
+    _quiet_torch()
+    agent = _agent(ranks)
+    with _interruptible(agent) as stop:
+        try:
+            result = agent.run()
+        except (SignalException, KeyboardInterrupt) as error:
+            number = stop.received or int(getattr(error, "sigval", signal.SIGINT))
+            agent.kill()
+            show_cursor()
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            say(f"\nshardwise: stopped by {name}; all {ranks.nproc} ranks have ended")
+            return 128 + number
+        except (RendezvousError, TimeoutError, ConnectionError) as error:
+            raise LaunchError(
+                f"the launchers of {ranks.nnodes} hosts did not meet at {ranks.endpoint}: {error}",
+                fix="start one launcher per host with the same --nnodes, --rdzv-endpoint and --rdzv-id",
+            ) from error
+        finally:
+            agent.leave()
+    if not result.is_failed():
+        return 0
+    show_cursor()
+    for line in agent.summary(result):
+        say(line)
+    return 1
+
+
+class _Agent(LocalElasticAgent):
+    """torch's agent, with patience: survivors of a failure may finish their last words."""
+
+    _ended: dict[int, float]  # pid: when it was first seen ended, this round
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
+        self._ended = {}
+        return super()._start_workers(worker_group)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        pids = [worker.id for worker in worker_group.workers]
+        ended = {pid: status for pid in pids if (status := _peek(pid)) is not None}
+        for pid in ended:
+            self._ended.setdefault(pid, time.monotonic())
+        failures = [self._ended[pid] for pid, status in ended.items() if status != 0]
+        if failures and len(ended) < len(pids) and time.monotonic() - min(failures) < _GRACE_S:
+            return RunResult(state=WorkerState.HEALTHY)
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.FAILED and self._remaining_restarts > 0:
+            for line in self.summary(result):
+                say(line)
+            left = self._remaining_restarts
+            say(f"shardwise: starting all ranks anew ({left} restart{'s' * (left > 1)} left)")
+        return result
+
+    def summary(self, result: RunResult) -> list[str]:
+        """One line per failed rank, the first failure first."""
+        failures = sorted(result.failures.items(), key=lambda f: (self._ended.get(f[1].pid, float("inf")), f[0]))
+        lines = []
+        for rank, failure in failures:
+            if failure.exitcode >= 0:
+                end = f"ended with exit code {failure.exitcode}"
+            elif failure.pid not in self._ended:
+                end = "did not end by itself after that and was stopped by the launcher"
+            else:
+                end = f"was ended by {failure.signal_name()}"
+                if failure.exitcode == -signal.SIGKILL:
+                    end += " (often the kernel, out of memory)"
+            lines.append(f"shardwise: rank {rank} {end}")
+        if lines:
+            lines[0] = f"\n{lines[0]}" + (", the first to fail" if len(lines) > 1 else "")
+        return lines
+
+    def kill(self) -> None:
+        """End what is left at once."""
+        for worker in self._worker_group.workers:
+            if isinstance(worker.id, int) and _peek(worker.id) is None:
+                with _gone_is_fine():
+                    os.killpg(worker.id, signal.SIGKILL)
+
+    def leave(self) -> None:
+        self._worker_group.spec.rdzv_handler.shutdown()
+
+
+def _agent(ranks: Ranks) -> _Agent:
+    run_id = ranks.run_id or (uuid.uuid4().hex if ranks.nnodes == 1 else "shardwise")
+    alone = ranks.nnodes == 1
+    # A host's place in a c10d rendezvous is decided there; a given one needs the static rendezvous.
+    static = not alone and ranks.node_rank is not None
+    parameters = RendezvousParameters(
+        backend="static" if static else "c10d",
+        endpoint=ranks.endpoint or "127.0.0.1:0",
+        run_id=run_id,
+        min_nodes=ranks.nnodes,
+        max_nodes=ranks.nnodes,
+        # Otherwise the host's own name is looked up, which not every machine can resolve.
+        local_addr="127.0.0.1" if alone else None,
+        **({"rank": ranks.node_rank} if static else {}),
+        timeout=900,
+    )
+    host, _, port = ranks.endpoint.rpartition(":")
+    spec = WorkerSpec(
+        role="default",
+        local_world_size=ranks.nproc,
+        entrypoint=sys.executable,
+        # The agent substitutes ${local_rank} and the like; a doubled dollar keeps the user's own as it is.
+        args=("-u", *(arg.replace("$", "$$") for arg in ranks.command)),
+        rdzv_handler=rendezvous.get_rendezvous_handler(parameters),
+        max_restarts=ranks.max_restarts,
+        monitor_interval=0.1,
+        local_addr=parameters.local_addr,
+        master_addr=host if static else None,
+        master_port=int(port) if static else None,
+    )
+    # The agent makes torch's handlers for these; Ctrl-C has its own below.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+    return _Agent(spec, DefaultLogsSpecs(log_dir=os.devnull), shutdown_timeout=_SHUTDOWN_S)
+
+
+class _Stop:
+    received = 0
+
+
+@contextmanager
+def _interruptible(agent: _Agent) -> Iterator[_Stop]:
+    """Ctrl-C ends the ranks by SIGTERM, a second one by SIGKILL.
+
+    Not by SIGINT: each rank would print a KeyboardInterrupt traceback, and a rank that waits inside a
+    collective would not see it before the collective returns.
+    """
+    stop = _Stop()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stop.received:
+            agent.kill()
+            return
+        stop.received = number
+        raise SignalException("interrupted", signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except ProcessLookupError:
+        return
+
+
+def _peek(pid: int) -> int | None:
+    """A child's wait status if it has ended, without reaping it (the agent does that), else ``None``."""
+    if not hasattr(os, "waitid"):  # some systems; there the agent ends survivors at once
+        return None
+    try:
+        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0
+    return None if info is None else int(info.si_status)
+
+
+def _quiet_torch() -> None:
+    """The agent logs each signal and exit code; the summary says that once. ``LOGLEVEL`` brings the log back."""
+    if "LOGLEVEL" in os.environ:
+        return
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
