@@ -458,6 +458,38 @@ def test_compiled_blocks(strategy, how):
     run(2, compiled, strategy, 2, how)
 
 
+# --- exceptions that the caller survives ------------------------------------------------------------------
+def fail(grad: torch.Tensor) -> None:
+    raise MemoryError("pretend")
+
+
+def surviving(strategy: str, size: int) -> None:
+    """All ranks fail in one backward, catch it and go on, as an out-of-memory retry does."""
+    torch.manual_seed(5)
+    model = Mlp()
+    torch.manual_seed(5)
+    oracle = Mlp()
+    shardwise.fully_shard(model, strategy=strategy)
+    opts = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, oracle)]
+    for step in range(4):
+        if step == 2:
+            middle = model.layers[1].register_forward_hook(lambda m, a, out: out.register_hook(fail) and None)
+            with pytest.raises(MemoryError):
+                model(data(9, rank())).square().mean().backward()
+            middle.remove()
+        model(data(step, rank())).square().mean().backward()
+        oracle(torch.cat([data(step, r) for r in range(size)])).square().mean().backward()
+        for o in opts:
+            o.step()
+            o.zero_grad()
+    assert_close(whole(model), whole(oracle))
+
+
+@pytest.mark.parametrize("strategy", PRESETS)
+def test_a_failed_backward_can_be_survived(strategy):
+    run(2, surviving, strategy, 2)
+
+
 # --- accumulation -------------------------------------------------------------------------------------
 def accumulating(strategy: str, size: int, how: str) -> None:
     model, oracle = make(), make()

@@ -264,6 +264,18 @@ class Bucket:
             self._merge = None
         self.valid = [True] * len(self.params)
 
+    def abandon(self) -> None:
+        """Drop gradients that arrived in a backward that failed. Reduced ones of earlier backwards stay."""
+        if self.reduction is not None:
+            keep = self.valid
+            self.finish_reduce()
+            self.valid = keep
+        if self.raw is not None:
+            self._close(self.raw)
+            self.raw = None
+        self.arrived = [False] * len(self.params)
+        self.seen = [False] * len(self.params)
+
     def show(self, index: int, param: nn.Parameter) -> None:
         """Put the gradient's public face into ``p.grad``."""
         if self._handles is None:

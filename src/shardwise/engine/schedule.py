@@ -142,9 +142,10 @@ class Engine:
 
     # --- forward ---------------------------------------------------------------------------
     def _root_pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.backward_active and torch._C._current_graph_task_id() == -1:
+            self._abandon_backward()
         self.forward_active = True
-        sequence = self._sequence()
-        sequence.begin()
+        self._sequence().begin()
         if torch.is_grad_enabled() and module.training and self.strategy.broadcast_buffers and self.sync:
             self._broadcast_buffers()
 
@@ -314,9 +315,7 @@ class Engine:
             if self.sync:
                 used = self._reduce_rest()
             else:
-                used = {
-                    id(p) for u in self.units for b in u.buckets for p, a in zip(b.params, b.arrived, strict=True) if a
-                }
+                used = {id(p) for u in self.units for b, i, p in u.slots if b.arrived[i]}
             for unit in self.units:
                 took_part = unit.backward_id == self.backward_id
                 for b, i, p in unit.slots:
@@ -330,6 +329,21 @@ class Engine:
             self.backward_active = False
             self._inflight.clear()
             tracker.phase = tracker.unit = ""
+
+    def _abandon_backward(self) -> None:
+        """The last backward ended in an exception that the caller survived: forget what it left half done."""
+        with torch.no_grad():
+            for unit in self.units:
+                for b in unit.buckets:
+                    b.abandon()
+                unit.kept_for.clear()
+                unit.release()
+                if unit.backward_id == self.backward_id:
+                    for b, i, p in unit.slots:
+                        if b.shown[i]:
+                            b.show(i, p)
+        self._inflight.clear()
+        self.backward_active = False
 
     def _reduce_rest(self) -> set[int]:
         with torch.no_grad():
