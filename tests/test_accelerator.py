@@ -14,8 +14,8 @@ import shardwise
 from models import PRESETS, assert_close, batch, loss_of, make, rank, whole, world
 from ranks import run
 from shardwise.accelerator import Accelerator
-from shardwise.data import BatchShard, DataError
-from shardwise.errors import CommError, GradientError, OptimizerError, StrategyError
+from shardwise.data import BatchShard
+from shardwise.errors import CommError, DataError, GradientError, OptimizerError, StrategyError
 
 
 def everywhere(size, function, *args):

@@ -193,9 +193,7 @@ def resumed(strategy: str, size: int) -> None:
     step(0)
     state = opts[0].state_dict()
     opts[0] = torch.optim.Adam(model.parameters(), lr=0.5)
-    from shardwise.engine.optimizer import attach
-
-    attach(opts[0])
+    shardwise.attach(opts[0])
     opts[0].load_state_dict(state)
     step(1)
     assert_close(whole(model), whole(oracle), 2e-4)

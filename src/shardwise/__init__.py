@@ -4,6 +4,7 @@ from shardwise.accelerator import Accelerator
 from shardwise.comm import init
 from shardwise.engine.build import gathered, no_sync
 from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
+from shardwise.engine.optimizer import attach
 from shardwise.errors import ShardwiseError
 from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel, fully_shard
 from shardwise.observe.memory import MemoryMeter, memory_meter
@@ -19,6 +20,7 @@ __all__ = [
     "ShardwiseError",
     "Stats",
     "Strategy",
+    "attach",
     "clip_grad_norm_",
     "clip_grad_value_",
     "expected",

@@ -42,6 +42,10 @@ class OptimizerError(ShardwiseError, ValueError):
     """An optimizer that cannot step on shards, or not with this layout."""
 
 
+class DataError(ShardwiseError, ValueError):
+    """A dataloader that cannot be split over the ranks the way it was asked for."""
+
+
 class CommError(ShardwiseError, RuntimeError):
     """A collective that did not complete. The text is the report: who waited for what, where."""
 

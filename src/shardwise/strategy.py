@@ -51,8 +51,8 @@ class Strategy:
             parameter, for optimizers that need whole matrices (Muon, Adafactor, ...).
         param_dtype: dtype to compute in (``fp32``, ``bf16``, ``fp16``); the optimizer keeps the
             original dtype as master values. ``None`` computes in each parameter's own dtype.
-        reduce_dtype: dtype in which gradients cross the wire. Sums are always taken in the master
-            dtype. ``None`` sends the dtype of the master values (fp32 as a rule).
+        reduce_dtype: dtype in which gradients cross the wire. gloo's ranks sum them in the master dtype,
+            NCCL in this one. ``None`` sends the dtype of the master values (fp32 as a rule).
         broadcast_buffers: send rank 0's buffers before each training forward, as DDP does.
         timeout: seconds a collective may wait before every rank ends with a report.
 
@@ -171,13 +171,16 @@ class Strategy:
             where = "" if home == "device" else f", home on {home}"
             lines.append(f"  {state}: " + (f"split over {over}" if split else "whole on every rank") + where)
         share = {"ddp": "16Ψ", "zero1": "8Ψ + 8Ψ/N", "zero2": "4Ψ + 12Ψ/N", "zero3": "16Ψ/N", "hsdp": "16Ψ/S"}
-        wire = {"zero3": "3Ψ", "hsdp": "3Ψ inside a shard group and 1Ψ/S to 2Ψ/S across groups"}.get(self.preset, "2Ψ")
+        across = "at most 3Ψ inside a shard group and 1Ψ/S to 2Ψ/S across groups"
+        wire = {"zero3": "at most 3Ψ", "hsdp": across}.get(self.preset, "2Ψ")
+            self.preset, "2Ψ"
+        )
         lines.append(f"  memory per rank with Adam in fp32: {share[self.preset]} bytes")
         lines.append(f"  sent per step: {wire} elements, times (N-1)/N")
         if self.param_dtype:
             lines.append(f"  computes in {self.param_dtype}, with master values in the original dtype")
         if self.reduce_dtype:
-            lines.append(f"  gradients cross the wire in {self.reduce_dtype}, summed in the master dtype")
+            lines.append(f"  gradients cross the wire in {self.reduce_dtype}")
         if self.layout == "tensor":
             lines.append("  parameters are never cut: each belongs whole to one rank (for Muon, Adafactor, ...)")
         return "\n".join(lines)

@@ -8,6 +8,7 @@ then fails reads all of it and raises one report; one rank is elected to print i
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -56,22 +57,30 @@ class Faults:
         self.rank, self.size, self.tracker = rank, size, tracker
         self._stopped = threading.Event()
         self.failed = False  # this rank is ending with an error
+        self.speaks = True  # this rank prints the report of a broken collective, for all
         self._store: Any = None
+        self._thread: threading.Thread | None = None
         if size > 1 and active:
             Faults._runs += 1  # several process groups in one life must not read each other's words
             base = dist.distributed_c10d._get_default_store()
             self._prefix = f"shardwise/{Faults._runs}"
             self._store = dist.PrefixStore(self._prefix, base.clone())  # type: ignore[attr-defined]
-            threading.Thread(target=self._watch, name="shardwise-faults", daemon=True).start()
+            # A clone of its own: a store client that waits must not block another thread's.
+            own = dist.PrefixStore(self._prefix, base.clone())  # type: ignore[attr-defined]
+            self._thread = threading.Thread(target=self._watch, args=(own,), name="shardwise-faults", daemon=True)
+            self._thread.start()
+            atexit.register(self.stop)
             _install_excepthook()
 
     def stop(self) -> None:
+        """End the thread: one that is inside the store while the interpreter ends would abort the process."""
         self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+            self._thread = None
 
     # --- telling ---------------------------------------------------------------------------
-    def _watch(self) -> None:
-        base = dist.distributed_c10d._get_default_store()
-        store = dist.PrefixStore(self._prefix, base.clone())  # type: ignore[attr-defined]
+    def _watch(self, store: Any) -> None:
         told = ""
         while not self._stopped.wait(_QUIET_S / 2):
             waiting = self.tracker.waiting
@@ -113,6 +122,8 @@ class Faults:
         failure, statuses = None, {}
         if self._store is not None:
             try:
+                # Elected before anything else: the rank that hosts the store may end while others still listen.
+                self.speaks = self._store.add("reporter", 1) == 1
                 self._store.set(f"status/{self.rank}", f"stopped while waiting for {op} over ranks {list(ranks)}")
                 until = time.monotonic() + _GRACE_S
                 while time.monotonic() < until:
@@ -122,7 +133,7 @@ class Faults:
                         break
                     time.sleep(0.1)
             except RuntimeError:
-                failure = failure or None  # the store is gone with the rank that hosted it
+                statuses = statuses or {}  # the store is gone with the rank that hosted it
         cause: dict[str, Any] | None = json.loads(failure) if failure else None
         if cause is not None:
             what = f"rank {cause['rank']} failed {cause['at']}: {cause['error']}"
@@ -144,15 +155,6 @@ class Faults:
         kind = RankFailed if not timed_out or cause is not None else CommError
         return kind("\n".join(lines), where=here, fix=fix)
 
-    def elected(self) -> bool:
-        """True on the first rank that asks: it prints the report for all."""
-        if self._store is None:
-            return True
-        try:
-            return self._store.add("reporter", 1) == 1
-        except RuntimeError:
-            return True
-
 
 def _install_excepthook() -> None:
     previous = sys.excepthook
@@ -169,7 +171,7 @@ def _install_excepthook() -> None:
         faults = world.faults
         faults.failed = True
         if isinstance(error, CommError):
-            if faults.elected():
+            if faults.speaks:
                 print(f"\nshardwise report\n{error}", file=sys.stderr, flush=True)
             else:
                 print(f"shardwise: rank {world.rank} stopped with the others", file=sys.stderr, flush=True)

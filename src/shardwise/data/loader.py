@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from shardwise import operations
-from shardwise.data.sampling import BatchShard, DataError, IterableShard, Tail
+from shardwise.data.sampling import BatchShard, IterableShard, Tail
+from shardwise.errors import DataError
 
 _SETTINGS = (
     "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",

@@ -13,11 +13,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, Sampler
 
-from shardwise.errors import ShardwiseError
-
-
-class DataError(ShardwiseError, ValueError):
-    """A dataloader that cannot be split over the ranks the way it was asked for."""
+from shardwise.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,11 @@ def unit_of(param: Any) -> Unit | None:
 def attach(optimizer: Optimizer) -> bool:
     """Check an optimizer against the layout of the parameters it holds, and follow it.
 
-    Returns whether it holds sharded parameters. Called by ``Accelerator.prepare`` and, at the latest,
-    before the first step.
+    Happens by itself before the first step. Call it earlier to hear of a misfit before any work is done, or
+    to load a state dict that an optimizer of a sharded model gave (this rank's pieces).
+
+    Returns:
+        Whether the optimizer holds sharded parameters.
 
     Raises:
         OptimizerError: it cannot step on these pieces (LBFGS, SparseAdam; whole-tensor optimizers
@@ -156,7 +159,12 @@ def _restore(optimizer: Optimizer, record: _Attachment) -> None:
 
 
 def _slice_existing_state(optimizer: Optimizer) -> None:
-    """State that was there before sharding (momenta of a resumed run) is cut like the parameters."""
+    """State that was there before sharding (momenta of a resumed run) is cut like the parameters.
+
+    Raises:
+        OptimizerError: it has the shape of a piece: a sharded run's state was loaded into an optimizer that
+            was not attached yet, so it sits on the wrong parameters.
+    """
     for group in optimizer.param_groups:
         for p in group["params"]:
             place = _find(p)
@@ -165,6 +173,13 @@ def _slice_existing_state(optimizer: Optimizer) -> None:
                 continue
             assert place is not None
             bucket, index = place
+            odd = [k for k, v in old.items() if isinstance(v, torch.Tensor) and v.dim() and v.shape != p.shape]
+            if bucket.granularity == "element" and odd:
+                raise OptimizerError(
+                    f"its state '{odd[0]}' has shape {tuple(old[odd[0]].shape)}, not the parameter's {tuple(p.shape)}",
+                    where=f"parameter '{bucket.names[index]}'",
+                    fix="call shardwise.attach(optimizer) before optimizer.load_state_dict(...)",
+                )
             for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):
                 optimizer.state[piece] = {
                     k: v.reshape(-1)[lo:hi].clone().view(piece.shape)
