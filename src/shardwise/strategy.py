@@ -173,8 +173,6 @@ class Strategy:
         share = {"ddp": "16Ψ", "zero1": "8Ψ + 8Ψ/N", "zero2": "4Ψ + 12Ψ/N", "zero3": "16Ψ/N", "hsdp": "16Ψ/S"}
         across = "at most 3Ψ inside a shard group and 1Ψ/S to 2Ψ/S across groups"
         wire = {"zero3": "at most 3Ψ", "hsdp": across}.get(self.preset, "2Ψ")
-            self.preset, "2Ψ"
-        )
         lines.append(f"  memory per rank with Adam in fp32: {share[self.preset]} bytes")
         lines.append(f"  sent per step: {wire} elements, times (N-1)/N")
         if self.param_dtype:

@@ -263,6 +263,7 @@ class Engine:
         tracker = self.world.tracker
         tracker.phase, tracker.unit = "backward", unit.label
         self.begin_backward()
+        self.launch_ready()
         if call is not None and call.inputs > 0:
             unit.calls.add(call)
         if unit.backward_id == self.backward_id and unit.gathered:
@@ -282,11 +283,12 @@ class Engine:
         unit.release()
         if unit.index not in self._fired:
             self._fired.append(unit.index)
-        if self.sync and unit.index not in self._ready:
+        if self.sync:
+            # Not launched here: autograd still holds the gradient that came last, and the reduce wants memory.
             self._ready.add(unit.index)
-            self._launch_ready()
 
-    def _launch_ready(self) -> None:
+    def launch_ready(self) -> None:
+        """Start the reduces of units that are done, in the common order. Called at the next event of a backward."""
         while self._next < len(self._order) and self._order[self._next] in self._ready:
             unit = self.units[self._order[self._next]]
             self._next += 1

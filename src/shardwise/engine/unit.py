@@ -188,6 +188,7 @@ class Unit:
             fresh, param.grad = param.grad, None
             self.begin_backward(engine.backward_id)
             param.grad = fresh
+        engine.launch_ready()
         grad = param.grad
         param.grad = None
         assert grad is not None
