@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import shardwise
 from models import adamw, assert_close, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
+from shardwise.engine.build import engine_of
 from shardwise.errors import StrategyError
 
 
@@ -91,6 +94,24 @@ def wrapper_details() -> None:
 
 def test_wrapper_details():
     run(2, wrapper_details)
+
+
+def overridden() -> None:
+    """What the launcher says wins over the script, whatever the door."""
+    os.environ["SHARDWISE_STRATEGY"] = "zero1"
+    try:
+        for model in (shardwise.DistributedDataParallel(make()), shardwise.fully_shard(make(), strategy="zero3")):
+            assert engine_of(model).strategy == shardwise.Strategy("zero1")
+        os.environ["SHARDWISE_MIXED_PRECISION"] = "bf16"
+        model = shardwise.fully_shard(make(), strategy="zero3")
+        assert model.head.weight.dtype == torch.bfloat16
+    finally:
+        os.environ.pop("SHARDWISE_STRATEGY")
+        os.environ.pop("SHARDWISE_MIXED_PRECISION", None)
+
+
+def test_the_launchers_strategy_wins():
+    run(2, overridden)
 
 
 def keyword_forward() -> None:

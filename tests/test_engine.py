@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import shardwise
 from models import PRESETS, adamw, assert_close, assert_same, batch, loss_of, make, rank, whole, world
 from ranks import run
+from shardwise.engine.build import engine_of
 from shardwise.errors import GradientError, OptimizerError, ReleasedParameterError, UnitError
 
 D = 8
@@ -756,6 +757,16 @@ def misuse() -> None:
             bad.step(lambda: torch.tensor(0.0))
 
 
+def sparse_gradients() -> None:
+    model = shardwise.fully_shard(nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 4)), strategy="zero2")
+    with pytest.raises(UnitError, match=r"'0\.weight' has a sparse gradient"):
+        model(torch.tensor([1, 2])).sum().backward()
+
+
+def test_sparse_gradients_are_refused():
+    run(2, sparse_gradients)
+
+
 def test_misuse_is_named():
     run(2, misuse)
 
@@ -780,6 +791,33 @@ def units_by_hand(strategy: str, size: int, how: str) -> None:
             o.step()
             o.zero_grad()
     assert_close(whole(model), whole(oracle), 1e-4)
+
+
+class Unrepeated(nn.Module):
+    """No repeated blocks: cut by size. Large enough for that, and odd enough to need it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(D, 512), nn.Tanh(), nn.Linear(512, 600))
+        self.middle = nn.Bilinear(60, 60, 128)
+        self.last = nn.ModuleDict({"a": nn.Linear(600, 600), "b": nn.Linear(728, 1)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x))
+        h = torch.cat([torch.tanh(self.last["a"](h)), self.middle(h[:, :60], h[:, 60:120])], dim=1)
+        return self.last["b"](h)
+
+
+def cut_by_size(strategy: str) -> list[str]:
+    compare(Unrepeated, strategy, 2, 2, 0.01)
+    model = shardwise.fully_shard(Unrepeated(), strategy=strategy)
+    return [unit.name for unit in engine_of(model).units]
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_units_by_size_where_nothing_repeats(strategy):
+    for names in run(2, cut_by_size, strategy):
+        assert names == ["first.0", "first.2", "middle", "last.a", "last.b", ""]
 
 
 @pytest.mark.parametrize("how", ["class", "name", "predicate", "submodules"])

@@ -39,8 +39,8 @@ def test_bytes_on_the_wire(strategy, world):
         assert sent.get("gather", 0) + sent["reduce"] == formula.sent_per_step
         n = sum(p.numel() for p in make(**SIZES).parameters()) * 4
         ideal = (3 if strategy == "zero3" else 2) * n * (world - 1) / world
-        # zero3 sends less than the ZeRO paper's 3Ψ: the last unit and the root's own stay between the passes
-        assert (0.8 if strategy == "zero3" else 1.0) * ideal <= formula.sent_per_step <= 1.06 * ideal
+        # zero3 sends less than the ZeRO paper's 3Ψ: the root's own and the last two units stay between the passes
+        assert (0.75 if strategy == "zero3" else 1.0) * ideal <= formula.sent_per_step <= 1.06 * ideal
 
 
 @pytest.mark.parametrize("strategy", PRESETS)

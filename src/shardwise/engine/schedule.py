@@ -82,6 +82,7 @@ class Engine:
         self._forward, self._eval, self._backward = Sequence_(), Sequence_(), Sequence_()
         self._handles: list[Any] = []
         self._tag = mesh.new_tag()
+        self.stay_gathered: list[Unit] = []
         self._inflight: deque[Unit] = deque()
         self._launched: list[Unit] = []
         self._ready: set[int] = set()
@@ -128,6 +129,7 @@ class Engine:
         self._handles.append(root.register_forward_hook(eager(self._root_post_forward)))
         # Until a backward has shown better: the reverse of registration, with parents after their children.
         self._order = self._default_order()
+        self._choose_what_stays()
 
     def uninstall(self) -> None:
         """Remove the root's hooks: a parent engine has taken over the units."""
@@ -146,6 +148,7 @@ class Engine:
             self._abandon_backward()
         self.forward_active = True
         self._sequence().begin()
+        self._choose_what_stays()
         if torch.is_grad_enabled() and module.training and self.strategy.broadcast_buffers and self.sync:
             self._broadcast_buffers()
 
@@ -205,19 +208,18 @@ class Engine:
                 unit.kept_for.add("backward")
         if self.backward_active:
             return
-        # Whatever comes first in backward stays gathered: the root's own unit and the last one.
-        first_in_backward = will_backward and (unit.module is self.module or self._is_last(unit))
-        if not first_in_backward:
+        if not (will_backward and unit in self.stay_gathered):
             unit.release()
 
-    def _is_last(self, unit: Unit) -> bool:
-        return unit is self.last_forward
+    def _choose_what_stays(self) -> None:
+        """Units that are not released between forward and backward: the root's own, and the last two.
 
-    @property
-    def last_forward(self) -> Unit | None:
-        """The unit that came last in the last forward: it stays gathered, since backward begins with it."""
-        below = [u for u in self._forward.last if u.module is not self.module]
-        return below[-1] if below else None
+        Backward begins with the last one and gathers the one before it ahead, so keeping both costs nothing.
+        Before the first forward has shown its order, that of registration is as good a guess as any.
+        """
+        order = self._forward.last or self.units
+        below = [u for u in order if u.module is not self.module]
+        self.stay_gathered = [u for u in self.units if u.module is self.module] + below[-2:]
 
     def _prefetch(self, unit: Unit) -> None:
         if unit.split:

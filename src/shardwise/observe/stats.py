@@ -87,7 +87,7 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
 
     Per unit of P padded elements, N ranks and S ranks per shard group: a reduce sends (N-1)/N · P (plus (R-1)/N · P
     along the replicate axis) and a gather (S-1)/S · P. Split parameters are gathered for forward and for backward,
-    but for the root's own and the last unit, which stay; whole ones with split optimizer state once per step.
+    but for the root's own and the last two units, which stay; whole ones with split optimizer state once per step.
     ``gather_buffers`` bounds what comes and goes: the values of the root's own and two other units, their arriving
     gradients where gradients are split, and what one reduce receives.
     """
@@ -103,8 +103,6 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
     sent = parameters = gradients = optimizer = 0
     values: list[int] = []  # per unit: bytes of gathered values, of a whole gradient
     arriving: list[int] = []
-    root = engine.units[-1]
-    stays = {id(root), id(engine.last_forward or (engine.units[-2] if len(engine.units) > 1 else root))}
     for unit in engine.units:
         values.append(0)
         arriving.append(0)
@@ -114,7 +112,7 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
             trainable = any(p.requires_grad for p in b.params)
             split_params = row.split_params and shard > 1
             if split_params:
-                gathers = 1 if id(unit) in stays else 2
+                gathers = 1 if unit in engine.stay_gathered else 2
                 values[-1] += n * value
                 parameters += n // shard * master
             else:
