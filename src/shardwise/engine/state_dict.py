@@ -35,7 +35,7 @@ def install(unit: Unit) -> None:
                 continue  # the parameters themselves are the master values
             full = bucket.full_values()
             for slot, p in zip(bucket.layout.slots, bucket.params, strict=True):
-                value = full[slot.offset : slot.stop].view(slot.shape)
+                value = full[slot.offset : slot.stop].view(slot.shape).clone()  # of its own, for whoever saves it
                 for name in unit.names[id(p)]:
                     key = key_of(prefix, name)
                     if key in state:
