@@ -31,8 +31,5 @@ class CommStats:
     def bytes_sent(self) -> int:
         return sum(c.bytes_sent for c in self.kinds.values())
 
-    def as_dict(self) -> dict[str, dict[str, float]]:
-        return {k: {"calls": c.calls, "bytes_sent": c.bytes_sent, "wait_s": c.wait_s} for k, c in self.kinds.items()}
-
     def reset(self) -> None:
         self.kinds.clear()

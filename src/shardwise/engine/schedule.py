@@ -24,11 +24,12 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from shardwise.comm.group import Op, Transfer
+from shardwise.comm.group import Op
 from shardwise.comm.mesh import Mesh
 from shardwise.comm.world import World
+from shardwise.engine.control import Message
 from shardwise.engine.unit import Call, Unit
-from shardwise.errors import CommError, UnitError
+from shardwise.errors import UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 from shardwise.trees import map_tensors, tensors_in
@@ -86,10 +87,10 @@ class Engine:
         self._inflight: deque[Unit] = deque()
         self._launched: list[Unit] = []
         self._ready: set[int] = set()
-        self._fired: list[int] = []
+        self.fired: list[int] = []
         self._order: list[int] = []  # unit indices expected to be reduced, in launch order
         self._next = 0
-        self._gather_log = 0
+        self.gather_log = 0
         self._keep_graph = False
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -227,7 +228,7 @@ class Engine:
 
     def _log_gather(self, unit: Unit) -> None:
         if unit.split and not unit.gathered and unit.gathering is None:
-            self._gather_log = zlib.crc32(unit.name.encode(), self._gather_log)
+            self.gather_log = zlib.crc32(unit.name.encode(), self.gather_log)
 
     def _broadcast_buffers(self) -> None:
         """Rank 0's buffers for everyone, one message per dtype (what DDP does before a forward)."""
@@ -256,7 +257,7 @@ class Engine:
         self._next = 0
         self._ready.clear()
         self._launched.clear()
-        self._fired.clear()
+        self.fired.clear()
         self._keep_graph = torch.is_grad_enabled()  # create_graph=True: a second backward needs the values
         self._backward.begin(self._forward.now[::-1])
         Variable._execution_engine.queue_callback(self._end_backward)
@@ -283,8 +284,8 @@ class Engine:
 
     def unit_done(self, unit: Unit) -> None:
         unit.release()
-        if unit.index not in self._fired:
-            self._fired.append(unit.index)
+        if unit.index not in self.fired:
+            self.fired.append(unit.index)
         if self.sync:
             # Not launched here: autograd still holds the gradient that came last, and the reduce wants memory.
             self._ready.add(unit.index)
@@ -358,7 +359,7 @@ class Engine:
             launched = {u.index for u in self._launched}
             # 2. Which parameters got a gradient, and where more arrived after their unit's reduce?
             arrived = {id(p) for u in self.units for b, i, p in u.slots if b.seen[i]}
-            message = _Message(self, arrived, [u.index for u in self.units if u.any_arrived])
+            message = Message(self, arrived, [u.index for u in self.units if u.any_arrived])
             transfer = message.start()
             for unit in self._launched:
                 for b in unit.buckets:
@@ -378,7 +379,7 @@ class Engine:
             self._order = [i for i in order if i in wanted] + [
                 i for i in self._default_order() if i in wanted and i not in order
             ]
-            self._gather_log = 0
+            self.gather_log = 0
         return used
 
     def _prepare_unfired(self, unit: Unit) -> None:
@@ -418,65 +419,6 @@ class _PreBackward:
 
     def __call__(self, grad: torch.Tensor) -> None:
         self.unit.engine.pre_backward(self.unit, self.call)
-
-
-class _Message:
-    """The exchange that ends a backward: one small row of bytes per rank.
-
-    Row: one byte per parameter (got a gradient), one per unit (more arrived after its reduce), the
-    order in which units were done (two bytes each), and a checksum of the gathers.
-    """
-
-    def __init__(self, engine: Engine, arrived: set[int], late: list[int]) -> None:
-        self.engine = engine
-        self.params = [p for u in engine.units for p in u.params]
-        self.late = late
-        self.arrived = arrived
-        n, m = len(self.params), len(engine.units)
-        self.cut = (n, n + m, n + 3 * m, n + 3 * m + 4)
-        row = bytearray(self.cut[3])
-        for i, p in enumerate(self.params):
-            row[i] = id(p) in arrived
-        for i in late:
-            row[n + i] = 1
-        order = engine._fired + [i for i in range(m) if i not in set(engine._fired)]
-        for k, i in enumerate(order):
-            row[n + m + 2 * k : n + m + 2 * k + 2] = i.to_bytes(2, "little")
-        row[self.cut[2] :] = engine._gather_log.to_bytes(4, "little")
-        self.row = row
-        self.fired = len(engine._fired)
-
-    def start(self) -> Transfer | None:
-        group = self.engine.mesh.control
-        if group.size == 1 or self.engine.world.fake:
-            return None
-        width = len(self.row)
-        self.all = bytearray(width * group.size)
-        self.all[group.rank * width : (group.rank + 1) * width] = self.row
-        self.tensor = torch.frombuffer(self.all, dtype=torch.uint8)
-        return group.all_gather(self.tensor, self.engine.op("control"))
-
-    def finish(self, transfer: Transfer | None) -> tuple[set[int], set[int], list[int]]:
-        """(ids of parameters used anywhere, units to reduce again, rank 0's order)."""
-        engine, (n, m_end, order_end, _) = self.engine, self.cut
-        rows = [bytes(self.row)]
-        if transfer is not None:
-            transfer.wait()
-            width = len(self.row)
-            rows = [bytes(self.all[k : k + width]) for k in range(0, len(self.all), width)]
-        used = {id(p) for i, p in enumerate(self.params) if any(row[i] for row in rows)}
-        again = {i for i in range(m_end - n) if any(row[n + i] for row in rows)}
-        logs = [row[order_end:] for row in rows]
-        if len(set(logs)) > 1:
-            odd = next(r for r, log in enumerate(logs) if log != logs[0])
-            raise CommError(
-                f"rank {odd} gathered other units than rank 0 in this step: the ranks took different branches",
-                where=f"rank {engine.world.rank}",
-                fix="make every rank run the same units in the same order, or use ddp, zero1 or zero2",
-            )
-        first = rows[0][m_end:order_end]
-        order = [int.from_bytes(first[k : k + 2], "little") for k in range(0, len(first), 2)]
-        return used, again, order
 
 
 def _in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:

@@ -213,6 +213,3 @@ class Unit:
     @property
     def any_arrived(self) -> bool:
         return any(any(b.arrived) for b in self.buckets)
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "parameters": sum(b.layout.used for b in self.buckets)}
