@@ -11,6 +11,8 @@ import pytest
 import torch
 
 SCRIPT = """
+import sys
+
 import torch
 import shardwise
 from models import adamw, assert_close, batch, loss_of, make, whole
@@ -31,7 +33,7 @@ for precision in ("", ",param_dtype=bf16"):
             o.zero_grad()
     assert_close(whole(model), whole(oracle), 1e-3 if not precision else 0.2)
     assert next(iter(whole(model).values())).device == world.device
-print("trained on", world.device, "over", world.size)
+sys.stdout.write(f"trained on {world.device} over {world.size}\\n")  # in one piece, beside the other ranks'
 """
 
 
