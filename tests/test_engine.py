@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -526,6 +527,28 @@ def test_accumulation(strategy, how):
     run(2, accumulating, strategy, 2, how)
     if strategy == "zero3":
         run(4, accumulating, "hsdp,shard_size=2", 4, how)
+
+
+def zeroed_under_no_sync(strategy: str) -> None:
+    """What was gathered under no_sync and then zeroed does not come back with a backward that goes elsewhere."""
+    torch.manual_seed(5)
+    model = shardwise.fully_shard(Branches(), strategy=strategy)
+    for sync in (False, True):
+        model.which = 0
+        with shardwise.no_sync(model):
+            model(data(0, rank())).mean().backward()
+        assert model.layers[1].weight.grad is not None
+        model.zero_grad()
+        model.which = 1
+        with nullcontext() if sync else shardwise.no_sync(model):
+            model(data(1, rank())).mean().backward()
+        assert model.layers[1].weight.grad is None and model.layers[2].weight.grad is not None
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("strategy", PRESETS)
+def test_zeroed_gradients_stay_zeroed(strategy):
+    run(2, zeroed_under_no_sync, strategy)
 
 
 def stepping_too_early(strategy: str) -> None:

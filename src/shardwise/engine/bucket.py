@@ -80,7 +80,11 @@ class Bucket:
         self._merge: torch.Tensor | None = None
         self._handles: list[torch.Tensor] | None = None
         self._take_values()
-        self.piece_params = [[self._view(piece) for piece in pieces] for pieces in self._held_pieces()]
+        self.pieces: list[list[Piece]] = [[] for _ in params]  # per parameter, those in the held shards
+        for piece in self.layout.pieces:
+            if piece.shard in mesh.held:
+                self.pieces[piece.slot].append(piece)
+        self.piece_params = [[self._view(piece) for piece in pieces] for pieces in self.pieces]
 
     def op(self, kind: str) -> Op:
         return self._ops[kind]
@@ -139,14 +143,6 @@ class Bucket:
             self.mesh.gather(out, self.op("state")).wait()
         return out
 
-    def _held_pieces(self) -> list[list[Piece]]:
-        """Per parameter, its pieces in the held shards."""
-        out: list[list[Piece]] = [[] for _ in self.params]
-        for piece in self.layout.pieces:
-            if piece.shard in self.mesh.held:
-                out[piece.slot].append(piece)
-        return out
-
     def _view(self, piece: Piece, base: torch.Tensor | None = None, origin: int | None = None) -> torch.Tensor:
         base = self.master if base is None else base
         at = piece.offset - (self.held.start if origin is None else origin)
@@ -155,10 +151,10 @@ class Bucket:
 
     def ranges(self, index: int) -> list[tuple[int, int]]:
         """The ``start:stop`` of parameter ``index`` (flattened) that each of its held pieces covers."""
-        return [(p.start, p.stop) for p in self.layout.pieces if p.slot == index and p.shard in self.mesh.held]
+        return [(p.start, p.stop) for p in self.pieces[index]]
 
     def held_shards(self, index: int) -> list[int]:
-        return [p.shard for p in self.layout.pieces if p.slot == index and p.shard in self.mesh.held]
+        return [p.shard for p in self.pieces[index]]
 
     # --- gradients -----------------------------------------------------------------------------
     def _open_grad(self) -> torch.Tensor:
@@ -166,7 +162,7 @@ class Bucket:
             n = self.held.stop - self.held.start if self.split_grads else self.layout.numel
             self.grad = self.ledger.empty(n, self.master_dtype, self.device, "gradients").zero_()
             origin = self.held.start if self.split_grads else 0
-            self._piece_grads = [[self._view(p, self.grad, origin) for p in ps] for ps in self._held_pieces()]
+            self._piece_grads = [[self._view(p, self.grad, origin) for p in ps] for ps in self.pieces]
         return self.grad
 
     def _held_grad(self, grad: torch.Tensor) -> torch.Tensor:
@@ -182,7 +178,7 @@ class Bucket:
         for i, p in enumerate(self.params):
             self.shown[i] = p.grad is not None
             if p.grad is None:
-                self.valid[i] = self.arrived[i] = False
+                self.valid[i] = self.arrived[i] = self.seen[i] = False
             else:
                 if self._handles is None or p.grad is not self._handles[i]:
                     self._adopt(i, p.grad)
@@ -224,7 +220,7 @@ class Bucket:
         else:
             place.copy_(grad).mul_(self.share)
 
-    def launch_reduce(self) -> Reduction:
+    def launch_reduce(self) -> None:
         """Start reducing what arrived; parameters without a gradient on this rank count as zeros."""
         self.finish_reduce()
         raw = self.raw if self.raw is not None else self._open_raw()
@@ -241,7 +237,6 @@ class Bucket:
             out = self._held_grad(self._open_grad())
         self.reduction = self.mesh.reduce(raw, out, self.op("reduce"), self.ledger)
         self.arrived = [False] * len(self.params)
-        return self.reduction
 
     def finish_reduce(self) -> None:
         """Wait for the reduce and add its result to what was already there."""
@@ -255,11 +250,10 @@ class Bucket:
         if self._merge is not None:
             assert self.grad is not None
             held = self._held_grad(self.grad)
-            for piece in self.layout.pieces:
-                if piece.shard in self.mesh.held:
-                    at = piece.offset - self.held.start
-                    into, add = held[at : at + piece.numel], self._merge[at : at + piece.numel]
-                    into.add_(add) if self.valid[piece.slot] else into.copy_(add)
+            for piece in (p for pieces in self.pieces for p in pieces):
+                at = piece.offset - self.held.start
+                into, add = held[at : at + piece.numel], self._merge[at : at + piece.numel]
+                into.add_(add) if self.valid[piece.slot] else into.copy_(add)
             self.ledger.drop(self._merge, "gather_buffers")
             self._merge = None
         self.valid = [True] * len(self.params)

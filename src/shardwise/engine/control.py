@@ -23,8 +23,6 @@ class Message:
     def __init__(self, engine: Engine, arrived: set[int], late: list[int]) -> None:
         self.engine = engine
         self.params = [p for u in engine.units for p in u.params]
-        self.late = late
-        self.arrived = arrived
         n, m = len(self.params), len(engine.units)
         self.cut = (n, n + m, n + 3 * m, n + 3 * m + 4)
         row = bytearray(self.cut[3])
@@ -32,7 +30,8 @@ class Message:
             row[i] = id(p) in arrived
         for i in late:
             row[n + i] = 1
-        order = engine.fired + [i for i in range(m) if i not in set(engine.fired)]
+        fired = set(engine.fired)
+        order = engine.fired + [i for i in range(m) if i not in fired]
         for k, i in enumerate(order):
             row[n + m + 2 * k : n + m + 2 * k + 2] = i.to_bytes(2, "little")
         row[self.cut[2] :] = engine.gather_log.to_bytes(4, "little")

@@ -267,20 +267,16 @@ class Engine:
         tracker.phase, tracker.unit = "backward", unit.label
         self.begin_backward()
         self.launch_ready()
+        if unit.backward_id != self.backward_id or not unit.gathered:
+            following = self._backward.after(unit)
+            unit.gather()
+            if following is not None:
+                self._prefetch(following)
+            unit.begin_backward(self.backward_id)
+            if self._keep_graph and unit.split:
+                unit.kept_for.add("backward")
         if call is not None and call.inputs > 0:
             unit.calls.add(call)
-        if unit.backward_id == self.backward_id and unit.gathered:
-            return
-        following = self._backward.after(unit)
-        unit.gather()
-        if following is not None:
-            self._prefetch(following)
-        fresh = unit.backward_id != self.backward_id
-        unit.begin_backward(self.backward_id)
-        if fresh and call is not None and call.inputs > 0:
-            unit.calls.add(call)
-        if self._keep_graph and unit.split:
-            unit.kept_for.add("backward")
 
     def unit_done(self, unit: Unit) -> None:
         unit.release()
@@ -317,14 +313,15 @@ class Engine:
         tracker = self.world.tracker
         tracker.phase = "the end of backward"
         try:
+            for unit in self.units:
+                unit.begin_backward(self.backward_id)  # those that took no part may have been zeroed all the same
             if self.sync:
                 used = self._reduce_rest()
             else:
                 used = {id(p) for u in self.units for b, i, p in u.slots if b.arrived[i]}
             for unit in self.units:
-                took_part = unit.backward_id == self.backward_id
                 for b, i, p in unit.slots:
-                    if id(p) in used or (took_part and b.shown[i]):
+                    if id(p) in used or b.shown[i]:
                         b.show(i, p)
             if not self._keep_graph:
                 self._drop("backward")
@@ -354,7 +351,6 @@ class Engine:
         with torch.no_grad():
             # 1. What was reduced last time, on any rank, is reduced now, with zeros where nothing arrived.
             for index in self._order[self._next :]:
-                self._prepare_unfired(self.units[index])
                 self._launch(self.units[index])
             launched = {u.index for u in self._launched}
             # 2. Which parameters got a gradient, and where more arrived after their unit's reduce?
@@ -370,7 +366,6 @@ class Engine:
             wanted = {u.index for u in self.units if any(id(p) in used for p in u.params)}
             for unit in self.units:
                 if unit.index in again or (unit.index in wanted and unit.index not in launched):
-                    self._prepare_unfired(unit)
                     self._launch(unit)
             for unit in self.units:
                 for b in unit.buckets:
@@ -381,10 +376,6 @@ class Engine:
             ]
             self.gather_log = 0
         return used
-
-    def _prepare_unfired(self, unit: Unit) -> None:
-        if unit.backward_id != self.backward_id:
-            unit.begin_backward(self.backward_id)
 
     @torch.no_grad()
     def scale_grads(self, factor: float) -> None:

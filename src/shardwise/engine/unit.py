@@ -47,7 +47,6 @@ class Unit:
         name: full name of ``module`` in the sharded model.
         module: the subtree; its hooks drive the unit.
         params: parameters it answers for, each with all its full names (tied ones have several).
-        index: position in the engine's unit list.
     """
 
     def __init__(
@@ -82,6 +81,7 @@ class Unit:
         self.split = any(b.split for b in self.buckets)
         self._arrivals: list[Callable[[nn.Parameter], None]] = [partial(self._arrived, b, i) for b, i, _ in self.slots]
         self._hooked = [False] * len(self.slots)
+        self.has_frozen = False
         self.watch_trainable()
         self.gathered = True
         self.gathering: list[Transfer] | None = None
@@ -89,7 +89,6 @@ class Unit:
         self.handles: list[Any] = []
         self.call: Call | None = None
         self.reading_state = False  # inside state_dict()
-        self.has_frozen = False
         # --- within one backward
         self.backward_id = -1
         self.pending = 0
