@@ -54,5 +54,41 @@ class RankFailed(CommError):
     """Another rank stopped; this one ends because of it. The other rank holds the first cause."""
 
 
+class CheckpointError(ShardwiseError, RuntimeError):
+    """A checkpoint that cannot be written, or is missing, damaged, foreign, or does not fit what it is loaded into."""
+
+
 class LaunchError(ShardwiseError):
     """A launch that cannot start the processes it was asked for."""
+
+
+class ConfigError(ShardwiseError, ValueError):
+    """A setting with a value that has no meaning, or that contradicts another one."""
+
+
+class ArgumentError(ShardwiseError, TypeError):
+    """A call with arguments that the function does not take."""
+
+
+class TensorError(ArgumentError):
+    """Something else where a tensor, or a nest of tensors, is needed."""
+
+
+class MissingPackage(ShardwiseError, ImportError):
+    """An optional package that is needed for what was asked, and is not installed."""
+
+
+class OutOfMemory(ShardwiseError, RuntimeError):
+    """Not even the smallest batch fits into memory."""
+
+
+class LeftOut(ShardwiseError):
+    """A name that other libraries have and this one leaves out on purpose."""
+
+
+class TrackerError(ShardwiseError, ValueError):
+    """A tracker that is unknown, incomplete, or used before it runs or after it ended."""
+
+
+class OffloadError(ShardwiseError, OSError):
+    """Host memory or a disk that cannot take, or give back, what was put there. ``errno`` is the system's, if any."""

@@ -10,6 +10,7 @@ kernel runs over the same ranges under every strategy. Hooks on all optimizers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from shardwise.comm import World
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.unit import Unit
 from shardwise.errors import OptimizerError
@@ -31,7 +33,7 @@ _REFUSED = {
     "SparseAdam": "sparse gradients have no flat layout",
 }
 
-_PER_PARAMETER = {"step", "eta", "mu", "mu_product"}
+PER_PARAMETER = {"step", "eta", "mu", "mu_product"}
 """State of torch.optim that is one number per parameter, also where the parameter itself is 0-dim."""
 
 
@@ -183,7 +185,7 @@ def _slice_existing_state(optimizer: Optimizer) -> None:
             for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):
                 optimizer.state[piece] = {
                     k: v.reshape(-1)[lo:hi].clone().view(piece.shape)
-                    if isinstance(v, torch.Tensor) and v.shape == p.shape and k not in _PER_PARAMETER
+                    if isinstance(v, torch.Tensor) and v.shape == p.shape and k not in PER_PARAMETER
                     else (v.clone() if isinstance(v, torch.Tensor) else v)
                     for k, v in old.items()
                 }
@@ -199,6 +201,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         def on_parameters() -> Any:  # a closure zeroes and fills p.grad, so it must see parameters
             _restore(optimizer, record)
             result = closure()
+            _tell(optimizer)
             _exchange(optimizer, record, grads=True)
             return result
 
@@ -206,8 +209,16 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if "closure" in kwargs:
             return args, {**kwargs, "closure": on_parameters}
         return (args[0], on_parameters, *args[2:]), kwargs
+    _tell(optimizer)
     _exchange(optimizer, record, grads=True)
     return None
+
+
+def _tell(optimizer: Optimizer) -> None:
+    """Ranks that have run out of data step the pieces they hold too."""
+    join = World.current().join
+    if join is not None:
+        join.step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -226,7 +237,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             _, buckets = touched.setdefault(id(unit), (unit, []))
             if place[0] not in buckets:
                 buckets.append(place[0])
-    with torch.no_grad():
+    join = World.current().join
+    with torch.no_grad(), nullcontext() if join is None else join.told_already():
         for unit, buckets in sorted(touched.values(), key=lambda t: t[0].index):
             unit.publish(buckets)
 
@@ -248,6 +260,30 @@ def _count_state(optimizer: Optimizer, record: _Attachment) -> None:
                 for value in optimizer.state[piece].values():
                     if isinstance(value, torch.Tensor):
                         bucket.ledger.adopt(value, "optimizer")
+
+
+def put_state(optimizer: Optimizer, bucket: Bucket, piece: torch.Tensor, state: dict[str, Any] | None) -> None:
+    """Replace the state of a held piece (``None``: it has none), and tell the ledger.
+
+    Args:
+        optimizer: an attached one.
+        bucket: whose piece it is.
+        piece: one of ``bucket.piece_params``.
+    """
+    record = _attached[optimizer]
+    old = optimizer.state.pop(piece, {})
+    if id(piece) in record.counted:
+        record.counted.discard(id(piece))
+        for value in old.values():
+            if isinstance(value, torch.Tensor):
+                bucket.ledger.drop(value, "optimizer")
+    if state is not None:
+        optimizer.state[piece] = state
+        record.counted.add(id(piece))
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                bucket.ledger.adopt(value, "optimizer")
+    record.states = len(optimizer.state)
 
 
 register_optimizer_step_pre_hook(_before_step)

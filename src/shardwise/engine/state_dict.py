@@ -6,11 +6,14 @@ every rank must join; each rank ends with the whole model, so it is for models t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from shardwise.engine.bucket import Bucket
+from shardwise.engine.optimizer import unit_of
 from shardwise.engine.unit import Unit
 from shardwise.errors import UnitError
 
@@ -69,3 +72,51 @@ def install(unit: Unit) -> None:
     module.register_state_dict_post_hook(after_save)
     module.register_load_state_dict_pre_hook(before_load)
     module.register_load_state_dict_post_hook(after_load)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this rank holds of one parameter: slices of its master values, none to all of it.
+
+    ``pieces`` are ``(start, stop, slice)``: elements ``start:stop`` of the flattened parameter. The slices are
+    contiguous, alias the master values, and are the keys of the optimizer's state. Afterwards call
+    :func:`publish` if they were written to.
+    """
+
+    unit: Unit
+    bucket: Bucket
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    whole: bool  # pieces are cut between parameters only (layout=tensor)
+    pieces: list[tuple[int, int, torch.Tensor]]
+
+
+def held(param: nn.Parameter) -> Held | None:
+    """What this rank holds of a parameter; ``None`` if it is not sharded."""
+    unit = unit_of(param)
+    if unit is None:
+        return None
+    bucket, index = unit.places[id(param)]
+    pieces = [(lo, hi, t) for (lo, hi), t in zip(bucket.ranges(index), bucket.piece_params[index], strict=True)]
+    shape = bucket.layout.slots[index].shape
+    return Held(unit, bucket, shape, bucket.master_dtype, bucket.device, bucket.granularity == "tensor", pieces)
+
+
+def units_of(module: nn.Module) -> list[Unit]:
+    """The units of a module's parameters, in an order that all ranks share."""
+    return list({id(u): u for p in module.parameters() if (u := unit_of(p)) is not None}.values())
+
+
+def settle(module: nn.Module) -> None:
+    """Before master values are written to: wait for what is still on its way from the last step."""
+    for unit in units_of(module):
+        if unit.gathering is not None:
+            unit.gather()
+
+
+@torch.no_grad()
+def publish(module: nn.Module) -> None:
+    """After master values were written to: let the parameters' values follow. Collective."""
+    for unit in units_of(module):
+        unit.publish(unit.buckets)

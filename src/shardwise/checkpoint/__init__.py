@@ -1,0 +1,85 @@
+"""Checkpoints: one directory that any strategy and any number of ranks can load.
+
+::
+
+    from shardwise import checkpoint
+
+    path = checkpoint.save(
+        "checkpoints/checkpoint_0",
+        models=[model],                      # sharded or plain, any number; wrappers are looked through
+        optimizers=[optimizer],              # torch optimizers, not the Accelerator's wrappers of them
+        state={"schedulers": [s.state_dict()], "step": 12},     # one for all ranks: rank 0's is written
+        rank_state={"rng": checkpoint.rng_state()},             # each rank's own
+        info={"step": 12},                   # small JSON for people and tools, in the manifest
+    )
+    loaded = checkpoint.load(path, models=[model], optimizers=[optimizer])
+    loaded.state["step"]                     # what was given as ``state``
+    if loaded.rank_state is not None:        # None on a rank that the saving run did not have
+        checkpoint.set_rng_state(loaded.rank_state["rng"])
+
+Every function that says *collective* is called by all ranks, with the same arguments. If one rank fails, all
+raise. All errors are :class:`~shardwise.errors.CheckpointError` and name the file or parameter.
+
+=======================================  =====================================================================
+``save(directory, ...)``                 collective; returns the final path. The directory appears complete or
+                                         not at all, and replaces an older one only when it is complete
+``load(directory, ...)``                 collective; checks everything before it changes anything, then loads in
+                                         place. Returns :class:`Loaded`. ``strict=False`` loads what fits
+``read_manifest(directory)``             the :class:`Manifest`: step, strategies, world size, files. Any one rank
+``verify(directory)``                    collective; reads all files against their checksums
+``latest(directory)``                    the newest complete checkpoint inside, or ``None``. Any one rank
+``next_path(directory)``                 ``directory/checkpoint_<n>`` with the next free n. Any one rank
+``prune(directory, total_limit)``        collective; deletes the oldest, never the newest complete one
+``rng_state()``, ``set_rng_state()``     Python, NumPy, torch CPU, current CUDA device
+``save_model(model, directory, ...)``    collective; safetensors files as transformers reads them
+``full_state_dict(model, ...)``          collective; whole tensors on the CPU, on every rank or rank 0 only
+=======================================  =====================================================================
+
+What goes into ``state`` and ``rank_state``: tensors, numbers, strings, bytes, NumPy arrays and numbers, and dicts,
+lists, tuples and sets of these. Tensors come back on the CPU. Anything else is refused when saving, with the
+place in the nest. Nothing in a checkpoint is ever unpickled without a closed list of harmless classes.
+
+Ranks without a file of their own (the saving run had fewer) get ``rank_state=None``; keep their fresh random
+generators, or derive them from the seed. Whatever must survive a change of the world size, such as the
+position in the data, counts global samples and belongs into ``state``.
+
+On disk::
+
+    checkpoint_0/
+      shardwise.json      manifest, written last: format, step, strategies, files with sizes and checksums
+      .metadata           torch.distributed.checkpoint's index
+      __0_0.distcp ...    tensors, one file per rank: model.<name>, optimizer.state.<name>.<key>
+      state.pt            state, param_groups
+      rank_0.pt ...       rank_state
+
+``torch.distributed.checkpoint.load`` reads the tensors under their true names and shapes. The first model's
+names begin with ``model.``, the second's with ``model_1.``, and so on; optimizers likewise, where a parameter of the
+second model is called ``model_1:<name>``. Tied parameters are stored once and listed under all of their names.
+Parameters are the master values (fp32 in a bf16 run). Gradients are not saved: save between steps.
+
+``save(files_from=f)`` calls ``f(path)`` on every rank with the directory that is being written, so that hooks can
+put files of their own in; they become part of the checkpoint.
+"""
+
+from shardwise.checkpoint.export import full_state_dict, save_model
+from shardwise.checkpoint.files import Manifest, read_manifest, verify
+from shardwise.checkpoint.loading import Loaded, load
+from shardwise.checkpoint.rng import rng_state, set_rng_state
+from shardwise.checkpoint.saving import save
+from shardwise.checkpoint.series import latest, next_path, prune
+
+__all__ = [
+    "Loaded",
+    "Manifest",
+    "full_state_dict",
+    "latest",
+    "load",
+    "next_path",
+    "prune",
+    "read_manifest",
+    "rng_state",
+    "save",
+    "save_model",
+    "set_rng_state",
+    "verify",
+]

@@ -1,0 +1,175 @@
+"""Loading: check everything, then put it where it belongs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.optim import Optimizer
+
+from shardwise.checkpoint import files, safe
+from shardwise.checkpoint.files import Manifest
+from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
+from shardwise.checkpoint.optimizers import OptimizerState
+from shardwise.checkpoint.ranks import Together
+from shardwise.checkpoint.storage import read_metadata, read_tensors
+from shardwise.comm import World
+from shardwise.engine.state_dict import publish, settle
+from shardwise.errors import CheckpointError
+
+_SHOWN = 10  # differences that an error lists
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What :func:`load` found beside models and optimizers.
+
+    Args:
+        state: what was saved as ``state``; tensors are on the CPU.
+        rank_state: what this rank saved; ``None`` if the saving run had no such rank.
+        manifest: facts about the checkpoint.
+        differences: with ``strict=False``, what did not fit and was left as it is.
+    """
+
+    state: dict[str, Any]
+    rank_state: dict[str, Any] | None
+    manifest: Manifest
+    differences: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    models: Sequence[nn.Module] = (),
+    optimizers: Sequence[Optimizer] = (),
+    strict: bool = True,
+) -> Loaded:
+    """Load a checkpoint in place, whatever strategy and number of ranks saved it. Collective.
+
+    Args:
+        directory: what :func:`save` returned.
+        models, optimizers: in the order they were saved in.
+        strict: raise if names, shapes or groups differ. Otherwise load what fits and list the rest.
+
+    Returns:
+        The small state, for the caller to put back.
+
+    Raises:
+        CheckpointError: on every rank, before anything has changed: the directory is missing, not a
+            checkpoint, damaged or of a newer format; or its contents do not fit.
+
+    Buffers that differed between ranks come back as each rank's own at an equal world size, else as rank 0's.
+    Cost: reads the files twice, to check and to load; each rank loads only what it holds.
+    """
+    world = World.current()
+    path, manifest = files.opened(directory)
+    doing = f"loading checkpoint {path}"
+    with Together(doing, slow=True):
+        metadata = read_metadata(path, manifest.files)
+        common = _needs(safe.read(path / "state.pt"), path / "state.pt", ("state", "extra", "optimizers"))
+        own: dict[str, Any] | None = None
+        if (name := f"rank_{world.rank}.pt") in manifest.files:
+            own = _needs(safe.read(path / name), path / name, ("rank_state", "buffers"))
+        states = model_states(models)
+        labels = parameter_labels(states)
+        steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers)]
+        differences = _differences(states, steppers, common, metadata, manifest)
+        if differences and strict:
+            shown = "\n    ".join(differences[:_SHOWN])
+            more = f"\n    and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+            raise CheckpointError(
+                f"the checkpoint does not fit:\n    {shown}{more}",
+                where=str(path),
+                fix="build the model and optimizers as they were when it was saved, or load what fits: strict=False",
+            )
+    for s in states:
+        settle(s.module)
+    with Together(doing, slow=True):
+        tensors: dict[str, torch.Tensor] = {}
+        finish: list[Callable[[], Any]] = []
+        for s in states:
+            tensors.update(_model_targets(s, metadata))
+        for stepper, saved in zip(steppers, common["optimizers"], strict=False):
+            found, after = stepper.targets(saved, metadata)
+            tensors.update(found)
+            finish += after
+        read_tensors(path, metadata, tensors)
+        for call in finish:
+            call()
+        for s in states:
+            _put_rest(s, common["extra"].get(s.label, {}), own, world.size == manifest.world_size)
+    for s in states:
+        publish(s.module)
+    return Loaded(common["state"], None if own is None else own["rank_state"], manifest, differences)
+
+
+def _needs(value: Any, path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        raise CheckpointError("not the file that Shardwise wrote", where=str(path), fix="load another checkpoint")
+    return value
+
+
+def _differences(
+    states: Sequence[ModelState],
+    steppers: Sequence[OptimizerState],
+    common: Mapping[str, Any],
+    metadata: Metadata,
+    manifest: Manifest,
+) -> list[str]:
+    out: list[str] = []
+    for what, given, saved in (("models", states, manifest.models), ("optimizers", steppers, manifest.optimizers)):
+        if len(given) != len(saved):
+            out.append(f"{len(given)} {what} were given, the checkpoint has {len(saved)}: {', '.join(saved)}")
+    found: dict[str, Any] = metadata.state_dict_metadata
+    for s in states:
+        prefix = f"{s.label}."
+        saved_names = {name[len(prefix) :] for name in found if name.startswith(prefix)}
+        mine = {**s.parameters, **s.buffers}
+        names = mine.keys() | s.aliases.keys()
+        for name, tensor in mine.items():
+            if name not in saved_names:
+                out.append(f"{s.label}: '{name}' is not in the checkpoint")
+            elif tuple(found[prefix + name].size) != tuple(tensor.shape):
+                size = tuple(found[prefix + name].size)
+                out.append(f"{s.label}: '{name}' has shape {size} in the checkpoint, not {tuple(tensor.shape)}")
+        out += [f"{s.label}: '{name}' is in the checkpoint only" for name in sorted(saved_names - names)]
+        for alias, name in s.aliases.items():
+            if {alias, name} <= saved_names and not _same_place(metadata, prefix + alias, prefix + name):
+                out.append(f"{s.label}: '{alias}' and '{name}' are tied, and two tensors in the checkpoint")
+        saved_extra = common["extra"].get(s.label, {})
+        out += [f"{s.label}: '{name}' is on one side only" for name in sorted(s.extra.keys() ^ saved_extra.keys())]
+    for stepper, saved_optimizer in zip(steppers, common["optimizers"], strict=False):
+        out += stepper.differences(saved_optimizer, metadata)
+    return out
+
+
+def _same_place(metadata: Metadata, a: str, b: str) -> bool:
+    def places(name: str) -> list[tuple[str, int]]:
+        infos = [info for index, info in metadata.storage_data.items() if index.fqn == name]
+        return sorted((info.relative_path, info.offset) for info in infos)
+
+    return places(a) == places(b)
+
+
+def _model_targets(s: ModelState, metadata: Metadata) -> dict[str, torch.Tensor]:
+    """The model's tensors that the checkpoint has with the same shape, by their names there."""
+    found: dict[str, Any] = metadata.state_dict_metadata
+    out = {f"{s.label}.{name}": tensor for name, tensor in s.tensors(everything=True).items()}
+    return {k: t for k, t in out.items() if k in found and tuple(found[k].size) == tuple(t.shape)}
+
+
+def _put_rest(s: ModelState, extra: Mapping[str, Any], own: Mapping[str, Any] | None, same_size: bool) -> None:
+    for name, owner in s.extra.items():
+        if name in extra:
+            owner.set_extra_state(extra[name])
+    if own is not None and same_size:
+        for name, value in own["buffers"].get(s.label, {}).items():
+            if name in s.buffers and s.buffers[name].shape == value.shape:
+                s.buffers[name].copy_(value)

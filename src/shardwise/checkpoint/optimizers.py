@@ -1,0 +1,272 @@
+"""What an optimizer has to save, keyed by parameter names, and how it is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from shardwise.checkpoint.slices import Slices
+from shardwise.comm import World
+from shardwise.engine.optimizer import PER_PARAMETER, attach, put_state
+from shardwise.engine.state_dict import Held, held
+from shardwise.errors import CheckpointError
+
+NUMBERS: dict[str, tuple[type, torch.dtype]] = {
+    "bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64),
+}  # fmt: skip
+Kinds = dict[str, dict[str, str]]
+"""By parameter and state key: ``sliced`` like the parameter; ``whole``, on the parameter's device or ``whole cpu``;
+``bool``, ``int``, ``float`` or ``none``."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter of an optimizer, and what this rank holds of it."""
+
+    label: str  # in the optimizer's keys
+    key: str  # the parameter's own key, "" if it is in none of the models
+    param: nn.Parameter
+    mine: Held | None
+
+    @property
+    def pieces(self) -> list[tuple[int, int, torch.Tensor]]:
+        """``(start, stop, tensor)``; the tensors are the keys of the optimizer's state."""
+        return self.mine.pieces if self.mine is not None else [(0, self.param.numel(), self.param)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.mine.shape if self.mine is not None else self.param.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mine.dtype if self.mine is not None else self.param.dtype
+
+
+class OptimizerState:
+    """What one optimizer saves or loads.
+
+    Args:
+        index: its keys begin with ``optimizer``, ``optimizer_1``, ...
+        optimizer: with pieces or plain parameters.
+        names: of :func:`~shardwise.checkpoint.models.parameter_labels`.
+
+    Raises:
+        CheckpointError: it holds a sharded parameter of none of the models.
+        OptimizerError: it cannot step on slices.
+    """
+
+    def __init__(self, index: int, optimizer: Optimizer, names: Mapping[int, tuple[str, str]]) -> None:
+        attach(optimizer)
+        self.label, self.optimizer = ("optimizer" if index == 0 else f"optimizer_{index}"), optimizer
+        self.groups: list[list[Slot]] = []
+        for g, group in enumerate(optimizer.param_groups):
+            slots = []
+            for i, p in enumerate(group["params"]):
+                mine = held(p)
+                if id(p) not in names and mine is not None:
+                    raise CheckpointError(
+                        f"holds parameter '{getattr(p, '_shardwise_name', i)}' of a model that is not in models=",
+                        where=self.label,
+                        fix="save and load the models together with their optimizers",
+                    )
+                name, key = names.get(id(p), (f"group{g}.{i}", ""))
+                slots.append(Slot(name, key, p, mine))
+            self.groups.append(slots)
+
+    @property
+    def slots(self) -> Iterator[Slot]:
+        return (slot for group in self.groups for slot in group)
+
+    # --- saving ------------------------------------------------------------------------------
+    def collect(self) -> tuple[dict[str, dict[str, torch.Tensor]], Kinds]:
+        """This rank's state tensors by parameter and key, aliasing the optimizer's, and the kind of each.
+
+        Raises:
+            CheckpointError: state of a kind that cannot be saved.
+        """
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        kinds: Kinds = {}
+        for slot in self.slots:
+            states = [self.optimizer.state.get(piece) for _, _, piece in slot.pieces]
+            if not states or states[0] is None:
+                continue
+            writes = slot.mine is not None or World.current().rank == 0 or isinstance(slot.param, DTensor)
+            for key, value in states[0].items():
+                kind, tensor = self._of(slot, key, value, [s[key] for s in states if s is not None])
+                kinds.setdefault(slot.label, {})[key] = kind
+                if tensor is not None and writes:
+                    tensors.setdefault(slot.label, {})[key] = tensor
+            kinds.setdefault(slot.label, {})
+        return tensors, kinds
+
+    def _of(self, slot: Slot, key: str, value: Any, values: Sequence[Any]) -> tuple[str, torch.Tensor | None]:
+        if value is None:
+            return "none", None
+        for kind, (python, dtype) in NUMBERS.items():
+            if type(value) is python:
+                return kind, torch.tensor(value, dtype=dtype)
+        if not isinstance(value, torch.Tensor) or "." in key:
+            raise CheckpointError(
+                f"its state '{key}' is a {type(value).__name__}, which has no place in a checkpoint",
+                where=f"{self.label}, parameter '{slot.label}'",
+                fix="optimizer state is saved if it consists of tensors, numbers and None",
+            )
+        first = slot.pieces[0][2]
+        if value.shape == first.shape and key not in PER_PARAMETER:
+            if slot.mine is None:
+                return "sliced", value.detach()
+            parts = [(a, b, v) for (a, b, _), v in zip(slot.pieces, values, strict=True)]
+            if all(v.is_contiguous() for v in values):
+                return "sliced", Slices(slot.shape, value.dtype, value.device, parts)
+        if value.dim() and slot.mine is not None and not slot.mine.whole:
+            raise CheckpointError(
+                f"its state '{key}' has shape {tuple(value.shape)} for a slice of shape {tuple(first.shape)}",
+                where=f"{self.label}, parameter '{slot.label}'",
+                fix="shard with layout=tensor",
+            )
+        off = value.device.type == "cpu" and first.device.type != "cpu"
+        return "whole cpu" if off else "whole", value.detach()
+
+    def plain(self) -> dict[str, Any]:
+        """Hyperparameters by group with the names of its parameters, and what else its state dict has."""
+        groups = []
+        for group, slots in zip(self.optimizer.param_groups, self.groups, strict=True):
+            values = {k: v for k, v in group.items() if k != "params"}
+            groups.append({"params": [s.label for s in slots], "values": values})
+        named = {k: v for k, v in self.optimizer.state.items() if not isinstance(k, torch.Tensor)}
+        extra = {k: v for k, v in self.optimizer.state_dict().items() if k not in ("state", "param_groups")}
+        return {"groups": groups, "named": named, "extra": extra}
+
+    # --- loading -----------------------------------------------------------------------------
+    def differences(self, saved: Mapping[str, Any], metadata: Metadata) -> list[str]:
+        """What of this optimizer does not fit the checkpoint, one line each."""
+        out = []
+        known = {label: g for g, group in enumerate(saved["groups"]) for label in group["params"]}
+        mine = {slot.label for slot in self.slots}
+        out += [f"{self.label}: parameter '{label}' is not in the checkpoint" for label in mine - known.keys()]
+        out += [f"{self.label}: parameter '{label}' is in the checkpoint only" for label in known.keys() - mine]
+        for g, slots in enumerate(self.groups):
+            if len({known[s.label] for s in slots if s.label in known}) > 1:
+                out.append(f"{self.label}: the parameters of group {g} are in several groups of the checkpoint")
+        for slot in self.slots:
+            out += self._misfits(slot, saved["state"].get(slot.label, {}), metadata)
+        return sorted(out)
+
+    def _misfits(self, slot: Slot, kinds: Mapping[str, str], metadata: Metadata) -> list[str]:
+        out = []
+        for key, kind in kinds.items():
+            found: Any = metadata.state_dict_metadata.get(f"{self.label}.state.{slot.label}.{key}")
+            if found is None and kind != "none":
+                out.append(f"{self.label}: '{key}' of '{slot.label}' is missing")
+            elif kind == "sliced" and tuple(found.size) != slot.shape:
+                out.append(f"{self.label}: '{key}' of '{slot.label}' has shape {tuple(found.size)}, not {slot.shape}")
+        return out
+
+    def targets(self, saved: Mapping[str, Any], metadata: Metadata) -> tuple[dict[str, torch.Tensor], list[Callable]]:
+        """Tensors to be filled from the checkpoint, by key, and what to call when they are.
+
+        Parameters that the checkpoint does not have keep their state; those that had none there lose it.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        finish: list[Callable[[], None]] = []
+        groups = {label: group["values"] for group in saved["groups"] for label in group["params"]}
+        for group, slots in zip(self.optimizer.param_groups, self.groups, strict=True):
+            fitting = [groups[s.label] for s in slots if s.label in groups]
+            if fitting:
+                finish.append(partial(_set_values, group, fitting[0]))
+            for slot in slots:
+                if slot.label in groups:
+                    hyper = {**group, **groups[slot.label]}
+                    self._target(slot, saved["state"].get(slot.label), hyper, metadata, tensors, finish)
+        if saved["named"]:
+            finish.append(lambda: self.optimizer.state.update(saved["named"]))
+        if saved["extra"]:  # only its own load_state_dict knows what to do with it
+            finish.append(lambda: self.optimizer.load_state_dict({**self.optimizer.state_dict(), **saved["extra"]}))
+        return tensors, finish
+
+    def _target(
+        self,
+        slot: Slot,
+        kinds: Mapping[str, str] | None,
+        hyper: Mapping[str, Any],
+        metadata: Metadata,
+        tensors: dict[str, torch.Tensor],
+        finish: list[Callable],
+    ) -> None:
+        pieces = [piece for _, _, piece in slot.pieces]
+        if kinds is None:
+            finish += [partial(self._put, slot, piece, None) for piece in pieces]
+            return
+        if self._misfits(slot, kinds, metadata):
+            return  # with strict=False: keeps the state it has
+        new: list[dict[str, Any]] = [{} for _ in pieces]
+        for key, kind in kinds.items() if pieces else ():
+            name = f"{self.label}.state.{slot.label}.{key}"
+            found: Any = metadata.state_dict_metadata.get(name)
+            if kind == "none":
+                for state in new:
+                    state[key] = None
+            elif kind == "sliced":
+                dtype = self._dtype(slot, found.properties.dtype, metadata)
+                for state, piece in zip(new, pieces, strict=True):
+                    state[key] = self._tensor(piece, key, dtype)
+                if slot.mine is None:
+                    tensors[name] = new[0][key]
+                else:
+                    parts = [(a, b, s[key]) for (a, b, _), s in zip(slot.pieces, new, strict=True)]
+                    tensors[name] = Slices(slot.shape, dtype, slot.mine.device, parts)
+            else:
+                tensors[name] = read = torch.empty(found.size, dtype=found.properties.dtype)
+                for state, piece in zip(new, pieces, strict=True):
+                    state[key] = None  # keeps the order of keys
+                    device = _device(key, kind, hyper, piece)
+                    finish.append(partial(_fill, state, key, read, kind, device))
+        finish += [partial(self._put, slot, piece, state) for piece, state in zip(pieces, new, strict=True)]
+
+    def _tensor(self, piece: torch.Tensor, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """The state tensor that is there, or a new one: loading in place needs no second copy."""
+        old = (self.optimizer.state.get(piece) or {}).get(key)
+        if isinstance(old, torch.Tensor) and old.shape == piece.shape and old.dtype == dtype and old.is_contiguous():
+            return old
+        return torch.empty_like(piece.detach(), dtype=dtype)
+
+    def _dtype(self, slot: Slot, saved: torch.dtype, metadata: Metadata) -> torch.dtype:
+        """State of the parameter's own dtype follows it; other state (8 bit, or fp32 beside bf16) stays as it is."""
+        param: Any = metadata.state_dict_metadata.get(slot.key)
+        return slot.dtype if param is not None and param.properties.dtype == saved else saved
+
+    def _put(self, slot: Slot, piece: torch.Tensor, state: dict[str, Any] | None) -> None:
+        if slot.mine is not None:
+            put_state(self.optimizer, slot.mine.bucket, piece, state)
+        elif state is None:
+            self.optimizer.state.pop(piece, None)
+        else:
+            self.optimizer.state[piece] = state
+
+
+def _set_values(group: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        old = group.get(key)
+        if isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor):
+            group[key] = value.to(old.device)
+        else:
+            group[key] = value
+
+
+def _device(key: str, kind: str, hyper: Mapping[str, Any], piece: torch.Tensor) -> torch.device:
+    """Where torch's optimizers want a per-parameter value: on the CPU, unless their kernels read it."""
+    if hyper.get("capturable") or hyper.get("fused"):
+        return piece.device
+    return torch.device("cpu") if key in PER_PARAMETER or kind == "whole cpu" else piece.device
+
+
+def _fill(state: dict[str, Any], key: str, read: torch.Tensor, kind: str, device: torch.device) -> None:
+    state[key] = NUMBERS[kind][0](read.item()) if kind in NUMBERS else read.to(device, copy=True)

@@ -1,0 +1,98 @@
+"""What ranks tell each other while they save and load: bytes, and errors that all of them must raise."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+
+import torch
+
+from shardwise.comm import World
+from shardwise.comm.group import Op
+from shardwise.errors import CheckpointError, CommError, ShardwiseError
+
+_OP = Op("exchange", "the checkpoint", 0)  # in process groups that nobody else uses
+_SOON = 660.0  # unlike any other timeout, which gives it a group of its own
+_LATER = 6 * 3600.0
+"""Seconds to wait for the other ranks: to begin with, and while they read and write files. A rank that dies is
+noticed at once; this is for one that never comes, because only some ranks save."""
+
+
+def share(data: bytes, timeout: float = _SOON) -> list[bytes]:
+    """Every rank's bytes, in rank order.
+
+    Cost: two collectives; each rank sends its bytes, padded to the longest, to every other rank.
+    """
+    if World.current().size == 1:
+        return [data]
+    sizes = [int(row.view(torch.int64)) for row in _gather(torch.tensor([len(data)]).view(torch.uint8), timeout)]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    if data:
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return [row[:n].numpy().tobytes() for row, n in zip(_gather(padded, timeout), sizes, strict=True)]
+
+
+def _gather(mine: torch.Tensor, timeout: float) -> list[torch.Tensor]:
+    world = World.current()
+    flat = torch.empty(world.size * mine.numel(), dtype=torch.uint8)
+    rows = list(flat.view(world.size, -1))
+    rows[world.rank].copy_(mine)
+    if mine.numel():
+        world.control_group(timeout).all_gather(flat, _OP).wait()
+    return [row.clone() for row in rows]
+
+
+def from_first(text: str) -> str:
+    """Rank 0's text, on every rank."""
+    return share(text.encode() if World.current().rank == 0 else b"")[0].decode()
+
+
+class Together:
+    """A block that all ranks leave alike: if it fails on one of them, it raises on all.
+
+    Inside, a rank must not enter a collective that another rank may not reach. A failure of a collective
+    itself, or an interrupt, is passed on at once: there is nobody to tell.
+
+    Args:
+        doing: what the block does, for the message: ``writing checkpoint /a/b``.
+        slow: the block reads or writes much, and some ranks may take far longer than others.
+
+    Raises:
+        CheckpointError: on the ranks that had no error of their own, with the first failing rank's words.
+
+    Cost: two small collectives when the block ends.
+    """
+
+    def __init__(self, doing: str, slow: bool = False) -> None:
+        self.doing, self.timeout = doing, _LATER if slow else _SOON
+
+    def __enter__(self) -> None:
+        if World.current().size > 1:
+            World.current().control_group(self.timeout)  # made while all ranks are here
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and (not isinstance(error, Exception) or isinstance(error, CommError)):
+            return
+        mine = None if error is None else _described(error, self.doing)
+        words = b"" if mine is None else json.dumps([mine.what, mine.where, mine.fix]).encode()
+        told = share(words, self.timeout)
+        if error is not None:
+            if mine is not error and isinstance(error, (OSError, ShardwiseError)):
+                assert mine is not None
+                raise mine from error
+            return
+        for rank, text in enumerate(told):
+            if text:
+                what, where, fix = json.loads(text)
+                raise CheckpointError(what, where=f"rank {rank}, {where}" if where else f"rank {rank}", fix=fix)
+
+
+def _described(error: Exception, doing: str) -> ShardwiseError:
+    if isinstance(error, ShardwiseError):
+        return error
+    if isinstance(error, OSError):
+        fix = "check that the directory can be written, is shared by all ranks, and that the disk is not full"
+        return CheckpointError(f"{doing}: {error.strerror or error}", where=str(error.filename or ""), fix=fix)
+    return CheckpointError(f"{doing}: {type(error).__name__}: {error}", fix="see that rank's own traceback")

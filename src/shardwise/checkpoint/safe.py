@@ -1,0 +1,124 @@
+"""Small state in files that are read without running anything: ``torch.save``, read with ``weights_only=True``.
+
+Whatever such a file cannot hold is refused when it is saved, not when it is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from shardwise.errors import CheckpointError
+from shardwise.trees import map_tensors
+
+_CANNOT = (pickle.PickleError, AttributeError, TypeError, ValueError, RuntimeError, EOFError, KeyError)
+"""What ``torch.save`` and a weights-only ``torch.load`` raise about a value or a file they cannot take."""
+
+
+def _numpy_types() -> list[Any]:
+    """NumPy's own constructors of arrays and numbers; its names for them differ between versions."""
+    core: Any = importlib.import_module("numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray")
+    dtypes = {type(np.dtype(t)) for t in "?bhilqBHILQefdFD"}
+    named: list[Any] = [np.ndarray, np.dtype, *dtypes]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
+        named += [(core._reconstruct, f"{module}._reconstruct"), (core.scalar, f"{module}.scalar")]
+    return named
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """A view would be saved with all of the storage it looks at."""
+    if tensor.layout != torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return tensor
+    own = tensor.numel() * tensor.element_size()
+    return tensor.detach().clone() if tensor.untyped_storage().nbytes() > own else tensor
+
+
+def write(value: Mapping[str, Any], file: BinaryIO) -> None:
+    """Write a mapping to a file opened for writing.
+
+    Raises:
+        CheckpointError: something in it could not be read back; names the entry.
+    """
+    try:
+        torch.save(map_tensors(dict(value), _compact), file)
+    except _CANNOT as error:
+        raise _refusal(value, error) from error
+
+
+def check(value: Mapping[str, Any], path: Path) -> None:
+    """Find out whether the file that :func:`write` just made of ``value`` can be read.
+
+    Raises:
+        CheckpointError: it cannot; names the entry.
+    """
+    try:
+        with torch.serialization.safe_globals(_numpy_types()):
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except _CANNOT as error:
+        raise _refusal(value, error) from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a file of :func:`write`, tensors on the CPU. Nothing in it is run.
+
+    Raises:
+        CheckpointError: it is damaged, or holds more than data; names the file.
+    """
+    try:
+        with torch.serialization.safe_globals(_numpy_types()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except _CANNOT as error:
+        raise CheckpointError(
+            f"refused: the file holds something other than plain data ({_first_line(error)})",
+            where=str(path),
+            fix="nothing was loaded; use another checkpoint, and find out who changed this one",
+        ) from error
+
+
+def _refusal(value: Mapping[str, Any], error: BaseException) -> CheckpointError:
+    path, culprit, why = _culprit(dict(value), "", _first_line(error))
+    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")
+    return CheckpointError(
+        f"a {kind} cannot be saved, because it could not be read back without running code ({why})",
+        where=path or "state",
+        fix="let state_dict() return tensors, numbers, strings, NumPy arrays, and lists, tuples and dicts of them",
+    )
+
+
+def _culprit(value: Any, path: str, why: str) -> tuple[str, Any, str]:
+    """The smallest part of a nest that cannot make the round trip."""
+    children: list[tuple[str, Any]] = []
+    if isinstance(value, Mapping):
+        children = [(f"{path}[{k!r}]" if path else str(k), v) for k, v in value.items()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        children = [(f"{path}[{i}]", v) for i, v in enumerate(value)]
+    for name, child in children:
+        reason = _round_trip(child)
+        if reason:
+            return _culprit(child, name, reason)
+    return path, value, why
+
+
+def _round_trip(value: Any) -> str:
+    data = io.BytesIO()
+    try:
+        torch.save(value, data)
+        data.seek(0)
+        with torch.serialization.safe_globals(_numpy_types()):
+            torch.load(data, map_location="cpu", weights_only=True)
+    except _CANNOT as error:
+        return _first_line(error)
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    unsupported = [line for line in lines if "nsupported" in line or "not an allowed" in line]
+    return (unsupported or lines or [type(error).__name__])[0][:200]
