@@ -8,20 +8,23 @@ The gradients are a sum until the boundary's backward, and become the mean right
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from shardwise import operations
 from shardwise.comm import World
-from shardwise.data import ShardedLoader
+from shardwise.data_loader import PreparedLoader
 from shardwise.engine.build import engine_of
 from shardwise.engine.optimizer import unit_of
 from shardwise.engine.schedule import Engine
-from shardwise.errors import GradientError, OptimizerError
+from shardwise.errors import GradientError
+
+if TYPE_CHECKING:
+    from shardwise.optimizer import AcceleratedOptimizer
 
 
 class Steps:
@@ -30,15 +33,19 @@ class Steps:
     Args:
         length: micro-batches per optimizer step.
         scaler: dynamic loss scaling, for fp16.
+        sync_with_dataloader: the end of a dataloader is a boundary, however short the window.
     """
 
-    def __init__(self, length: int, scaler: torch.amp.GradScaler | None) -> None:
-        self.length, self.scaler = length, scaler
+    def __init__(self, length: int, scaler: torch.amp.GradScaler | None, sync_with_dataloader: bool = True) -> None:
+        self.length, self.scaler, self.sync_with_dataloader = length, scaler, sync_with_dataloader
+        self.max_norm: float | None = None  # every optimizer step clips to it, where a DeepSpeed plugin says so
         self.sync_gradients = True
         self.models: list[nn.Module] = []
         self.optimizers: list[AcceleratedOptimizer] = []
-        self.loaders: list[ShardedLoader] = []  # being read, innermost last
+        self.loaders: list[PreparedLoader] = []  # being read, innermost last
+        self.schedulers: list[Any] = []
         self.micro = 0  # micro-batches of this window so far; 0 until accumulate() was used
+        self._batches = 0  # the same, of all ranks together
         self._fresh = True  # no backward yet in this window
         self._block_fresh = True  # no backward yet in this micro-batch
         self._weighted: bool | None = None
@@ -51,30 +58,63 @@ class Steps:
         self._loose_applied = 1.0
 
     # --- dataloaders -----------------------------------------------------------------------
-    def loader_begins(self, loader: ShardedLoader) -> None:
+    # What a loader calls, in this order: loader_begins, batch_comes(True) before each batch is handed out,
+    # batch_comes(False) when there is none left, loader_ends. After a break: loader_ends only.
+    def loader_begins(self, loader: PreparedLoader) -> None:
         self.loaders.append(loader)
 
-    def loader_ends(self, loader: ShardedLoader) -> None:
+    def batch_comes(self, loader: PreparedLoader, exists: bool) -> None:
+        """Inside ``join_uneven_inputs``: a rank whose loader has ended stays here until all ranks' have.
+
+        Args:
+            loader: the innermost one that is being read.
+            exists: there is a batch, and ``loader.end_of_dataloader`` says already whether it is the last.
+        """
+        join = self.join
+        if join is not None:
+            if exists:
+                join.batch()
+            else:
+                join.ends()
+
+    def loader_ends(self, loader: PreparedLoader) -> None:
         self.loaders = [other for other in self.loaders if other is not loader]
 
     @property
-    def loader(self) -> ShardedLoader | None:
+    def join(self) -> Any:
+        """The open join_uneven_inputs block of this Accelerator (an :class:`~shardwise.engine.join.Join`), or None."""
+        join = World.current().join
+        return join if join is not None and join.loop.steps is self else None
+
+    @property
+    def loader(self) -> PreparedLoader | None:
         return self.loaders[-1] if self.loaders else None
 
     # --- windows ---------------------------------------------------------------------------
     def begin_micro_batch(self) -> None:
         """Count one more; the last of ``length``, or of a dataloader, is a boundary."""
-        if self.sync_gradients:
-            self.micro = 0
-            self._fresh, self._weighted, self._weight = True, None, 0.0
+        fresh, micro = self.sync_gradients, self.micro + 1
+        if fresh:
+            micro = 1
+        loader, join = self.loader, self.join
+        last, ranks = loader is not None and loader.end_of_dataloader, World.current().size
+        if join is not None:  # the end of the data is where it has ended on every rank
+            join.ready()
+            last, ranks = loader is not None and join.at_end(len(self.loaders)), len(join.live)
+        sync = micro >= self.length or (self.sync_with_dataloader and last)
+        with nullcontext() if join is None else join.event("micro_batch", None, fresh, micro, sync, ranks):
+            self.count(fresh, micro, sync, ranks)
+
+    def count(self, fresh: bool, micro: int, sync: bool, ranks: int) -> None:
+        """Begin micro-batch ``micro`` of a window, a ``fresh`` one or the present one, on so many ranks."""
+        if fresh:
+            self._fresh, self._weighted, self._weight, self._batches = True, None, 0.0, 0
             self._took_part.clear()
             self._complete.clear()
             self._applied.clear()
             self._loose_applied = 1.0
-        self.micro += 1
-        self._block_fresh = True
-        loader = self.loader
-        self.sync_gradients = self.micro >= self.length or (loader is not None and loader.end_of_dataloader)
+        self.micro, self.sync_gradients, self._block_fresh = micro, sync, True
+        self._batches += ranks
 
     def may_zero(self) -> bool:
         """May ``zero_grad()`` clear? What a finished window left, always; what this one has gathered, never."""
@@ -87,10 +127,14 @@ class Steps:
             raise GradientError(f"weight={weight} is not a number of items", fix="give 0 or more")
         if self.micro == 0:
             # Outside accumulate(), gradients add up as they always do, so the mean has to be in the loss.
+            join, size = self.join, World.current().size
             factor = 1.0 / self.length
+            if join is not None:
+                join.ready()
+                factor *= size / len(join.live)  # the mean over those who have a batch
             if weight is not None:
                 total = operations.total(weight)
-                factor = weight * World.current().size / total if total else 0.0
+                factor = weight * size / total if total else 0.0
             self._run(loss, factor, kwargs, weight)
             return
         if not self._fresh and (weight is not None) != self._weighted:
@@ -110,7 +154,7 @@ class Steps:
         self._took_part |= now
         if self.sync_gradients:
             # Not yet those whose last backward was under no_sync: a later loss of this micro-batch will reduce them.
-            self._complete |= {engine for engine in now if engine.sync}
+            self._complete |= {engine for engine in now if engine.sync or engine.local}
             self._apply()
 
     def _run(self, loss: torch.Tensor, factor: float, kwargs: dict[str, Any], weight: float | None) -> None:
@@ -140,10 +184,19 @@ class Steps:
     # --- from the sum to the mean ------------------------------------------------------------
     def _factor(self) -> float:
         if not self._weighted:
-            return 1.0 / max(self.micro, 1)
-        total = operations.total(self._weight)
+            return World.current().size / max(self._batches, 1)
+        total = self._total_weight()
         # The engine has divided by the ranks; a window without items has zeros, and keeps them.
         return self._unit * World.current().size / total if total else 1.0
+
+    def _total_weight(self) -> float:
+        if any(engine.local for engine in self.engines()):  # LocalSGD: the mean over this rank's own
+            return self._weight * World.current().size
+        join = self.join
+        if join is None or not join.has_followers:
+            return operations.total(self._weight)
+        with join.event("weigh"):  # ranks that have no data any more had some when this window began
+            return join.total(self._weight)
 
     def _apply(self) -> None:
         factor = self._factor()
@@ -206,165 +259,9 @@ class Steps:
 
     def renew(self, scale: float | None) -> None:
         assert self.scaler is not None
-        if any(o.checked for o in self.optimizers):
-            self.scaler.update(scale)
-        for optimizer in self.optimizers:
-            optimizer.checked = optimizer.stepped = False
-
-
-class AcceleratedOptimizer(Optimizer):
-    """A torch optimizer that steps at window boundaries only, and under fp16 only on finite gradients.
-
-    Everything else (``param_groups``, ``state``, ``state_dict``, hooks, ...) is the inner optimizer's.
-
-    Args:
-        optimizer: the inner one.
-        steps: its Accelerator's state.
-    """
-
-    def __init__(self, optimizer: Optimizer, steps: Steps) -> None:
-        # Optimizer.__init__ is left out on purpose: it would make groups, state and step hooks of its own.
-        self.optimizer = optimizer
-        self._steps = steps
-        self._skipped = False
-        self.checked = False  # gradients are unscaled, and known to be finite or not
-        self.stepped = False  # since the scale last changed
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # not set yet: while being unpickled
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.optimizer.defaults = defaults
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return (p for group in self.optimizer.param_groups for p in group["params"])
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.optimizer.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state_dict)
-
-    def train(self) -> None:
-        """For schedule-free optimizers: the inner optimizer's ``train()``, if it has one."""
-        if callable(change := getattr(self.optimizer, "train", None)):
-            change()
-
-    def eval(self) -> None:
-        """For schedule-free optimizers: the inner optimizer's ``eval()``, if it has one."""
-        if callable(change := getattr(self.optimizer, "eval", None)):
-            change()
-
-    @property
-    def step_was_skipped(self) -> bool:
-        """The last ``step()`` at a boundary met gradients that overflowed fp16 on some rank, and did nothing."""
-        return self._skipped
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients that a finished window left. Those that are being accumulated stay."""
-        steps = self._steps
-        if not steps.may_zero():
-            return
-        self.optimizer.zero_grad(set_to_none=set_to_none)
-        if self.checked and not self.stepped:  # unscaled, then thrown away: what was found out counts all the same
-            self.stepped = True
-            steps.update_scale()
-
-    def step(self, closure: Any = None) -> Any:
-        """One optimizer step at a boundary; elsewhere nothing.
-
-        Raises:
-            GradientError: the boundary's gradients were not reduced over the ranks.
-            OptimizerError: a closure under fp16.
-        """
-        steps = self._steps
-        if not steps.sync_gradients:
-            return None
-        if steps.scaler is None:
-            if closure is not None:
-                return self.optimizer.step(closure)
-            steps.settle()
-            return self.optimizer.step()
-        if closure is not None:
-            raise OptimizerError("fp16 loss scaling cannot see inside a closure", fix="use bf16, or leave it out")
-        overflow = self.unscale()
-        self._skipped = overflow
-        if not overflow:
-            self.optimizer.step()
-        self.stepped = True
-        steps.update_scale()
-        return None
-
-    def unscale(self) -> bool:
-        """Take the loss scale out, once per step; tells whether any rank's gradients overflowed."""
-        steps = self._steps
-        scaler = steps.scaler
-        assert scaler is not None
-        steps.settle()
-        if self.stepped:  # again, while another optimizer's gradients still carry the scale: keep it
-            steps.renew(scaler.get_scale())
-        if all(p.grad is None for p in self.parameters()):
-            return False
-        if not self.checked:
-            scaler.unscale_(self.optimizer)
-            self.checked = True
-            if World.current().size > 1 and any(unit_of(p) is None for p in self.parameters()):
-                for found in scaler._found_inf_per_device(self.optimizer).values():
-                    found.fill_(operations.largest(float(found)))
-        return any(bool(found) for found in scaler._found_inf_per_device(self.optimizer).values())
-
-
-class AcceleratedScheduler:
-    """A learning-rate scheduler that steps once per optimizer step that took place.
-
-    Once, however many ranks there are: write schedules in optimizer steps.
-
-    Args:
-        scheduler: the inner one; everything but ``step`` is its own.
-        optimizers: whose steps to follow.
-        steps: their Accelerator's state.
-        step_with_optimizer: if false, ``step()`` always steps.
-    """
-
-    def __init__(
-        self, scheduler: Any, optimizers: list[AcceleratedOptimizer], steps: Steps, step_with_optimizer: bool = True
-    ) -> None:
-        self.scheduler, self.optimizers, self._steps = scheduler, optimizers, steps
-        self.step_with_optimizer = step_with_optimizer
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "scheduler":
-            raise AttributeError(name)
-        return getattr(self.scheduler, name)
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """Step at a boundary, unless fp16 skipped the optimizer's step."""
-        idle = not self._steps.sync_gradients or any(o.step_was_skipped for o in self.optimizers)
-        if not (self.step_with_optimizer and idle):
-            self.scheduler.step(*args, **kwargs)
+        join = self.join
+        with nullcontext() if join is None else join.event("renew", None, scale):
+            if any(o.checked for o in self.optimizers):
+                self.scaler.update(scale)
+            for optimizer in self.optimizers:
+                optimizer.checked = optimizer.stepped = False

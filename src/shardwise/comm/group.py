@@ -92,6 +92,11 @@ class Group:
             tracker.waiting = None
             self.world.stats.of(op.kind).wait_s += perf_counter() - start
 
+    def allow(self, op: Op) -> None:
+        """Raise if some ranks have run out of data and will not come to this collective."""
+        if self.world.join is not None:
+            self.world.join.allow(op)
+
     def _count(self, op: Op, nbytes: int) -> None:
         count = self.world.stats.of(op.kind)
         count.calls += 1
@@ -128,6 +133,7 @@ class Group:
         must already lie there. Sends ``(size - 1) * n`` elements per rank."""
         if self.size == 1:
             return Transfer(None, None)
+        self.allow(op)
         chunk = flat.numel() // self.size
         mine = flat[self.rank * chunk : (self.rank + 1) * chunk]
         if self.builtin:
@@ -137,16 +143,17 @@ class Group:
         recvs = [(flat[r * chunk : (r + 1) * chunk], r) for r in reversed(self.peers())]
         return Transfer(self, op, self.exchange(sends, recvs, op))
 
-    def broadcast(self, tensor: torch.Tensor, op: Op) -> Transfer:
-        """Group rank 0's values to everyone, in place."""
+    def broadcast(self, tensor: torch.Tensor, op: Op, source: int = 0) -> Transfer:
+        """Group rank ``source``'s values to everyone, in place."""
         if self.size == 1 or tensor.numel() == 0:
             return Transfer(None, None)
+        self.allow(op)
         if self.builtin:
-            self._count(op, tensor.numel() * tensor.element_size() if self.rank == 0 else 0)
-            return Transfer(self, op, [dist.broadcast(tensor, group=self.pg, group_src=0, async_op=True)])
-        if self.rank == 0:
+            self._count(op, tensor.numel() * tensor.element_size() if self.rank == source else 0)
+            return Transfer(self, op, [dist.broadcast(tensor, group=self.pg, group_src=source, async_op=True)])
+        if self.rank == source:
             return Transfer(self, op, self.exchange([(tensor, r) for r in self.peers()], [], op))
-        return Transfer(self, op, self.exchange([], [(tensor, 0)], op))
+        return Transfer(self, op, self.exchange([], [(tensor, source)], op))
 
 
 def _all_gather(flat: torch.Tensor, mine: torch.Tensor, pg: dist.ProcessGroup | None) -> object:

@@ -61,6 +61,7 @@ class Mesh:
         ``out`` may be a view of ``raw`` at the held shards. Sends ``(W-1)/W`` of ``raw``, plus
         ``(R-1)/W`` along the replicate axis. Sums run in rank order and in the dtype of ``out``.
         """
+        self.whole.allow(op)
         return Reduction(self, raw, out, op, memory)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -78,6 +78,7 @@ class World:
         self.tracker = Tracker()
         self.fake = self.default_pg is not None and dist.get_backend(self.default_pg) == "fake"
         self.faults = Faults(self.rank, self.size, self.tracker, active=not self.fake)
+        self.join: Any = None  # the open join_uneven_inputs block, an engine.join.Join
         self._groups: dict[object, Group] = {}
         self._meshes: dict[object, Mesh] = {}
 

@@ -16,6 +16,7 @@ optimizer state   one tensor per piece of all shards       one tensor per piece 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -131,8 +132,13 @@ class Bucket:
         """All values in the master dtype, in a new flat tensor (collective where values are split)."""
         out = torch.empty(self.layout.numel, dtype=self.master_dtype, device=self.device)
         out[self.held].copy_(self.master)
-        self.mesh.gather(out, self.op("state")).wait()
+        with self._told("values"):
+            self.mesh.gather(out, self.op("state")).wait()
         return out
+
+    def _told(self, kind: str) -> AbstractContextManager[None]:
+        unit = self.params[0]._shardwise_unit  # type: ignore[attr-defined]
+        return unit.engine.told("values", unit.index, unit.buckets.index(self), kind)
 
     def full_grads(self) -> torch.Tensor:
         """All reduced gradients in a new flat tensor (collective where they are split)."""
@@ -140,7 +146,8 @@ class Bucket:
         if self.grad is not None:
             out[self.held].copy_(self._held_grad(self.grad))
         if self.split_optimizer:
-            self.mesh.gather(out, self.op("state")).wait()
+            with self._told("gradients"):
+                self.mesh.gather(out, self.op("state")).wait()
         return out
 
     def _view(self, piece: Piece, base: torch.Tensor | None = None, origin: int | None = None) -> torch.Tensor:
@@ -257,6 +264,33 @@ class Bucket:
             self.ledger.drop(self._merge, "gather_buffers")
             self._merge = None
         self.valid = [True] * len(self.params)
+
+    def keep(self) -> None:
+        """Take what arrived as it is, without the other ranks. For whole gradients."""
+        raw, grad = self.raw, self._open_grad()
+        if raw is None:
+            return
+        for i, slot in enumerate(self.layout.slots):
+            mine = slice(slot.offset, slot.stop)
+            if raw is grad:
+                if not self.arrived[i]:
+                    grad[mine].zero_()
+            elif self.arrived[i]:
+                grad[mine].add_(raw[mine]) if self.valid[i] else grad[mine].copy_(raw[mine])
+            elif not self.valid[i]:
+                grad[mine].zero_()
+        self._close(raw)
+        self.raw = None
+        self.valid = [True] * len(self.params)
+        self.arrived, self.seen = [False] * len(self.params), [False] * len(self.params)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Make the master values the mean of all ranks' own, and the values follow. Collective; whole states only."""
+        self.mesh.reduce(self.master.clone(), self.master, self.op("reduce"), self.ledger).wait()
+        self.master.div_(self.mesh.parts)
+        if not self.aliased:
+            self.flat.tensor.copy_(self.master)
 
     def abandon(self) -> None:
         """Drop gradients that arrived in a backward that failed. Reduced ones of earlier backwards stay."""

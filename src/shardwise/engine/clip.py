@@ -7,10 +7,13 @@ order. One collective, of one number per shard, whatever the model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
+from shardwise.comm import World
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.grads import ShardedGrad
 from shardwise.engine.optimizer import unit_of
@@ -44,7 +47,8 @@ def clip_grad_norm_(
     """
     held = [p for p in (params.parameters() if isinstance(params, nn.Module) else params) if p.grad is not None]
     grads = _settled(held)
-    total = combine(shard_norms(grads, norm_type), norm_type)
+    with told("norms", held, norm_type):
+        total = combine(shard_norms(grads, norm_type), norm_type)
     if error_if_nonfinite and not torch.isfinite(total):
         raise GradientError(
             f"the norm of the gradients is {float(total)}", fix="lower the learning rate or skip this step"
@@ -53,7 +57,8 @@ def clip_grad_norm_(
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     pieces = [piece for _, _, ps in grads for piece in ps]
     if pieces:
-        torch._foreach_mul_(pieces, factor)
+        with told("multiply", held, factor.cpu):
+            torch._foreach_mul_(pieces, factor)
     return total
 
 
@@ -62,8 +67,15 @@ def clip_grad_value_(params: nn.Module | Iterable[nn.Parameter], clip_value: flo
     held = [p for p in (params.parameters() if isinstance(params, nn.Module) else params) if p.grad is not None]
     pieces = [piece for _, _, ps in _settled(held) for piece in ps]
     if pieces:
-        torch._foreach_clamp_min_(pieces, -abs(clip_value))
-        torch._foreach_clamp_max_(pieces, abs(clip_value))
+        with told("clamp", held, clip_value):
+            torch._foreach_clamp_min_(pieces, -abs(clip_value))
+            torch._foreach_clamp_max_(pieces, abs(clip_value))
+
+
+def told(kind: str, params: Sequence[nn.Parameter], *args: Any) -> AbstractContextManager[None]:
+    """Around a change of these parameters' gradients: ranks that have run out of data make it too."""
+    join = World.current().join
+    return nullcontext() if join is None else join.event(kind, None, join.addresses(params), *args)
 
 
 Settled = tuple[Bucket | None, int, list[torch.Tensor]]

@@ -48,7 +48,7 @@ class Message:
         return group.all_gather(self.tensor, self.engine.op("control"))
 
     def finish(self, transfer: Transfer | None) -> tuple[set[int], set[int], list[int]]:
-        """(ids of parameters used anywhere, units to reduce again, rank 0's order)."""
+        """(ids of parameters used anywhere, units to reduce again, the leader's order)."""
         engine, (n, m_end, order_end, _) = self.engine, self.cut
         rows = [bytes(self.row)]
         if transfer is not None:
@@ -65,6 +65,8 @@ class Message:
                 where=f"rank {engine.world.rank}",
                 fix="make every rank run the same units in the same order, or use ddp, zero1 or zero2",
             )
-        first = rows[0][m_end:order_end]
+        join = engine.world.join  # rank 0 may have run out of data, and its units with it
+        leader = 0 if join is None or len(rows) == 1 else join.leader
+        first = rows[leader][m_end:order_end]
         order = [int.from_bytes(first[k : k + 2], "little") for k in range(0, len(first), 2)]
         return used, again, order

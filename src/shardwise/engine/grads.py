@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shardwise.errors import GradientError
+from shardwise.trees import map_tensors
 
 if TYPE_CHECKING:
     from shardwise.engine.bucket import Bucket
@@ -56,7 +57,18 @@ class ShardedGrad(torch.Tensor):
                 fix="use shardwise.clip_grad_norm_ / clip_grad_value_, or read it inside "
                 "'with shardwise.gathered(module, grads=True):'",
             )
-        return rule(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        many = isinstance(args[0], (list, tuple))
+        handles = [g for g in (args[0] if many else args[:1]) if isinstance(g, ShardedGrad)]
+        join = handles[0].bucket.mesh.world.join if handles else None
+        if join is None or func is aten.detach.default:
+            return rule(*args, **kwargs)
+        places = join.addresses([g.bucket.params[g.slot] for g in handles])
+        rest = args[1:]
+        with join.event(
+            "operation", None, str(func), many, places, lambda: map_tensors(rest, torch.Tensor.cpu), kwargs
+        ):
+            return rule(*args, **kwargs)
 
 
 def _local(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -150,3 +162,5 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten._foreach_norm.Scalar: _foreach_norm,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
 }
+BY_NAME = {str(func): rule for func, rule in _RULES.items()}
+"""The same rules for ranks that are told about an operation, see :mod:`shardwise.engine.join`."""

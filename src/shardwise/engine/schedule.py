@@ -17,6 +17,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,12 +29,14 @@ from shardwise.comm.group import Op
 from shardwise.comm.mesh import Mesh
 from shardwise.comm.world import World
 from shardwise.engine.control import Message
+from shardwise.engine.gradmask import mask
 from shardwise.engine.unit import Call, Unit
 from shardwise.errors import UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 from shardwise.trees import map_tensors, tensors_in
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
 _IN_FLIGHT = 1  # reduces under way while the next unit computes; each holds a unit's gradients twice
 
 
@@ -78,6 +81,7 @@ class Engine:
         self.ledger = Ledger()
         self.units: list[Unit] = []
         self.sync = True  # False inside no_sync()
+        self.local = False  # True inside LocalSGD: every rank steps on gradients of its own
         self.forward_active = self.backward_active = False
         self.backward_id = 0
         self._forward, self._eval, self._backward = Sequence_(), Sequence_(), Sequence_()
@@ -147,11 +151,16 @@ class Engine:
     def _root_pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.backward_active and torch._C._current_graph_task_id() == -1:
             self._abandon_backward()
+        if self.world.join is not None:
+            self.world.join.forward()
         self.forward_active = True
         self._sequence().begin()
         self._choose_what_stays()
-        if torch.is_grad_enabled() and module.training and self.strategy.broadcast_buffers and self.sync:
-            self._broadcast_buffers()
+        training = torch.is_grad_enabled() and module.training
+        if training and self.strategy.broadcast_buffers and self.sync and self.world.size > 1:
+            with self.told("buffers"):
+                join = self.world.join  # rank 0 may have run out of data
+                self.send_buffers(0 if join is None else join.leader)
 
     def _root_post_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self.forward_active = False
@@ -230,10 +239,8 @@ class Engine:
         if unit.split and not unit.gathered and unit.gathering is None:
             self.gather_log = zlib.crc32(unit.name.encode(), self.gather_log)
 
-    def _broadcast_buffers(self) -> None:
-        """Rank 0's buffers for everyone, one message per dtype (what DDP does before a forward)."""
-        if self.world.size == 1:
-            return
+    def send_buffers(self, source: int) -> None:
+        """The buffers of rank ``source`` for everyone, one message per dtype (what DDP does before a forward)."""
         kinds: dict[torch.dtype, list[torch.Tensor]] = {}
         for b in self.module.buffers():
             if b.numel():
@@ -241,8 +248,8 @@ class Engine:
         with torch.no_grad():
             for buffers in kinds.values():
                 flat = torch.cat([b.detach().reshape(-1) for b in buffers])
-                self.mesh.whole.broadcast(flat, self.op("broadcast")).wait()
-                if self.world.rank != 0:
+                self.mesh.whole.broadcast(flat, self.op("broadcast"), source).wait()
+                if self.world.rank != source:
                     for b, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
                         b.copy_(part.view_as(b))
 
@@ -251,16 +258,23 @@ class Engine:
         """First sign of a backward: arrange to be called when autograd has finished it."""
         if self.backward_active:
             return
+        if self.sync:
+            with self.told("backward", partial(mask, self)):
+                pass
+        self.start_backward()
+        self._keep_graph = torch.is_grad_enabled()  # create_graph=True: a second backward needs the values
+        self._backward.begin(self._forward.now[::-1])
+        Variable._execution_engine.queue_callback(self._end_backward)
+
+    def start_backward(self) -> None:
+        """Nothing has arrived yet and nothing is launched."""
         self.backward_active = True
-        self.forward_active = False
+        self.forward_active = self._keep_graph = False
         self.backward_id += 1
         self._next = 0
         self._ready.clear()
         self._launched.clear()
         self.fired.clear()
-        self._keep_graph = torch.is_grad_enabled()  # create_graph=True: a second backward needs the values
-        self._backward.begin(self._forward.now[::-1])
-        Variable._execution_engine.queue_callback(self._end_backward)
 
     def pre_backward(self, unit: Unit, call: Call | None) -> None:
         tracker = self.world.tracker
@@ -295,6 +309,10 @@ class Engine:
 
     @torch.no_grad()
     def _launch(self, unit: Unit) -> None:
+        with self.told("launch", unit.index):
+            self._reduce(unit)
+
+    def _reduce(self, unit: Unit) -> None:
         while len(self._inflight) >= _IN_FLIGHT:
             oldest = self._inflight.popleft()
             for b in oldest.buckets:
@@ -316,13 +334,12 @@ class Engine:
             for unit in self.units:
                 unit.begin_backward(self.backward_id)  # those that took no part may have been zeroed all the same
             if self.sync:
-                used = self._reduce_rest()
+                with self.told("backward_ends", self.gather_log):
+                    self._show(self._reduce_rest())
             else:
-                used = {id(p) for u in self.units for b, i, p in u.slots if b.arrived[i]}
-            for unit in self.units:
-                for b, i, p in unit.slots:
-                    if id(p) in used or b.shown[i]:
-                        b.show(i, p)
+                self._show({id(p) for u in self.units for b, i, p in u.slots if b.arrived[i]})
+                if self.local:
+                    self._keep()
             if not self._keep_graph:
                 self._drop("backward")
                 for unit in self.units:
@@ -332,9 +349,21 @@ class Engine:
             self._inflight.clear()
             tracker.phase = tracker.unit = ""
 
+    @torch.no_grad()
+    def _keep(self) -> None:
+        for unit in self.units:
+            for b in unit.buckets:
+                b.keep()
+
+    def _show(self, used: set[int]) -> None:
+        for unit in self.units:
+            for b, i, p in unit.slots:
+                if id(p) in used or b.shown[i]:
+                    b.show(i, p)
+
     def _abandon_backward(self) -> None:
         """The last backward ended in an exception that the caller survived: forget what it left half done."""
-        with torch.no_grad():
+        with torch.no_grad(), self.told("abandon"):
             for unit in self.units:
                 for b in unit.buckets:
                     b.abandon()
@@ -381,9 +410,18 @@ class Engine:
     def scale_grads(self, factor: float) -> None:
         """Multiply every reduced gradient by ``factor``."""
         if factor != 1.0:
-            pieces = [g for u in self.units for b, i, p in u.slots if p.grad is not None for g in b.step_grads(i) or ()]
-            if pieces:
-                torch._foreach_mul_(pieces, factor)
+            with self.told("scale", factor):
+                slots = [(b, i) for u in self.units for b, i, p in u.slots if p.grad is not None]
+                if pieces := [g for b, i in slots for g in b.step_grads(i) or ()]:
+                    torch._foreach_mul_(pieces, factor)
+
+    def told(self, kind: str, *args: Any) -> AbstractContextManager[None]:
+        """Around what needs all ranks: those that have run out of data do the same. See :mod:`shardwise.engine.join`.
+
+        Costs one look at an attribute outside of join_uneven_inputs.
+        """
+        join = self.world.join
+        return _NOTHING if join is None else join.event(kind, self, *args)
 
 
 class _PreForward:

@@ -104,7 +104,7 @@ class Unit:
         """Begin to bring the values here, unless they are here or on their way."""
         if self.gathered or self.gathering is not None:
             return
-        with torch.no_grad():
+        with torch.no_grad(), self.engine.told("gather", self.index):
             self.gathering = [b.start_gather() for b in self.buckets if b.split]
 
     def gather(self) -> None:

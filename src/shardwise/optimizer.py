@@ -1,0 +1,159 @@
+"""The optimizer that :meth:`shardwise.Accelerator.prepare` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from shardwise import operations
+from shardwise.comm import World
+from shardwise.engine.clip import clip_grad_norm_
+from shardwise.engine.optimizer import unit_of
+from shardwise.errors import OptimizerError
+from shardwise.stepping import Steps
+
+
+class AcceleratedOptimizer(Optimizer):
+    """A torch optimizer that steps at window boundaries only, and under fp16 only on finite gradients.
+
+    Everything else (``param_groups``, ``state``, ``state_dict``, hooks, ...) is the inner optimizer's.
+
+    Args:
+        optimizer: the inner one.
+        steps: its Accelerator's state.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: Steps) -> None:
+        # Optimizer.__init__ is left out on purpose: it would make groups, state and step hooks of its own.
+        self.optimizer = optimizer
+        self._steps = steps
+        self._skipped = False
+        self.checked = False  # gradients are unscaled, and known to be finite or not
+        self.stepped = False  # since the scale last changed
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # not set yet: while being unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def train(self) -> None:
+        """For schedule-free optimizers: the inner optimizer's ``train()``, if it has one."""
+        if callable(change := getattr(self.optimizer, "train", None)):
+            change()
+
+    def eval(self) -> None:
+        """For schedule-free optimizers: the inner optimizer's ``eval()``, if it has one."""
+        if callable(change := getattr(self.optimizer, "eval", None)):
+            change()
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """The last ``step()`` at a boundary met gradients that overflowed fp16 on some rank, and did nothing."""
+        return self._skipped
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients that a finished window left. Those that are being accumulated stay."""
+        steps = self._steps
+        if not steps.may_zero():
+            return
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+        if self.checked and not self.stepped:  # unscaled, then thrown away: what was found out counts all the same
+            self.stepped = True
+            steps.update_scale()
+
+    def step(self, closure: Any = None) -> Any:
+        """One optimizer step at a boundary; elsewhere nothing.
+
+        Raises:
+            GradientError: the boundary's gradients were not reduced over the ranks.
+            OptimizerError: a closure under fp16.
+        """
+        steps = self._steps
+        if not steps.sync_gradients:
+            return None
+        if steps.scaler is None:
+            if closure is not None:
+                return self.optimizer.step(closure)
+            steps.settle()
+            self._clip()
+            return self.optimizer.step()
+        if closure is not None:
+            raise OptimizerError("fp16 loss scaling cannot see inside a closure", fix="use bf16, or leave it out")
+        overflow = self.unscale()
+        self._skipped = overflow
+        if not overflow:
+            self._clip()
+            self.optimizer.step()
+        self.stepped = True
+        steps.update_scale()
+        return None
+
+    def _clip(self) -> None:
+        """What a DeepSpeed configuration's ``gradient_clipping`` asked for: there the engine clips, not the loop."""
+        if self._steps.max_norm is not None:
+            clip_grad_norm_(list(self.parameters()), self._steps.max_norm)
+
+    def unscale(self) -> bool:
+        """Take the loss scale out, once per step; tells whether any rank's gradients overflowed."""
+        steps = self._steps
+        scaler = steps.scaler
+        assert scaler is not None
+        steps.settle()
+        if self.stepped:  # again, while another optimizer's gradients still carry the scale: keep it
+            steps.renew(scaler.get_scale())
+        if all(p.grad is None for p in self.parameters()):
+            return False
+        if not self.checked:
+            self.take_scale_out()
+            if World.current().size > 1 and any(unit_of(p) is None for p in self.parameters()):
+                for found in scaler._found_inf_per_device(self.optimizer).values():
+                    found.fill_(operations.largest(float(found)))
+        return any(bool(found) for found in scaler._found_inf_per_device(self.optimizer).values())
+
+    def take_scale_out(self) -> None:
+        """Unscale, and ask all ranks about overflows. Ranks that have run out of data do the same."""
+        steps, join = self._steps, self._steps.join
+        assert steps.scaler is not None
+        with nullcontext() if join is None else join.event("unscale", None, steps.optimizers.index(self)):
+            steps.scaler.unscale_(self.optimizer)
+            self.checked = True
