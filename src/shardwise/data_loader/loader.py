@@ -1,0 +1,335 @@
+"""One epoch of a dataloader: from which batch on, on which device, with a sign before the last batch.
+
+:class:`PreparedLoader` is that for all ways of reading. Its subclasses say where this rank's batches come from:
+:class:`DataLoaderShard` reads them itself, :class:`~shardwise.data_loader.dispatch.DataLoaderDispatcher` gets them
+from rank 0.
+
+*Batches* are counted as the loader that was given would yield them; what all ranks read in one step is a *round*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader
+
+from shardwise import operations
+from shardwise.data_loader.build import Source, is_stateful
+from shardwise.data_loader.iterable import Counted, IterableDatasetShard
+from shardwise.data_loader.rows import rows_of
+from shardwise.data_loader.sampling import BatchSamplerShard, Tail, tail_of
+from shardwise.errors import DataError
+
+
+class Watcher(Protocol):
+    """Who wants to know which loader is being read: the innermost one counts.
+
+    A watcher may also have a method ``batch_comes(loader, exists)``. It is called on every rank before each batch is
+    handed out (``exists`` is true, and ``loader.end_of_dataloader`` already says whether it is this rank's last), and
+    once when the loop asks for another and there is none (``exists`` is false). It may communicate: ranks that read
+    in step call it in step, until the first of them runs out.
+    """
+
+    def loader_begins(self, loader: Any) -> None: ...
+
+    def loader_ends(self, loader: Any) -> None: ...
+
+
+class PreparedLoader(DataLoader[Any]):
+    """A dataloader that yields this rank's batches. Made by :func:`~shardwise.data_loader.prepare_data_loader`.
+
+    Attributes that are not described here are those of the loader that was given.
+
+    Attributes:
+        base_dataloader: the loader that is read: the given one's class and settings, with this rank's sampler.
+        end_of_dataloader: the batch in hand is this rank's last of the epoch.
+        iteration: the number of the epoch being read, or of the next one.
+        skip_batches: rounds to leave out at the beginning of every epoch.
+        skip_given: batches of the given loader to leave out, besides.
+    """
+
+    def __init__(self, source: Source, device: torch.device | None, non_blocking: bool, rng_types: Any) -> None:
+        # DataLoader's own __init__ is left out: all that it would set is the base loader's.
+        self.base_dataloader = source.base
+        self.device, self.rng_types = device, rng_types
+        self.watcher: Watcher | None = None
+        self.end_of_dataloader = False
+        self.skip_batches = 0
+        self.skip_given = 0
+        self._non_blocking = non_blocking or source.base.pin_memory
+        self._source, self._order, self._shard = source, source.order, source.shard
+        self._tail: Tail | None = None
+        self._run: object = None
+        self._epoch = self._batches = 0  # batches of the epoch that were handed out, over all ranks
+        self._pending = self._finished = False
+        self._snapshot: Any = None  # a StatefulDataLoader's own state, at the batch in hand
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "base_dataloader":
+            raise AttributeError(name)
+        return getattr(self.base_dataloader, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"watcher": None, "_snapshot": None, "_run": None}
+
+    def __len__(self) -> int:
+        return len(self.base_dataloader)
+
+    @property
+    def dataset(self) -> Any:  # type: ignore[override]
+        """The dataset that was given."""
+        return self._order.dataset
+
+    @property
+    def even_batches(self) -> bool:
+        """Every rank gets equally many, equally large batches. May be changed between epochs."""
+        return self._shard.even_batches
+
+    @even_batches.setter
+    def even_batches(self, value: bool) -> None:
+        self._shard.even_batches = value
+
+    @property
+    def per_round(self) -> int:
+        """Batches of the given loader that all ranks read together in one step."""
+        return self._source.per_round
+
+    @property
+    def total_batch_size(self) -> int:
+        """Samples that all ranks read together in one step."""
+        return (self._source.batch_size or 1) * self.per_round
+
+    @property
+    def total_dataset_length(self) -> int:
+        """Samples in the dataset, of all ranks."""
+        return len(self.dataset)
+
+    @property
+    def remainder(self) -> int:
+        """Samples of the last round that are not repeated, if it is known and not full; else -1."""
+        if (tail := self.tail()) is not None and tail.real < tail.total:
+            return tail.real
+        if self._run is None or self.drop_last or not hasattr(self.dataset, "__len__"):
+            return -1
+        return len(self.dataset) % self.total_batch_size or -1
+
+    def get_sampler(self) -> Any:
+        """The sampler that the order comes from, if there is one."""
+        return get_sampler(self)
+
+    def tail(self) -> Tail | None:
+        """What the ranks hold of the round in hand; ``None`` if it is simply equal batches of new samples."""
+        return self._tail
+
+    # --- position --------------------------------------------------------------------------
+    @property
+    def iteration(self) -> int:
+        return self._epoch
+
+    @iteration.setter
+    def iteration(self, epoch: int) -> None:
+        self.set_epoch(epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration, and tell dataset and samplers that have a ``set_epoch`` too.
+
+        Not needed in a plain loop: every iteration begins the next epoch by itself. The number of the epoch that a
+        loaded position lies in keeps the position; any other number drops it.
+        """
+        if not (self._pending and epoch == self._epoch):
+            self._epoch, self._batches = epoch, 0
+            self._pending = self._finished = False
+            self._run = None
+        self._order.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: equal on all ranks, small, of numbers only (and of what a ``StatefulDataLoader`` adds).
+
+        It is behind the batch in hand. Behind the last one, it is the beginning of the next epoch.
+        """
+        state: dict[str, Any] = {
+            "epoch": self._epoch + 1 if self._finished else self._epoch,
+            "batches": 0 if self._finished else self._batches,
+            "batch_size": self._source.batch_size,
+            "seed": self._order.seed,
+        }
+        if self._snapshot is not None and not self._finished:
+            state["stateful"] = {"ranks": self._source.ranks, "per_round": self.per_round, "state": self._snapshot}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position: the next iteration goes on behind it, in the order that it had.
+
+        The number of ranks may have changed, and ``split_batches``, and the batch size: then it goes on at the last
+        batch border before. Nothing is read for the samples before if the dataset is map-style.
+
+        Raises:
+            DataError: this is no position.
+        """
+        try:
+            epoch, batches, size, seed = (state[key] for key in ("epoch", "batches", "batch_size", "seed"))
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"this is not a dataloader's position: {error} is missing", fix="pass what state_dict() returned"
+            ) from error
+        mine = self._source.batch_size
+        if size and mine and size != mine:
+            batches = batches * size // mine
+        self._order.set_seed(seed)
+        if isinstance(self._shard, IterableDatasetShard):
+            self._shard.seed = seed
+        self._epoch, self._batches = epoch, batches
+        self._pending, self._finished, self._run = True, False, None
+        self._snapshot = None
+        stateful = state.get("stateful")
+        here = {"ranks": self._source.ranks, "per_round": self.per_round}
+        if stateful is not None and size == mine and self._stateful and here.items() <= stateful.items():
+            self._snapshot = stateful["state"]
+
+    @property
+    def _stateful(self) -> bool:
+        """Is this rank's reading described by a StatefulDataLoader's own state? Map-style orders need none."""
+        return is_stateful(self.base_dataloader) and isinstance(self._shard, IterableDatasetShard)
+
+    # --- reading ---------------------------------------------------------------------------
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self._iterate(None)
+
+    def from_batch(self, rounds: int) -> Iterator[Any]:
+        """The epoch that a plain iteration would read now, without its first ``rounds`` batches on this rank."""
+        return self._iterate(self.skip_given + rounds * self.per_round)
+
+    def _iterate(self, start: int | None) -> Iterator[Any]:
+        snapshot = self._snapshot if self._pending and start is None else None
+        if start is None:
+            start = self._batches if self._pending else self.skip_given + self.skip_batches * self.per_round
+        if not self._pending and (self._finished or self._batches):
+            self._epoch += 1
+        self._pending = self._finished = False
+        self._batches, self._tail, self._snapshot = start, None, None
+        run = self._run = object()
+        self.end_of_dataloader = False
+        self._order.begin(self._epoch, start)
+        if isinstance(self._shard, IterableDatasetShard):
+            self._shard.set_epoch(self._epoch)
+        self._synchronize()
+        watcher = self.watcher
+        batch_comes = getattr(watcher, "batch_comes", None)
+        if watcher is not None:
+            watcher.loader_begins(self)
+        try:
+            with closing(self._rounds(start, snapshot)) as source:  # also when the loop is left early
+                coming = next(source, None)
+                while coming is not None:
+                    batch, tail = coming
+                    reached = self._capture()
+                    if self.device is not None:
+                        batch = operations.to_device(batch, self.device, non_blocking=self._non_blocking)
+                    coming = next(source, None)
+                    self.end_of_dataloader, self._tail = coming is None, tail
+                    if self._run is run:  # nobody chose another epoch meanwhile
+                        self._finished, self._snapshot = coming is None, reached
+                        self._batches += self.per_round
+                    if batch_comes is not None:
+                        batch_comes(self, True)
+                    yield batch
+            if self._run is run:
+                self._finished = True
+            if batch_comes is not None:
+                batch_comes(self, False)
+        finally:
+            if watcher is not None:
+                watcher.loader_ends(self)
+
+    def _capture(self) -> Any:
+        return self.base_dataloader.state_dict() if self._stateful else None  # type: ignore[attr-defined]
+
+    def _synchronize(self) -> None:
+        """The random states that the user wants to be equal: orders are equal without it."""
+        kinds = [kind for kind in self.rng_types or () if getattr(kind, "value", kind) != "generator"]
+        if kinds:
+            from shardwise.utils.random import synchronize_rng_states
+
+            synchronize_rng_states(kinds)
+
+    def _rounds(self, start: int, snapshot: Any) -> Generator[tuple[Any, Tail | None], None, None]:
+        """This rank's batch of every round behind the first ``start`` batches."""
+        raise NotImplementedError
+
+    def _read(self, start: int, snapshot: Any) -> Generator[tuple[Any, Tail | None], None, None]:
+        """The base loader's own batches behind ``start`` batches of the given loader."""
+        base, shard, drop = self.base_dataloader, self._shard, 0
+        if isinstance(shard, BatchSamplerShard):
+            shard.start = start // self._source.per_index
+        elif snapshot is not None:
+            shard.skip(0)
+            base.load_state_dict(snapshot)  # type: ignore[attr-defined]
+        elif base.num_workers:
+            drop = start // self._source.per_read
+        else:
+            shard.skip(start * (self._source.batch_size or 1))
+        before = getattr(shard, "iterations", -1)
+        for number, item in enumerate(base):
+            own = getattr(shard, "iterations", 0) == before  # a subclass that reads something of its own
+            if own and shard.num_processes > 1:
+                raise DataError(
+                    f"{type(base).__name__}.__iter__ does not read its sampler, so every rank would get all batches",
+                    fix="pass dispatch_batches=True: rank 0 reads the loader, whatever it does, and sends batches",
+                )
+            if number < (start // self._source.per_read if own else drop):
+                continue
+            if own:
+                yield item, tail_of([rows_of(item) or 1])
+            elif isinstance(shard, IterableDatasetShard):
+                yield (item.batch, item.tail) if isinstance(item, Counted) else (item, shard.tail)
+            else:
+                yield item, shard.rounds.popleft() if shard.rounds else None
+
+
+class DataLoaderShard(PreparedLoader):
+    """A dataloader of which every rank reads its own batches.
+
+    Made by :func:`~shardwise.data_loader.prepare_data_loader`; or by hand, around samplers that yield this rank's
+    share already.
+
+    Args:
+        dataset: map-style or iterable.
+        device: where batches go, or ``None`` to leave them.
+        rng_types: random states made equal on all ranks before each epoch: ``torch``, ``cuda``, ... Orders are equal
+            without it.
+        synchronized_generator: not needed here, accepted as elsewhere.
+        skip_batches: batches of this rank to leave out at the beginning of every epoch.
+        use_stateful_dataloader: read through torchdata's ``StatefulDataLoader``.
+        kwargs: those of ``DataLoader``.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        device: torch.device | None = None,
+        rng_types: Any = None,
+        synchronized_generator: Any = None,
+        skip_batches: int = 0,
+        use_stateful_dataloader: bool = False,
+        _non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        source = dataset
+        if not isinstance(source, Source):
+            source = Source.by_hand(dataset, use_stateful_dataloader, kwargs)
+        super().__init__(source, device, _non_blocking, rng_types)
+        self.skip_batches = skip_batches
+
+    def _rounds(self, start: int, snapshot: Any) -> Generator[tuple[Any, Tail | None], None, None]:
+        return self._read(start, snapshot)
+
+
+def get_sampler(dataloader: Any) -> Any:
+    """The sampler that a dataloader's order comes from: the one inside its batch sampler, if it has one."""
+    batches = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
+    while isinstance(batches, BatchSamplerShard):
+        batches = batches.batch_sampler
+    return getattr(batches, "sampler", None)
