@@ -20,7 +20,7 @@ def start(*args: object, cwd: Path, **variables: str) -> subprocess.Popen[str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SHARDWISE_", "OMP_"))}
     return subprocess.Popen(
         [sys.executable, "-m", "shardwise", *map(str, args)],
-        cwd=cwd, env={**inherited, "PYTHONPATH": SRC, **variables}, text=True,
+        cwd=cwd, env={**inherited, "PYTHONPATH": SRC, "XDG_CONFIG_HOME": str(cwd), **variables}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -50,6 +50,7 @@ def alive(pid: int) -> bool:
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> str:
     """The message of a command that ends with 2 before anything starts."""
     monkeypatch.setattr(sys, "argv", ["shardwise", *args])
+    monkeypatch.setenv("XDG_CONFIG_HOME", os.getcwd())  # not the settings of whoever runs the tests
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
@@ -188,6 +189,20 @@ def test_two_hosts_meet(tmp_path: Path, numbered: bool) -> None:
         (["--mixed-precision", "fp8", "x.py"], "one of no, fp16, bf16"),
         (["--nnodes", "2", "--nproc", "1", "x.py"], "--rdzv-endpoint"),
         (["--node-rank", "1", "--nproc", "1", "x.py"], "--node-rank 1"),
+        (["--rdzv-endpoint", "host0", "x.py"], "is not host:port"),
+        (["--rdzv-endpoint", "host0:99999", "x.py"], "no valid port"),
+        (["--max-restarts", "-1", "x.py"], "--max-restarts -1"),
+        (["--gradient-accumulation-steps", "0", "x.py"], "--gradient-accumulation-steps 0"),
+        (["--devices", "0,0", "x.py"], "is not a list of devices"),
+        (["--devices", "0", "--cpu", "x.py"], "contradict"),
+        (["--devices", "0", "--nproc", "2", "x.py"], "more ranks than --devices 0 has"),
+        (["--strategy", "hsdp,shard_size=2", "--nproc", "3", "x.py"], "does not divide 3 ranks"),
+        (["--num_processes", "2", "x.py"], "no option --num_processes\n  fix: use --nproc"),
+        (["--config_file=a.yaml", "x.py"], "use --config"),
+        (["--multi_gpu", "x.py"], "every CUDA device is used"),
+        (["--no-cpu", "x.py"], "there is no CUDA device here"),
+        (["--config", "nothere.yaml", "x.py"], "cannot read nothere.yaml"),
+        (["--config", "x.py", "--no-config", "x.py"], "contradict"),
     ],
 )
 def test_a_wrong_request_is_refused_with_its_fix(
@@ -198,6 +213,7 @@ def test_a_wrong_request_is_refused_with_its_fix(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     script(tmp_path, "", "x.py")
     err = refused(monkeypatch, capsys, "launch", *args)
     assert err.startswith("error: ") and message in err and "Traceback" not in err
@@ -237,3 +253,47 @@ def test_the_launchers_word_wins_over_the_scripts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(environment.MIXED_PRECISION, "fp8")
     with pytest.raises(ShardwiseError, match="SHARDWISE_MIXED_PRECISION"):
         environment.mixed_precision_from_environment()
+
+
+def test_named_devices_reach_the_ranks_as_what_this_process_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from shardwise.cli.launch import choose_nproc, visible
+
+    assert visible(["0", "2"], None) == ["0", "2"]
+    assert visible(["1"], "4,5") == ["5"]
+    assert visible(["GPU-1f"], "4,5") == ["GPU-1f"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert choose_nproc(None, False, devices=["1", "3"]) == 2
+    assert "2 ranks of 2 CUDA devices" in capsys.readouterr().err
+    with pytest.raises(ShardwiseError, match="names 4, but there are 4 CUDA devices"):
+        choose_nproc(None, False, devices=["4"])
+
+
+@pytest.mark.parametrize("args", [["--help"], ["launch", "--help"], ["config", "--help"], ["doctor", "--help"]])
+def test_help_does_not_wait_for_torch(args: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom shardwise import cli\n"
+        f"sys.argv = ['shardwise', *{args!r}]\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(sorted(m for m in ('torch', 'numpy') if m in sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": SRC},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout and done.stderr == "[]\n"
+
+
+def test_the_launchers_accumulation_reaches_the_accelerator(tmp_path: Path) -> None:
+    text = (
+        "import shardwise\n"
+        "a = shardwise.Accelerator(gradient_accumulation_steps=2)\n"
+        "print(a.process_index, a.gradient_accumulation_steps)\n"
+    )
+    code, out, err = command(
+        "launch", "-n", 2, "--cpu", "--gradient-accumulation-steps", 5, script(tmp_path, text), cwd=tmp_path
+    )
+    assert code == 0, err
+    assert sorted(out.split("\n")) == ["", "0 5", "1 5"]

@@ -1,4 +1,8 @@
-"""The ``shardwise`` command: ``launch`` starts a script on several ranks, ``demo`` shows the whole library at work."""
+"""The ``shardwise`` command: ``launch`` starts a script on several ranks, ``config`` writes its settings down,
+``doctor`` tests this machine, ``demo`` shows the whole library at work.
+
+Importing this does not import torch: ``--help`` answers at once. Commands import what they need when they run.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli import demo, launch
+from shardwise.cli import config, demo, doctor, launch
 from shardwise.cli.console import say
 from shardwise.errors import ShardwiseError
 
@@ -19,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("launch", context_settings=launch.CONTEXT)(launch.launch)
+app.command("launch", cls=launch.Command, context_settings=launch.CONTEXT)(launch.launch)
+app.command("config")(config.config)
+app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
 

@@ -6,18 +6,59 @@ import importlib.util
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperCommand
 
 from shardwise import environment
+from shardwise.cli import settings as files
 from shardwise.cli.console import say
+from shardwise.cli.settings import Settings
 from shardwise.errors import LaunchError
 from shardwise.strategy import Strategy
 
 # Everything after the script belongs to the script, also what begins with a dash.
 CONTEXT = {"allow_interspersed_args": False}
+# What other launchers call it, with dashes.
+_ELSEWHERE = {
+    "--num-processes": "--nproc, the ranks on each host (Accelerate counts those of all hosts)",
+    "--nproc-per-node": "--nproc",
+    "--num-machines": "--nnodes",
+    "--machine-rank": "--node-rank",
+    "--main-process-ip": "--rdzv-endpoint host:port",
+    "--main-process-port": "--rdzv-endpoint host:port, with several hosts; one host finds a free port",
+    "--master-addr": "--rdzv-endpoint host:port",
+    "--master-port": "--rdzv-endpoint host:port, with several hosts; one host finds a free port",
+    "--standalone": "nothing: one host needs no endpoint",
+    "--rdzv-backend": "nothing: hosts meet at --rdzv-endpoint",
+    "--config-file": "--config",
+    "--gpu-ids": "--devices",
+    "--num-gpus": "--nproc",
+    "--multi-gpu": "nothing: every CUDA device is used; --nproc says how many",
+    "--use-fsdp": "--strategy zero3",
+    "--use-deepspeed": "--strategy zero2",
+    "--zero-stage": "--strategy zero1, zero2 or zero3",
+    "--fsdp-sharding-strategy": "--strategy",
+    "--num-cpu-threads-per-process": "the variable OMP_NUM_THREADS; cores are divided among the ranks without it",
+}
+_UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])  # of whichever parser typer brings along
+
+
+class Command(TyperCommand):
+    """The command's parser, which knows the options of other launchers well enough to say what they are here."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            option = str(getattr(error, "option_name", ""))
+            here = _ELSEWHERE.get(option.replace("_", "-"))
+            if here is None:
+                raise
+            raise LaunchError(f"launch has no option {option}", fix=f"use {here}") from None
 
 
 def launch(
@@ -26,31 +67,54 @@ def launch(
     nproc: Annotated[
         int | None, typer.Option("--nproc", "-n", help="Ranks on this host. Default: one per CUDA device, else 1.")
     ] = None,
-    nnodes: Annotated[int, typer.Option(help="Hosts. Run this command once on each.")] = 1,
+    devices: Annotated[
+        str | None, typer.Option(metavar="0,1,...", help="The CUDA devices to use. Default: all that are visible.")
+    ] = None,
+    nnodes: Annotated[int | None, typer.Option(help="Hosts. Run this command once on each.", show_default="1")] = None,
     node_rank: Annotated[
         int | None, typer.Option(help="This host's number, 0 for the one at --rdzv-endpoint. Default: agreed upon.")
     ] = None,
-    rdzv_endpoint: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the hosts meet.")] = "",
-    rdzv_id: Annotated[str, typer.Option(help="Tells runs that meet at one endpoint apart.")] = "",
-    max_restarts: Annotated[int, typer.Option(help="How often to start all ranks anew after a failure.")] = 0,
+    rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the hosts meet.")] = None,
+    rdzv_id: Annotated[str | None, typer.Option(help="Tells runs that meet at one endpoint apart.")] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option(help="How often to start all ranks anew after a failure.", show_default="0")
+    ] = None,
     strategy: Annotated[
         str | None, typer.Option(help="Use this strategy in place of the script's: ddp, zero1, zero2, zero3, hsdp, ...")
     ] = None,
     mixed_precision: Annotated[
         str | None, typer.Option(metavar="no|fp16|bf16", help="In place of the script's.")
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Run on the CPU over gloo; CUDA devices are hidden.")] = False,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Micro-batches per step, in place of the Accelerator's.")
+    ] = None,
+    cpu: Annotated[
+        bool | None,
+        typer.Option("--cpu/--no-cpu", help="Run on the CPU over gloo; CUDA devices are hidden.", show_default="no"),
+    ] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module name, as in python -m.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Settings to start from: a file of 'shardwise config', or of Accelerate."),
+    ] = None,
+    no_config: Annotated[
+        bool, typer.Option("--no-config", help="Leave the default settings file out, if there is one.")
+    ] = False,
 ) -> None:
     """Run a script on several ranks of this host, or of several hosts.
 
-    Asked for N ranks, N run, on the CPU too. The exit code is 0 if all ranks succeeded, 1 if one failed,
-    2 for a wrong request and 130 after Ctrl-C.
+    Asked for N ranks, N run, on the CPU too. Flags win over the settings file, which wins over the script. The exit
+    code is 0 if all ranks succeeded, 1 if one failed, 2 for a wrong request and 130 after Ctrl-C.
     """
-    extra = ranks_environment(strategy, mixed_precision, cpu)
-    _check_hosts(nnodes, node_rank, rdzv_endpoint, max_restarts)
+    flags = Settings(
+        nproc, devices, nnodes, node_rank, rdzv_endpoint, rdzv_id, max_restarts,
+        strategy, mixed_precision, gradient_accumulation_steps, cpu,
+    )  # fmt: skip
+    wanted = flags.over(_from_file(config, no_config, flags))
+    wanted.check()
     command = [*_target(script, module), *(args or [])]
-    number = choose_nproc(nproc, cpu)
+    extra = ranks_environment(wanted)
+    number = choose_nproc(wanted.nproc, wanted.cpu, devices=wanted.device_list())
     # The agent's modules take a second to import, and a wrong request should not wait for them.
     from shardwise.cli.ranks import Ranks, run_ranks
 
@@ -58,96 +122,131 @@ def launch(
         Ranks(
             command,
             number,
-            nnodes=nnodes,
-            node_rank=node_rank,
-            endpoint=rdzv_endpoint,
-            run_id=rdzv_id,
-            max_restarts=max_restarts,
+            nnodes=wanted.nnodes or 1,
+            node_rank=wanted.node_rank,
+            endpoint=wanted.rdzv_endpoint or "",
+            run_id=wanted.rdzv_id or "",
+            max_restarts=wanted.max_restarts or 0,
             environment={**extra, **thread_environment(number)},
         )
     )
     raise typer.Exit(code)
 
 
-def choose_nproc(nproc: int | None, cpu: bool, default: int | None = None) -> int:
+def choose_nproc(
+    nproc: int | None, cpu: bool | None, default: int | None = None, devices: list[str] | None = None
+) -> int:
     """How many ranks to start, said on stderr where the user did not say it.
 
     Args:
         nproc: as asked for.
-        cpu: the CPU was asked for.
+        cpu: the CPU was asked for; ``False`` if it was refused, ``None`` if it is what there is without devices.
         default: when nothing was asked for; ``None`` for one per CUDA device, or 1.
+        devices: the CUDA devices that were named; empty for all.
 
     Raises:
-        LaunchError: fewer than one, or more than there are CUDA devices to use.
+        LaunchError: fewer than one, or more than there are CUDA devices to use, or devices that do not exist.
     """
     import torch
 
-    devices = 0 if cpu else torch.cuda.device_count()
+    present = 0 if cpu else torch.cuda.device_count()
+    if devices:
+        missing = [name for name in devices if name.isdigit() and int(name) >= present]
+        if missing:
+            have = f"there are {present} CUDA devices" if present else "there is no CUDA device here"
+            raise LaunchError(f"--devices names {', '.join(missing)}, but {have}", fix="nvidia-smi lists them")
+        present = len(devices)
+    if cpu is False and not present:
+        raise LaunchError("--no-cpu, but there is no CUDA device here", fix="--cpu, or 'shardwise doctor' to see why")
     if nproc is None:
-        number = default or devices or 1
-        number = min(number, devices) if devices else number
-        where = f"of {devices} CUDA devices" if devices else "on the CPU"
+        number = default or present or 1
+        number = min(number, present) if present else number
+        where = f"of {present} CUDA device{'s' * (present > 1)}" if present else "on the CPU"
         say(f"shardwise: {number} rank{'s' * (number > 1)} {where} (--nproc chooses how many)")
         return number
     if nproc < 1:
         raise LaunchError(f"--nproc {nproc} is not a number of ranks", fix="give 1 or more")
-    if devices and nproc > devices:
+    if present and nproc > present:
         raise LaunchError(
-            f"--nproc {nproc} asks for more ranks than there are CUDA devices ({devices})",
-            fix=f"--nproc {devices}, or --cpu to run {nproc} ranks on the CPU",
+            f"--nproc {nproc} asks for more ranks than there are CUDA devices ({present})",
+            fix=f"--nproc {present}, or --cpu to run {nproc} ranks on the CPU",
         )
+    if not present and not cpu:
+        say(f"shardwise: {nproc} rank{'s' * (nproc > 1)} on the CPU, as there is no CUDA device (--cpu says so)")
     return nproc
 
 
-def ranks_environment(strategy: str | None, mixed_precision: str | None, cpu: bool) -> dict[str, str]:
+def ranks_environment(wanted: Settings) -> dict[str, str]:
     """The variables that tell the ranks what was asked for; see :mod:`shardwise.environment`.
 
     Raises:
         ShardwiseError: the strategy or precision does not exist, or this version cannot serve it.
     """
+    wanted.check()
     out = {}
-    if strategy is not None:
-        chosen = Strategy.parse(strategy)
-        chosen.require_available()
-        out[environment.STRATEGY] = str(chosen)
-    if mixed_precision is not None:
-        if mixed_precision not in environment.PRECISIONS:
-            raise LaunchError(
-                f"--mixed-precision {mixed_precision} is not known", fix=f"one of {', '.join(environment.PRECISIONS)}"
-            )
-        out[environment.MIXED_PRECISION] = mixed_precision
-    if cpu:
+    if wanted.strategy is not None:
+        out[environment.STRATEGY] = str(Strategy.parse(wanted.strategy))
+    if wanted.mixed_precision is not None:
+        out[environment.MIXED_PRECISION] = wanted.mixed_precision
+    if wanted.gradient_accumulation_steps is not None:
+        out[environment.ACCUMULATION] = str(wanted.gradient_accumulation_steps)
+    if wanted.cpu:
         out[environment.CPU] = "1"
         out["CUDA_VISIBLE_DEVICES"] = ""
+    elif wanted.devices is not None:
+        out["CUDA_VISIBLE_DEVICES"] = ",".join(visible(wanted.device_list(), os.environ.get("CUDA_VISIBLE_DEVICES")))
     return out
+
+
+def visible(names: list[str], already: str | None) -> list[str]:
+    """Devices as the ranks must be told of them: numbers count what this process sees, which may be a part."""
+    seen = [name.strip() for name in already.split(",")] if already else []
+    return [seen[int(name)] if seen and name.isdigit() and int(name) < len(seen) else name for name in names]
 
 
 def thread_environment(nproc: int) -> dict[str, str]:
     """The cores divided among the ranks, unless the user has divided them: N ranks with all cores each is slow."""
     if "OMP_NUM_THREADS" in os.environ:
         return {}
+    return {"OMP_NUM_THREADS": str(max(1, cores() // nproc))}
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
     try:
-        cores = len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(0))
     except AttributeError:  # not every system has it
-        cores = os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // nproc))}
+        return os.cpu_count() or 1
 
 
-def _check_hosts(nnodes: int, node_rank: int | None, endpoint: str, max_restarts: int) -> None:
-    if nnodes < 1:
-        raise LaunchError(f"--nnodes {nnodes} is not a number of hosts", fix="give 1 or more")
-    if max_restarts < 0:
-        raise LaunchError(f"--max-restarts {max_restarts} is not a number of restarts", fix="give 0 or more")
-    if node_rank is not None and not 0 <= node_rank < nnodes:
-        raise LaunchError(
-            f"--node-rank {node_rank} is not a host of {nnodes}", fix=f"give 0 to {nnodes - 1}, and --nnodes"
+def _from_file(config: Path | None, no_config: bool, flags: Settings) -> Settings:
+    """The settings of the file that was named, or of the default one; said on stderr."""
+    if config is not None and no_config:
+        raise LaunchError("--config and --no-config contradict each other", fix="give one of them")
+    path = config if config is not None else files.default_path()
+    if no_config or (config is None and not path.is_file()):
+        return Settings()
+    found = files.read(path)
+    settings = found.settings
+    # What a flag contradicts is gone: --cpu on top of a file that names devices means the CPU.
+    if flags.cpu:
+        settings = replace(settings, devices=None)
+    if flags.devices is not None and settings.cpu:
+        settings = replace(settings, cpu=None)
+    if flags.nnodes == 1:
+        settings = replace(settings, node_rank=None, rdzv_endpoint=None)
+    how = "" if config is not None else " (--no-config leaves it out)"
+    kind = ", Accelerate's format" if found.kind == "accelerate" else ""
+    say(f"shardwise: settings from {path}{kind}{how}")
+    for note in found.notes:
+        say(f"shardwise: note: {note}")
+    if found.dropped:
+        count = len(found.dropped)
+        say(
+            f"shardwise: {count} of its keys change{'s' * (count == 1)} nothing here; "
+            f"'shardwise config --from {path}' says why"
         )
-    if nnodes > 1 and not endpoint:
-        raise LaunchError(
-            f"{nnodes} hosts need a place to meet", fix="--rdzv-endpoint host:port, the same on every host"
-        )
-    if endpoint and not endpoint.rpartition(":")[2].isdigit():
-        raise LaunchError(f"--rdzv-endpoint {endpoint} has no port", fix="write host:port, for example node0:29400")
+    return settings
 
 
 def _target(script: str, module: bool) -> list[str]:
@@ -167,9 +266,16 @@ def _target(script: str, module: bool) -> list[str]:
         return [script]
     if not path.is_file():
         fix = f"look in {path.parent.resolve()}" if path.parent.is_dir() else f"{path.parent} does not exist either"
-        if not path.suffix and importlib.util.find_spec(script.split(".")[0]) is not None:
+        if not path.suffix and _is_module(script.split(".")[0]):
             fix = f"for a module: shardwise launch -m {script}"
         elif shutil.which(script):
             fix = "give the Python script itself; ranks are Python processes"
         raise LaunchError(f"there is no script '{script}'", fix=fix)
     return [script]
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False

@@ -21,6 +21,7 @@ from types import FrameType
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
@@ -46,6 +47,7 @@ class Ranks:
         run_id: tells several runs at one endpoint apart.
         max_restarts: how often all ranks are started anew after a failure.
         environment: variables for the ranks, on top of this process's.
+        limit_s: all ranks are ended if they run for longer; ``None`` for no limit.
     """
 
     command: Sequence[str]
@@ -56,10 +58,15 @@ class Ranks:
     run_id: str = ""
     max_restarts: int = 0
     environment: dict[str, str] = field(default_factory=dict)
+    limit_s: float | None = None
 
 
-def run_ranks(ranks: Ranks) -> int:
+def run_ranks(ranks: Ranks, failed: list[int] | None = None) -> int:
     """Run the ranks to their end.
+
+    Args:
+        ranks: the processes to start.
+        failed: takes the ranks that failed, the first to fail first.
 
     Returns:
         0 if all ranks succeeded, 1 if one failed, 128 + n if this process was told to stop by signal n
@@ -91,6 +98,8 @@ def run_ranks(ranks: Ranks) -> int:
     if not result.is_failed():
         return 0
     show_cursor()
+    if failed is not None:
+        failed += [rank for rank, _ in agent.failures(result)]
     for line in agent.summary(result):
         say(line)
     return 1
@@ -100,12 +109,19 @@ class _Agent(LocalElasticAgent):
     """torch's agent, with patience: survivors of a failure may finish their last words."""
 
     _ended: dict[int, float]  # pid: when it was first seen ended, this round
+    _started = 0.0
+    limit_s: float | None = None
+    out_of_time = False
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._ended = {}
+        self._started = time.monotonic()
         return super()._start_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if self.limit_s is not None and not self.out_of_time and time.monotonic() - self._started > self.limit_s:
+            self.out_of_time = True
+            self.kill()
         pids = [worker.id for worker in worker_group.workers]
         ended = {pid: status for pid in pids if (status := _peek(pid)) is not None}
         for pid in ended:
@@ -121,18 +137,23 @@ class _Agent(LocalElasticAgent):
             say(f"shardwise: starting all ranks anew ({left} restart{'s' * (left > 1)} left)")
         return result
 
+    def failures(self, result: RunResult) -> list[tuple[int, ProcessFailure]]:
+        """The failed ranks, in the order in which they ended."""
+        return sorted(result.failures.items(), key=lambda f: (self._ended.get(f[1].pid, float("inf")), f[0]))
+
     def summary(self, result: RunResult) -> list[str]:
         """One line per failed rank, the first failure first."""
-        failures = sorted(result.failures.items(), key=lambda f: (self._ended.get(f[1].pid, float("inf")), f[0]))
         lines = []
-        for rank, failure in failures:
+        for rank, failure in self.failures(result):
             if failure.exitcode >= 0:
                 end = f"ended with exit code {failure.exitcode}"
             elif failure.pid not in self._ended:
                 end = "did not end by itself after that and was stopped by the launcher"
             else:
                 end = f"was ended by {failure.signal_name()}"
-                if failure.exitcode == -signal.SIGKILL:
+                if self.out_of_time:
+                    end = f"did not end within {self.limit_s:.0f} s and was stopped by the launcher"
+                elif failure.exitcode == -signal.SIGKILL:
                     end += " (often the kernel, out of memory)"
             lines.append(f"shardwise: rank {rank} {end}")
         if lines:
@@ -182,7 +203,9 @@ def _agent(ranks: Ranks) -> _Agent:
     )
     # The agent makes torch's handlers for these; Ctrl-C has its own below.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
-    return _Agent(spec, DefaultLogsSpecs(log_dir=os.devnull), shutdown_timeout=_SHUTDOWN_S)
+    agent = _Agent(spec, DefaultLogsSpecs(log_dir=os.devnull), shutdown_timeout=_SHUTDOWN_S)
+    agent.limit_s = ranks.limit_s
+    return agent
 
 
 class _Stop:

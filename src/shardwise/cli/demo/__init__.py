@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shardwise.cli.console import say
+from shardwise.cli.settings import Settings
 from shardwise.errors import LaunchError
 from shardwise.strategy import Strategy
 
@@ -50,7 +51,7 @@ def demo(
         raise LaunchError(f"--steps {steps} is not a number of steps", fix="give 1 or more")
     if minutes is not None and not minutes > 0:
         raise LaunchError(f"--minutes {minutes} is not a time", fix="give more than 0")
-    number = choose_nproc(nproc, cpu, default=2)
+    number = choose_nproc(nproc, cpu or None, default=2)
     chosen = _fit_device(chosen, cpu)
     _check_shards(chosen, number)
     _check_writable(out)
@@ -77,7 +78,7 @@ def demo(
         from shardwise.cli.ranks import Ranks, run_ranks
 
         command = ["-m", "shardwise.cli.demo.worker", str(job_file)]
-        settings = {**ranks_environment(str(chosen), None, cpu), **thread_environment(number)}
+        settings = {**ranks_environment(Settings(strategy=str(chosen), cpu=cpu)), **thread_environment(number)}
         code = run_ranks(Ranks(command, number, environment=settings))
         if code:
             raise typer.Exit(code)

@@ -1,0 +1,125 @@
+"""What this machine has: versions, CPU, memory, CUDA devices, and the backends of this build of torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+from shardwise.cli import settings as files
+from shardwise.cli.config import cuda_devices
+from shardwise.cli.launch import cores
+from shardwise.errors import ShardwiseError
+
+_NEEDED = ("torch", "numpy", "safetensors", "typer", "rich", "pyyaml")
+_OPTIONAL = (
+    "accelerate", "transformers", "datasets", "deepspeed", "torchdata", "tensorboard", "wandb", "mlflow",
+    "comet-ml", "clearml", "aim", "swanlab", "trackio",
+)  # fmt: skip
+# Variables that change how ranks find each other and talk; values such as keys are never shown.
+_TELLING = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
+_TELLING_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "SHARDWISE_")
+
+
+def versions() -> dict[str, str]:
+    """Name and version of what is installed, and of the system."""
+    import torch
+
+    from shardwise import __version__
+
+    out = {"shardwise": __version__, "python": platform.python_version()}
+    for name in (*_NEEDED, *_OPTIONAL):
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    out["cuda"] = str(torch.version.cuda or "this torch is built without CUDA")
+    if torch.version.cuda and torch.cuda.is_available():
+        out["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    out["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
+    return out
+
+
+def devices() -> dict[str, Any]:
+    """CPU cores and bytes of memory, and per CUDA device its name, memory, capability and the peers it reaches."""
+    import torch
+
+    count = torch.cuda.device_count()
+    cuda = []
+    for index in range(count):
+        facts = torch.cuda.get_device_properties(index)
+        with torch.cuda.device(index):
+            free, total = torch.cuda.mem_get_info()
+        cuda.append(
+            {
+                "name": facts.name,
+                "bytes": total,
+                "free_bytes": free,
+                "capability": f"{facts.major}.{facts.minor}",
+                "bf16": torch.cuda.is_bf16_supported(),
+                "peers": [o for o in range(count) if o != index and torch.cuda.can_device_access_peer(index, o)],
+            }
+        )
+    return {"cores": cores(), **_memory(), "cuda": cuda, "driver_devices": 0 if cuda else _driver_devices()}
+
+
+def _driver_devices() -> int:
+    """Devices that the driver shows and torch cannot use."""
+    return cuda_devices(any_torch=True)
+
+
+def _memory() -> dict[str, int]:
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        out = {"bytes": os.sysconf("SC_PHYS_PAGES") * page, "free_bytes": os.sysconf("SC_AVPHYS_PAGES") * page}
+    except (AttributeError, ValueError, OSError):  # not every system says
+        return {}
+    limit = _container_limit()
+    if limit is not None and limit < out["bytes"]:
+        out["bytes"] = limit
+        out["free_bytes"] = min(out["free_bytes"], limit)
+    return out
+
+
+def _container_limit() -> int | None:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path) as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            return int(text)
+    return None
+
+
+def backends() -> dict[str, bool]:
+    """Which backends of torch.distributed this build has."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return {"gloo": False, "nccl": False, "mpi": False, "ucc": False}
+    return {
+        "gloo": dist.is_gloo_available(),
+        "nccl": dist.is_nccl_available(),
+        "mpi": dist.is_mpi_available(),
+        "ucc": dist.is_ucc_available(),
+    }
+
+
+def surroundings() -> dict[str, Any]:
+    """The settings file that ``launch`` would use, and the variables that change how ranks talk."""
+    path = files.default_path()
+    config: dict[str, Any] = {"path": str(path), "state": "there is none"}
+    if path.is_file():
+        try:
+            config = {"path": str(path), "state": "used by launch", "settings": files.read(path).settings.said()}
+        except ShardwiseError as error:
+            config["state"] = f"broken: {error.what}"
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name in _TELLING or name.startswith(_TELLING_PREFIXES)
+    }
+    return {"config": config, "environment": variables}

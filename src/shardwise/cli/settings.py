@@ -1,0 +1,296 @@
+"""What ``launch`` can be told, as values: from flags, from our own YAML file, or from an Accelerate YAML.
+
+Nothing here imports torch, so that ``shardwise config`` and every ``--help`` answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shardwise import environment
+from shardwise.errors import LaunchError, ShardwiseError
+from shardwise.strategy import Strategy
+
+# What people write who come from another launcher, and what it is here.
+_KNOWN_ELSEWHERE = {
+    "num_processes": "nproc",
+    "nproc_per_node": "nproc",
+    "num_machines": "nnodes",
+    "machine_rank": "node_rank",
+    "main_process_ip": "rdzv_endpoint",
+    "main_process_port": "rdzv_endpoint",
+    "use_cpu": "cpu",
+    "gpu_ids": "devices",
+    "zero_stage": "strategy",
+}
+_ACCELERATE_MARKS = ("compute_environment", "distributed_type")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be said before the script; ``None`` where nothing was said.
+
+    Attributes:
+        nproc: ranks on each host.
+        devices: the CUDA devices to use, as ``0,1``, in the words of ``CUDA_VISIBLE_DEVICES``.
+        nnodes, node_rank: hosts, and this host's number.
+        rdzv_endpoint, rdzv_id: where the hosts meet (``host:port``), and as which run.
+        max_restarts: how often all ranks are started anew after a failure.
+        strategy, mixed_precision, gradient_accumulation_steps: what wins over the script's own.
+        cpu: run on the CPU.
+    """
+
+    nproc: int | None = None
+    devices: str | None = None
+    nnodes: int | None = None
+    node_rank: int | None = None
+    rdzv_endpoint: str | None = None
+    rdzv_id: str | None = None
+    max_restarts: int | None = None
+    strategy: str | None = None
+    mixed_precision: str | None = None
+    gradient_accumulation_steps: int | None = None
+    cpu: bool | None = None
+
+    def over(self, other: Settings) -> Settings:
+        """These settings where something was said, else the other's."""
+        return replace(other, **self.said())
+
+    def said(self) -> dict[str, Any]:
+        """Only what was said, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    def check(self, complete: bool = True) -> None:
+        """Everything that can be known to be wrong before a rank starts, but for the number of devices.
+
+        Args:
+            complete: these are all settings; otherwise flags may add to them, so that only what is said is checked.
+
+        Raises:
+            ShardwiseError: see the text; it names the flag, which is the key of a file with dashes.
+        """
+        if self.strategy is not None:
+            Strategy.parse(self.strategy).require_available()
+        if self.mixed_precision is not None and self.mixed_precision not in environment.PRECISIONS:
+            raise LaunchError(
+                f"--mixed-precision {self.mixed_precision} is not known",
+                fix=f"one of {', '.join(environment.PRECISIONS)}",
+            )
+        for name, least, what in (
+            ("nproc", 1, "ranks"),
+            ("nnodes", 1, "hosts"),
+            ("max_restarts", 0, "restarts"),
+            ("gradient_accumulation_steps", 1, "micro-batches"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise LaunchError(
+                    f"--{name.replace('_', '-')} {value} is not a number of {what}", fix=f"give {least} or more"
+                )
+        self._check_endpoint()
+        self._check_devices()
+        if complete:
+            self._check_hosts()
+            self._check_shards()
+
+    def _check_hosts(self) -> None:
+        nnodes = self.nnodes or 1
+        if self.node_rank is not None and not 0 <= self.node_rank < nnodes:
+            raise LaunchError(
+                f"--node-rank {self.node_rank} is not a host of {nnodes}", fix=f"give 0 to {nnodes - 1}, and --nnodes"
+            )
+        if nnodes > 1 and not self.rdzv_endpoint:
+            raise LaunchError(
+                f"{nnodes} hosts need a place to meet", fix="--rdzv-endpoint host:port, the same on every host"
+            )
+
+    def _check_endpoint(self) -> None:
+        endpoint = self.rdzv_endpoint
+        if endpoint:
+            host, _, port = endpoint.rpartition(":")
+            if not port.isdigit() or not host:
+                raise LaunchError(
+                    f"--rdzv-endpoint {endpoint} is not host:port", fix="write host:port, for example node0:29400"
+                )
+            if not 0 < int(port) < 1 << 16:
+                raise LaunchError(f"--rdzv-endpoint {endpoint} has no valid port", fix="give a port of 1 to 65535")
+
+    def _check_devices(self) -> None:
+        if self.devices is None:
+            return
+        names = self.device_list()
+        if self.cpu:
+            raise LaunchError(f"--devices {self.devices} and --cpu contradict each other", fix="give one of them")
+        if not names or "" in names or len(set(names)) < len(names):
+            raise LaunchError(f"--devices {self.devices} is not a list of devices", fix="write 0,1 for the first two")
+        if self.nproc is not None and self.nproc > len(names):
+            raise LaunchError(
+                f"--nproc {self.nproc} asks for more ranks than --devices {self.devices} has",
+                fix=f"--nproc {len(names)}, or more devices",
+            )
+
+    def _check_shards(self) -> None:
+        if self.strategy is None or self.nproc is None:
+            return
+        size, ranks = Strategy.parse(self.strategy).shard_size, self.nproc * (self.nnodes or 1)
+        if size is not None and ranks % size:
+            raise LaunchError(
+                f"shard_size={size} does not divide {ranks} rank{'s' * (ranks > 1)}",
+                fix="choose a divisor, or another --nproc",
+            )
+
+    def device_list(self) -> list[str]:
+        return [name.strip() for name in self.devices.split(",")] if self.devices is not None else []
+
+
+@dataclass(frozen=True)
+class SettingsFile:
+    """A file that was read.
+
+    Attributes:
+        path: where it is.
+        settings: what it says.
+        kind: ``shardwise`` or ``accelerate``.
+        notes: what of an Accelerate file the user has to do otherwise now.
+        dropped: keys of an Accelerate file that mean nothing here, and why.
+    """
+
+    path: Path
+    settings: Settings
+    kind: str = "shardwise"
+    notes: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+def default_path() -> Path:
+    """``$XDG_CONFIG_HOME/shardwise/config.yaml``, or the same under ``~/.config``."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "shardwise" / "config.yaml"
+
+
+def read(path: Path) -> SettingsFile:
+    """Read a file of settings: ours, or Accelerate's, told apart by its keys.
+
+    Raises:
+        LaunchError: there is no such file, it is no YAML, or it has a key or value that does not exist.
+        ShardwiseError: it asks for something that cannot be done.
+    """
+    values = load_yaml(path)
+    if any(key in values for key in _ACCELERATE_MARKS):
+        from shardwise.cli.accelerate_file import translate
+
+        settings, notes, dropped = translate(values, path)
+        found = SettingsFile(path, settings, "accelerate", notes, dropped)
+    else:
+        found = SettingsFile(path, _from_mapping(values, path))
+    try:
+        found.settings.check(complete=False)
+    except ShardwiseError as error:
+        where = f"{path}, {error.where}" if error.where else str(path)
+        raise type(error)(error.what, where=where, fix=error.fix) from None
+    return found
+
+
+def dump(settings: Settings) -> str:
+    """The YAML text of what was said; :func:`read` gives equal settings back."""
+    return yaml.safe_dump(settings.said(), sort_keys=False)
+
+
+def write(settings: Settings, path: Path) -> None:
+    """Write a file. It is there whole or not at all.
+
+    Raises:
+        LaunchError: the folder cannot be written to.
+    """
+    text = f"# Settings of 'shardwise launch'; flags win over them. Written by 'shardwise config'.\n{dump(settings)}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise LaunchError(
+            f"cannot write {path}: {error.strerror or error}", fix="choose another file with --config-file"
+        ) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice: the plain loader drops the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if isinstance(name, str) and name in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{name}' is given twice", problem_mark=key.start_mark)
+            if isinstance(name, str):
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML (or JSON) file; an empty file has none.
+
+    Raises:
+        LaunchError: no such file, not text, not YAML (with the line), or not keys and values.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        fix = "'shardwise config' writes one" if not path.exists() else "check that it is a file you may read"
+        raise LaunchError(f"cannot read {path}: {error.strerror or error}", fix=fix) from None
+    except UnicodeDecodeError:
+        raise LaunchError(f"{path} is not a text file", fix="give a YAML file of settings") from None
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
+        raise LaunchError(f"not valid YAML: {error.problem}", where=line, fix="one 'key: value' per line") from None
+    except yaml.YAMLError as error:
+        raise LaunchError(f"not valid YAML: {str(error).splitlines()[0]}", where=str(path)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise LaunchError(f"{path} does not hold keys and values", fix="one 'key: value' per line")
+    return values
+
+
+def _from_mapping(values: dict[str, Any], path: Path) -> Settings:
+    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(Settings)}
+    read: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in kinds:
+            raise unknown_key(key, list(kinds), path)
+        if value is None:
+            continue
+        read[name] = _value(name, value, kinds[name], path)
+    return Settings(**read)
+
+
+def _value(name: str, value: Any, kind: str, path: Path) -> Any:
+    if name == "mixed_precision" and value is False:
+        return "no"  # YAML reads a bare no as false
+    if kind == "str" and isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    what = {"int": "a whole number", "bool": "true or false", "str": "text"}[kind]
+    raise LaunchError(f"'{name}: {value}' is not {what}", where=str(path), fix=f"give {name} {what}")
+
+
+def unknown_key(key: str, known: list[str], path: Path, inside: str = "") -> LaunchError:
+    """The error for a key that does not exist, with the nearest that does."""
+    name = key.lower().replace("-", "_")
+    near = [_KNOWN_ELSEWHERE[name]] if not inside and name in _KNOWN_ELSEWHERE else []
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    fix = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(known)}"
+    return LaunchError(f"there is no key '{key}'{f' in {inside}' if inside else ''}", where=str(path), fix=fix)
