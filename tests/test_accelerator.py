@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import shardwise
 from models import PRESETS, assert_close, batch, loss_of, make, rank, whole, world
 from ranks import run
 from shardwise.accelerator import Accelerator
-from shardwise.data import BatchShard
-from shardwise.errors import CommError, DataError, GradientError, OptimizerError, StrategyError
+from shardwise.errors import CommError, GradientError, OptimizerError, StrategyError
 
 
 def everywhere(size, function, *args):
@@ -138,6 +137,38 @@ def test_mixed_precision(size, preset):
             assert all(v.dtype == torch.float32 for v in weights.values())
             assert losses == pytest.approx(oracle[0], rel=tol)
             assert norms == pytest.approx(oracle[1], rel=2 * tol)
+
+
+# --- schedulers ------------------------------------------------------------------------------
+def learning_rates(**settings):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, **settings)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    rates = []
+    for step in range(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, batch(step, rank())))
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            rates.append(schedule.get_last_lr()[0])
+    return rates
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_learning_rate_does_not_depend_on_the_number_of_ranks(size):
+    assert everywhere(size, learning_rates) == [[1, 1 / 2, 1 / 2, 1 / 3]] * size
+
+
+def as_accelerate_counts():
+    return learning_rates(scheduler_per_process=True), learning_rates(scheduler_per_process=True, split_batches=True)
+
+
+def test_unless_asked():
+    for each, split in run(2, as_accelerate_counts):
+        assert each == [1, 1 / 3, 1 / 3, 1 / 5] and split == [1, 1 / 2, 1 / 2, 1 / 3]
 
 
 # --- accumulation ------------------------------------------------------------------------------
@@ -463,97 +494,7 @@ def test_impossible_optimizers_are_refused_before_anything_changes():
         accelerator.prepare(torch.optim.Muon(model.parameters()))
 
 
-# --- data --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("samples", [1, 2, 7, 8, 11, 12])
-def test_batch_shards(samples, ranks, drop_last):
-    batches = torch.utils.data.BatchSampler(range(samples), 4 if ranks != 3 else 3, drop_last)
-    size = batches.batch_size
-    for split in (False, True):
-        if split and size % ranks:
-            with pytest.raises(DataError):
-                BatchShard(batches, ranks, 0, split)
-            continue
-        for even in (False, True):
-            shards = [BatchShard(batches, ranks, r, split, even) for r in range(ranks)]
-            parts = [list(s) for s in shards]
-            part = size // ranks if split else size
-            if even:
-                assert [len(p) for p in parts] == [len(s) for s in shards]
-                assert all(len(b) == part for p in parts for b in p)
-            seen = [i for row in zip(*parts, strict=True) for b in row for i in b] if even else None
-            step = ranks * part
-            if even and not drop_last:
-                wanted = list(range(samples)) + [i % min(samples, step) for i in range(-samples % step)]
-                assert seen == wanted
-                assert shards[0].tail.real == samples - (len(wanted) - step)
-            elif even:
-                assert seen == list(range(samples // step * step))
-            elif not drop_last:
-                assert sorted(i for p in parts for b in p for i in b) == list(range(samples))
-                assert [len(p) for p in parts] == [len(s) for s in shards] or split
-
-
-class Stream(IterableDataset):
-    def __init__(self, n):
-        self.n = n
-
-    def __iter__(self):
-        return iter(torch.arange(self.n))
-
-
-def reading(kind, samples, size, options, workers=0):
-    accelerator = Accelerator(cpu=True, **options)
-    if kind == "iterable":
-        loader = DataLoader(Stream(samples), batch_size=size)
-    else:
-        torch.manual_seed(rank())  # the ranks' own random states must not matter
-        loader = DataLoader(torch.arange(samples), batch_size=size, shuffle=kind == "shuffled", num_workers=workers)
-    loader = accelerator.prepare(loader)
-    epochs = []
-    for _ in range(2):
-        raw, kept, objects, ends = [], [], [], []
-        for x in loader:
-            raw.append(x.tolist())
-            out = accelerator.gather_for_metrics({"x": x, "pairs": torch.stack([x, x], 1)})
-            assert torch.equal(out["pairs"][:, 0], out["x"])
-            kept += out["x"].tolist()
-            objects += accelerator.gather_for_metrics([str(int(v)) for v in x])
-            ends.append(loader.end_of_dataloader)
-        assert ends == [False] * (len(ends) - 1) + [True]
-        assert kind == "iterable" or len(loader) == len(ends)
-        assert objects == [str(v) for v in kept]
-        epochs.append((raw, kept))
-    loader.set_epoch(0)
-    again = [x.tolist() for x in loader]
-    assert again == epochs[0][0]
-    return epochs
-
-
-@pytest.mark.parametrize("kind", ["plain", "shuffled", "iterable"])
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_every_sample_once(size, kind):
-    for samples in (3, 13, 18):
-        ranks = everywhere(size, reading, kind, samples, 3, {})
-        for epoch in range(2):
-            assert all(r[epoch][1] == ranks[0][epoch][1] for r in ranks)
-            order = ranks[0][epoch][1]
-            assert sorted(order) == list(range(samples))
-            assert (order == sorted(order)) == (kind != "shuffled") or samples == 3
-            if size > 1:
-                assert len({len(r[epoch][0]) for r in ranks}) == 1
-                assert {len(b) for r in ranks for b in r[epoch][0]} == {3}
-        assert kind != "shuffled" or samples == 3 or ranks[0][0][1] != ranks[0][1][1]
-
-
-def test_split_batches_and_workers():
-    for order in run(2, reading, "plain", 10, 4, {"split_batches": True}):
-        assert order[0][1] == list(range(10))
-        assert [len(b) for b in order[0][0]] == [2, 2, 2]
-    assert reading("shuffled", 10, 4, {}, 1)[0][1] != list(range(10))
-
-
+# --- numbers -----------------------------------------------------------------------------------
 def sharing():
     accelerator = Accelerator(cpu=True)
     x = torch.tensor([[1.0 + rank(), 2.0]], dtype=torch.bfloat16)

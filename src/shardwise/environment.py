@@ -6,8 +6,14 @@ A value given on the command line wins over the script's own, so that one script
     from ``--strategy``; the string form of a :class:`~shardwise.Strategy`.
 ``SHARDWISE_MIXED_PRECISION``
     from ``--mixed-precision``; ``no``, ``fp16`` or ``bf16``.
+``SHARDWISE_GRADIENT_ACCUMULATION_STEPS``
+    from ``--gradient-accumulation-steps``; a number of micro-batches.
 ``SHARDWISE_CPU``
     from ``--cpu``; ``1``. The launcher also hides the CUDA devices, so nothing has to read this to obey it.
+
+A script started by ``accelerate launch`` finds that launcher's precision and accumulation steps as well, where it
+says nothing itself. Its FSDP and DeepSpeed settings come in variables that are its own affair: they are refused
+with the way out, not passed over.
 """
 
 from __future__ import annotations
@@ -20,7 +26,16 @@ from shardwise.strategy import Strategy
 STRATEGY = "SHARDWISE_STRATEGY"
 MIXED_PRECISION = "SHARDWISE_MIXED_PRECISION"
 CPU = "SHARDWISE_CPU"
+ACCUMULATION = "SHARDWISE_GRADIENT_ACCUMULATION_STEPS"
 PRECISIONS = ("no", "fp16", "bf16")
+_ACCELERATE_PRECISION = "ACCELERATE_MIXED_PRECISION"
+_ACCELERATE_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+_ACCELERATE_MODES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_TPU": "TPU",
+}
 
 
 def strategy_from_environment(default: str | Strategy | None = None) -> Strategy:
@@ -33,6 +48,13 @@ def strategy_from_environment(default: str | Strategy | None = None) -> Strategy
         StrategyError: the value (the variable's, or the default) is not a strategy.
     """
     text = os.environ.get(STRATEGY)
+    mode = next((n for v, n in _ACCELERATE_MODES.items() if os.environ.get(v, "").lower() in ("true", "1")), None)
+    if mode is not None and not text:
+        raise StrategyError(
+            f"'accelerate launch' was told to use {mode}, which Shardwise does not read from it",
+            where="the environment of this process",
+            fix="start the script with: shardwise launch --config your_accelerate_config.yaml, or --strategy zero3",
+        )
     chosen = Strategy.parse(text if text else default)
     precision = os.environ.get(MIXED_PRECISION)
     if precision:
@@ -52,6 +74,8 @@ def mixed_precision_from_environment(default: str | None = None) -> str | None:
     """
     given = os.environ.get(MIXED_PRECISION)
     value = given if given else default
+    if value is None:
+        value = os.environ.get(_ACCELERATE_PRECISION) or None
     if value is not None and value not in PRECISIONS:
         raise StrategyError(
             f"mixed precision '{value}' is not known",
@@ -59,3 +83,20 @@ def mixed_precision_from_environment(default: str | None = None) -> str | None:
             fix=f"one of {', '.join(PRECISIONS)}",
         )
     return value
+
+
+def accumulation_from_environment(default: int) -> int:
+    """Micro-batches per optimizer step: Shardwise's launcher's, else the script's, else Accelerate's launcher's.
+
+    Args:
+        default: what the script says; 1 says nothing.
+
+    Raises:
+        StrategyError: the value is not a number of batches.
+    """
+    text = os.environ.get(ACCUMULATION) or (os.environ.get(_ACCELERATE_ACCUMULATION) if default == 1 else None)
+    if not text:
+        return default
+    if not text.isdigit() or int(text) < 1:
+        raise StrategyError(f"'{text}' is not a number of batches", where=ACCUMULATION, fix="give 1 or more")
+    return int(text)

@@ -1,0 +1,62 @@
+"""What the parts of an Accelerator share: its attributes, typed, in one place."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from shardwise.state import AcceleratorState, GradientState, ProcessControl
+from shardwise.strategy import Strategy
+
+if TYPE_CHECKING:
+    from shardwise.comm import World
+    from shardwise.data_loader import PreparedLoader
+    from shardwise.optimizer import AcceleratedOptimizer
+    from shardwise.scheduler import AcceleratedScheduler
+    from shardwise.stepping import Steps
+    from shardwise.utils.dataclasses import AutocastKwargs, DataLoaderConfiguration, ProfileKwargs, ProjectConfiguration
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Base(ProcessControl):
+    """The state of one Accelerator. Two of them share nothing but the process group."""
+
+    strategy: Strategy
+    mixed_precision: str
+    state: AcceleratorState
+    gradient_state: GradientState
+    scaler: torch.amp.GradScaler | None
+    device_placement: bool
+    step_scheduler_with_optimizer: bool
+    dataloader_config: DataLoaderConfiguration
+    project_configuration: ProjectConfiguration
+    autocast_handler: AutocastKwargs | None
+    profile_handler: ProfileKwargs | None
+    rng_types: list[str]
+    step: int
+
+    _world: World
+    _steps: Steps
+    _units: Any
+    _recompute: bool
+    _compile: dict[str, Any] | None
+    _scheduler_per_process: bool
+    _sync_each_batch: bool
+    _schedulers: list[AcceleratedScheduler]
+    _dataloaders: list[PreparedLoader]
+    _custom_objects: list[Any]
+    _save_hooks: OrderedDict[int, Callable[..., None]]
+    _load_hooks: OrderedDict[int, Callable[..., None]]
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        return self._steps.models
+
+    @property
+    def _optimizers(self) -> list[AcceleratedOptimizer]:
+        return self._steps.optimizers

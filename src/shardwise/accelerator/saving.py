@@ -1,0 +1,297 @@
+"""The part of an Accelerator that saves and loads: whole training states, models for others, single objects."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from shardwise import checkpoint, operations
+from shardwise.accelerator.base import Base
+from shardwise.comm import World
+from shardwise.engine.build import engine_of
+from shardwise.errors import CheckpointError
+from shardwise.utils.other import save as save_object
+
+
+class Saving(Base):
+    # --- where ---------------------------------------------------------------------------------
+    @property
+    def project_dir(self) -> str | None:
+        return self.project_configuration.project_dir
+
+    @property
+    def logging_dir(self) -> str | None:
+        return self.project_configuration.logging_dir
+
+    @property
+    def save_iteration(self) -> int:
+        """The number of the next automatically named checkpoint."""
+        return self.project_configuration.iteration
+
+    def _checkpoints(self) -> Path:
+        if self.project_dir is None:
+            raise CheckpointError(
+                "there is no folder for automatically named checkpoints", fix="Accelerator(project_dir=...)"
+            )
+        return Path(self.project_dir) / "checkpoints"
+
+    def has_checkpoint(self) -> bool:
+        """Is there a complete checkpoint that :meth:`load_state` without arguments would load? A collective."""
+        return bool(operations.from_first(int(checkpoint.latest(self._checkpoints()) is not None)))
+
+    # --- hooks ---------------------------------------------------------------------------------
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Save these along with the rest, in this order: anything with ``state_dict`` and ``load_state_dict``.
+
+        Raises:
+            CheckpointError: something that has not both.
+        """
+        for item in objects:
+            if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
+                raise CheckpointError(
+                    f"a {type(item).__name__} has no state_dict and load_state_dict",
+                    fix="give it both methods, or save it yourself with accelerator.save",
+                )
+        self._custom_objects.extend(objects)
+
+    def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Call ``hook(models, weights, output_dir)`` on every rank at the beginning of :meth:`save_state`.
+
+        ``weights`` holds a whole state dict per model on rank 0 and an empty one elsewhere; a model whose entry the
+        hook removes is left out of the checkpoint. What the hook writes into ``output_dir`` becomes part of it.
+        """
+        return _register(self._save_hooks, hook)
+
+    def register_load_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Call ``hook(models, input_dir)`` on every rank at the beginning of :meth:`load_state`.
+
+        A model that the hook removes from ``models`` is its own to load.
+        """
+        return _register(self._load_hooks, hook)
+
+    # --- the whole state -----------------------------------------------------------------------
+    def save_state(self, output_dir: str | os.PathLike[str] | None = None, safe_serialization: bool = True) -> str:
+        """Save everything that was prepared and registered, so that a later run goes on exactly from here.
+
+        Models, optimizers, schedulers, the loss scale, the place in each dataloader, the random states of every
+        rank, and registered objects. The folder appears complete or not at all; a run under another strategy or on
+        another number of ranks can load it. Gradients of an unfinished accumulation window are not saved.
+
+        Args:
+            output_dir: with ``automatic_checkpoint_naming`` leave it out: the next free ``checkpoint_<n>`` in the
+                project's ``checkpoints`` is taken, and older ones beyond ``total_limit`` are deleted.
+            safe_serialization: accepted for Accelerate's sake. Nothing in a checkpoint is a pickle either way.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: it could not be written; every rank raises, and what was there before is still there.
+
+        Cost: a collective. Every rank writes what it holds; models with hooks are also gathered on rank 0.
+        """
+        named = output_dir is None or self.project_configuration.automatic_checkpoint_naming
+        path = self._next_checkpoint() if named else Path(os.fspath(output_dir))  # type: ignore[arg-type]
+        models, beside = self._run_save_hooks(path)
+        positions = [loader.state_dict() for loader in self._dataloaders]
+        saved = checkpoint.save(
+            path,
+            models=models,
+            optimizers=[o.optimizer for o in self._optimizers],
+            state={
+                "schedulers": [s.scheduler.state_dict() for s in self._schedulers],
+                "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+                "objects": [item.state_dict() for item in self._custom_objects],
+                "loaders": positions,
+                "step": self.step,
+            },
+            rank_state={"rng": checkpoint.rng_state(), "loaders": positions},
+            info={"step": self.step, "accelerator": self._counts()},
+            files_from=None if beside is None else beside.move_into,
+        )
+        if named:
+            self.project_configuration.iteration = int(path.name.rpartition("_")[2]) + 1
+            if self.project_configuration.total_limit is not None:
+                checkpoint.prune(path.parent, self.project_configuration.total_limit)
+        return str(saved)
+
+    def _run_save_hooks(self, path: Path) -> tuple[list[nn.Module], _Beside | None]:
+        """The models that the hooks leave to us, and the folder with what they wrote."""
+        models = list(self._models)
+        if not self._save_hooks:
+            return models, None
+        weights = [checkpoint.full_state_dict(model, rank0_only=True) for model in models]
+        left = list(weights)
+        beside = _Beside(path)
+        for hook in list(self._save_hooks.values()):
+            hook(models, left, str(beside.folder))
+        self.wait_for_everyone()
+        return [m for m, w in zip(models, weights, strict=True) if any(w is one for one in left)], beside
+
+    def _next_checkpoint(self) -> Path:
+        """Numbered beyond everything there, also what ``total_limit`` has deleted since: the newest has the largest."""
+        folder = self._checkpoints()
+        free = int(checkpoint.next_path(folder).name.rpartition("_")[2])
+        return folder / f"checkpoint_{operations.from_first(max(free, self.save_iteration))}"
+
+    def load_state(
+        self,
+        input_dir: str | os.PathLike[str] | None = None,
+        load_kwargs: dict[str, Any] | None = None,
+        *,
+        strict: bool = True,
+    ) -> None:
+        """Load what :meth:`save_state` saved, under this or another strategy and number of ranks.
+
+        Prepare and register the same things in the same order first. The next iteration of a dataloader goes on
+        with the batches that were left; :meth:`skip_first_batches` does it the explicit way.
+
+        Args:
+            input_dir: a folder; without it, the newest complete one of the project's ``checkpoints``.
+            load_kwargs: accepted for Accelerate's sake; ``strict`` is read from it.
+            strict: raise if parameters differ in name or shape; otherwise load those that fit.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or something was saved that is not here, or the other way
+                round. It names the file or the thing; every rank raises, before anything has changed.
+        """
+        if load_kwargs and set(load_kwargs) - {"strict", "weights_only", "map_location"}:
+            raise CheckpointError(
+                f"load_kwargs holds {', '.join(sorted(load_kwargs))}", fix="only strict= has a meaning here"
+            )
+        strict = (load_kwargs or {}).get("strict", strict)
+        path = Path(os.fspath(input_dir)) if input_dir is not None else self._newest_checkpoint()
+        models = list(self._models)
+        for hook in list(self._load_hooks.values()):
+            hook(models, str(path))
+        self._check_same_things(path)
+        loaded = checkpoint.load(path, models=models, optimizers=[o.optimizer for o in self._optimizers], strict=strict)
+        state = loaded.state
+        for scheduler, values in zip(self._schedulers, state["schedulers"], strict=True):
+            scheduler.scheduler.load_state_dict(values)
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        for item, values in zip(self._custom_objects, state["objects"], strict=True):
+            item.load_state_dict(values)
+        own = loaded.rank_state["loaders"] if loaded.rank_state is not None else state["loaders"]
+        for loader, position in zip(self._dataloaders, own, strict=True):
+            loader.load_state_dict(position)
+        self.step = state["step"]
+        if loaded.rank_state is not None:
+            checkpoint.set_rng_state(loaded.rank_state["rng"])
+        number = path.name.rpartition("_")[2]
+        if path.name.startswith("checkpoint_") and number.isdigit():
+            self.project_configuration.iteration = int(number) + 1
+
+    def _newest_checkpoint(self) -> Path:
+        found = checkpoint.latest(self._checkpoints())
+        newest = operations.gather_object(None if found is None else str(found))[0]
+        if newest is None:
+            raise CheckpointError(
+                "there is no complete checkpoint", where=str(self._checkpoints()), fix="save one first"
+            )
+        return Path(newest)
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            "schedulers": len(self._schedulers),
+            "dataloaders": len(self._dataloaders),
+            "registered objects": len(self._custom_objects),
+        }
+
+    def _check_same_things(self, path: Path) -> None:
+        """Raise before anything is loaded, if other things were saved than are prepared here."""
+        counted = checkpoint.read_manifest(path).info.get("accelerator")
+        if counted is None:
+            raise CheckpointError(
+                "this checkpoint was not saved by accelerator.save_state",
+                where=str(path),
+                fix="load it with shardwise.checkpoint.load",
+            )
+        for what, number in self._counts().items():
+            if counted.get(what) != number:
+                raise CheckpointError(
+                    f"it holds {counted.get(what)} {what}, and {number} are prepared here",
+                    where=str(path),
+                    fix="prepare and register the same things in the same order before loading",
+                )
+
+    # --- models and objects for others -----------------------------------------------------------
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
+        """A model's whole state dict, under its own names, from the master values. A collective.
+
+        Returns:
+            It on every rank where the strategy keeps parameters whole; under ``zero3`` and ``hsdp`` on rank 0, on
+            the CPU, and an empty one elsewhere: there the model may be larger than what one rank can hold.
+
+        Args:
+            model: prepared.
+            unwrap: accepted for Accelerate's sake; names are the caller's own either way.
+        """
+        engine = engine_of(model)
+        if engine is not None and engine.strategy.split_params:
+            return checkpoint.full_state_dict(model, rank0_only=True)
+        return model.state_dict()
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write whole weights as ``model.safetensors``, or several files and an index, as transformers reads them.
+
+        Args:
+            model: prepared.
+            save_directory: made if it is not there.
+            max_shard_size: bytes, or a text such as ``"5GB"``.
+            safe_serialization: ``False`` writes torch's ``.bin`` files.
+
+        Cost: a collective. Rank 0 writes; values come unit by unit, so no rank holds the whole model.
+        """
+        checkpoint.save_model(
+            model, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
+        )
+
+    def save(self, obj: Any, f: str | os.PathLike[str], safe_serialization: bool = False) -> None:
+        """``torch.save`` on rank 0, or on the first rank of every host with ``save_on_each_node``.
+
+        Args:
+            obj: anything ``torch.save`` takes.
+            f: the file.
+            safe_serialization: write safetensors; ``obj`` is then a dict of tensors.
+        """
+        each = self.project_configuration.save_on_each_node
+        save_object(obj, f, save_on_each_node=each, safe_serialization=safe_serialization)
+
+
+class _Beside:
+    """A folder beside the checkpoint for what hooks write, until there is a place for it inside. A collective."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path.parent / f"{path.name}.hooks"
+        if World.current().rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed here
+            self.folder.mkdir(parents=True)
+        operations.barrier()
+
+    def move_into(self, folder: Path) -> None:
+        if World.current().rank == 0:
+            for item in self.folder.iterdir():
+                shutil.move(str(item), str(folder / item.name))
+            self.folder.rmdir()
+
+
+def _register(hooks: OrderedDict[int, Callable[..., None]], hook: Callable[..., None]) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle

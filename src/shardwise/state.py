@@ -1,0 +1,378 @@
+"""Who this process is, and what its Accelerator was set to: ``PartialState``, ``AcceleratorState``, ``GradientState``.
+
+The names, and what they mean, are Hugging Face Accelerate's. There the three are shared dictionaries that a second
+Accelerator can overwrite; here each is a view: of the process group, of one Accelerator's settings, and of one
+Accelerator's steps. Made without arguments, the last two show the Accelerator that was made last.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import ReferenceType, ref
+
+import torch
+import torch.distributed as dist
+
+from shardwise import operations
+from shardwise.comm import World, init
+from shardwise.comm.world import default_device
+from shardwise.environment import CPU
+from shardwise.errors import DataError, StrategyError
+from shardwise.strategy import Strategy
+from shardwise.utils.dataclasses import DistributedType, InitProcessGroupKwargs
+
+if TYPE_CHECKING:
+    from shardwise.stepping import Steps
+
+
+class ProcessControl:
+    """What depends on the rank alone: who runs what, who goes first, who takes which part of a list."""
+
+    device: torch.device
+
+    # --- facts -----------------------------------------------------------------------------
+    @property
+    def num_processes(self) -> int:
+        """The world size."""
+        return World.current().size
+
+    @property
+    def process_index(self) -> int:
+        """This rank."""
+        return World.current().rank
+
+    @property
+    def local_process_index(self) -> int:
+        """This rank's number on its host."""
+        return int(os.environ.get("LOCAL_RANK", "0")) if self.num_processes > 1 else 0
+
+    @property
+    def is_main_process(self) -> bool:
+        """This is rank 0."""
+        return self.process_index == 0
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """This is the first rank of its host."""
+        return self.local_process_index == 0
+
+    @property
+    def is_last_process(self) -> bool:
+        """This is the last rank."""
+        return self.process_index == self.num_processes - 1
+
+    @property
+    def use_distributed(self) -> bool:
+        """There is more than one rank."""
+        return self.num_processes > 1
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """``NO``, ``MULTI_CPU`` or ``MULTI_GPU``.
+
+        Never ``FSDP`` or ``DEEPSPEED``, whatever the strategy: scripts ask in order to treat models specially,
+        and a prepared model stays an ordinary module.
+        """
+        if not self.use_distributed:
+            return DistributedType.NO
+        return DistributedType.MULTI_GPU if self.device.type == "cuda" else DistributedType.MULTI_CPU
+
+    # --- waiting ---------------------------------------------------------------------------
+    def wait_for_everyone(self) -> None:
+        """Return when every rank is here. A collective."""
+        operations.barrier()
+
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """Rank 0 runs the block, then the others do. A collective; it also ends if rank 0's block raises."""
+        with self._first(self.is_main_process):
+            yield
+
+    @contextmanager
+    def local_main_process_first(self) -> Iterator[None]:
+        """The first rank of every host runs the block, then the others do. A collective."""
+        with self._first(self.is_local_main_process):
+            yield
+
+    @contextmanager
+    def _first(self, first: bool) -> Iterator[None]:
+        if not first:
+            self.wait_for_everyone()
+        try:
+            yield
+        finally:
+            if first:
+                self.wait_for_everyone()
+
+    # --- who runs what -----------------------------------------------------------------------
+    def on_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """A decorator: call the function on rank 0; on other ranks its calls return ``None``."""
+        return self._only(function, lambda: self.is_main_process)
+
+    def on_local_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """A decorator: call the function on the first rank of every host."""
+        return self._only(function, lambda: self.is_local_main_process)
+
+    def on_last_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """A decorator: call the function on the last rank."""
+        return self._only(function, lambda: self.is_last_process)
+
+    def on_process(
+        self, function: Callable[..., Any] | None = None, process_index: int | None = None
+    ) -> Callable[..., Any]:
+        """A decorator: call the function on rank ``process_index``.
+
+        Raises:
+            DataError: there is no such rank.
+        """
+        if process_index is None or not 0 <= process_index < self.num_processes:
+            raise DataError(
+                f"on_process(process_index={process_index}) names no rank",
+                fix=f"give 0 to {self.num_processes - 1}",
+            )
+        return self._only(function, lambda: self.process_index == process_index)
+
+    def on_local_process(
+        self, function: Callable[..., Any] | None = None, local_process_index: int | None = None
+    ) -> Callable[..., Any]:
+        """A decorator: call the function on rank ``local_process_index`` of every host."""
+        if local_process_index is None or local_process_index < 0:
+            raise DataError("on_local_process needs local_process_index", fix="give a number from 0")
+        return self._only(function, lambda: self.local_process_index == local_process_index)
+
+    def _only(self, function: Callable[..., Any] | None, here: Callable[[], bool]) -> Callable[..., Any]:
+        if function is None:
+            return partial(self._only, here=here)
+
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs) if here() else None
+
+        return run
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """``print``, once per host."""
+        if self.is_local_main_process:
+            print(*args, **kwargs)
+
+    # --- who takes which part ----------------------------------------------------------------
+    @contextmanager
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
+        """This rank's part of a list, tuple, tensor (along dim 0), ``datasets.Dataset``, or dict of these.
+
+        Parts are runs in order; the first ranks get one more where the length does not divide.
+
+        Args:
+            inputs: the same on every rank. A dict's values have one length. Nothing is sent, and ``inputs``
+                itself is not changed.
+            apply_padding: repeat the last input so that every rank has equally many; drop them after a gather.
+
+        Raises:
+            DataError: something that has no order to split; values of different lengths; padding of nothing.
+        """
+        if self.num_processes == 1:
+            yield inputs
+            return
+        lengths = {len(v) for v in (inputs.values() if isinstance(inputs, dict) else [_sized(inputs)])}
+        if len(lengths) != 1:
+            raise DataError(f"the dict's values have lengths {sorted(lengths)}", fix="give values of one length")
+        length = lengths.pop()
+        each, extra = divmod(length, self.num_processes)
+        rank = self.process_index
+        start = rank * each + min(rank, extra)
+        rows = list(range(start, start + each + (rank < extra)))
+        if apply_padding and extra:
+            rows += [length - 1] * (each + 1 - len(rows))
+        yield {k: _take(v, rows) for k, v in inputs.items()} if isinstance(inputs, dict) else _take(inputs, rows)
+
+
+def _sized(inputs: Any) -> Any:
+    if isinstance(inputs, (list, tuple, torch.Tensor)) or hasattr(inputs, "select"):
+        return inputs
+    raise DataError(
+        f"split_between_processes cannot split a {type(inputs).__name__}",
+        fix="give a list, a tuple, a tensor, a datasets.Dataset, or a dict of these",
+    )
+
+
+def _take(inputs: Any, rows: list[int]) -> Any:
+    if isinstance(inputs, torch.Tensor):
+        return inputs[torch.tensor(rows, dtype=torch.long, device=inputs.device)]
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)([inputs[i] for i in rows])
+    return _sized(inputs).select(rows)
+
+
+class PartialState(ProcessControl):
+    """The process group, without an Accelerator: for inference scripts and loggers.
+
+    Joins the process group that the launcher prepared, if nobody has yet. Keeps nothing of its own, so it may be
+    made as often as wanted.
+
+    Args:
+        cpu: stay on the CPU.
+        kwargs: for the process group; see :class:`~shardwise.utils.InitProcessGroupKwargs`.
+
+    Attributes:
+        device: where this rank computes.
+
+    Raises:
+        CommError: the ranks did not find each other.
+        ConfigError: a backend or rendezvous that is not the launcher's.
+    """
+
+    def __init__(self, cpu: bool = False, **kwargs: Any) -> None:
+        wanted = torch.device("cpu") if cpu or os.environ.get(CPU) == "1" else None
+        known = World._current
+        if wanted is None and known is not None and known.default_pg is not None:
+            wanted = known.device
+        self.device = wanted if wanted is not None else default_device()
+        init(self.device, timeout=InitProcessGroupKwargs(**kwargs).apply(Strategy("ddp")).timeout)
+
+    @property
+    def initialized(self) -> bool:
+        return True
+
+    @property
+    def backend(self) -> str | None:
+        """The process group's backend, as ``torch.distributed`` names it; ``None`` for a single process."""
+        return dist.get_backend() if dist.is_initialized() else None
+
+    @property
+    def default_device(self) -> torch.device:
+        return default_device()
+
+    def destroy_process_group(self, group: Any = None) -> None:
+        """Leave the process group (or ``group``). Every rank does."""
+        if dist.is_initialized():
+            dist.destroy_process_group(group)
+
+    def __repr__(self) -> str:
+        return (
+            f"Distributed environment: {self.distributed_type}\nNum processes: {self.num_processes}\n"
+            f"Process index: {self.process_index}\nLocal process index: {self.local_process_index}\n"
+            f"Device: {self.device}\n"
+        )
+
+    @staticmethod
+    def _reset_state() -> None:
+        """Accelerate's tests call this between each other. Nothing is kept here, so there is nothing to forget."""
+
+
+class AcceleratorState(PartialState):
+    """An Accelerator's settings, beside the facts of :class:`PartialState`.
+
+    ``AcceleratorState()`` shows the Accelerator that was made last.
+
+    Attributes:
+        strategy: its default strategy.
+        mixed_precision: ``no``, ``fp16`` or ``bf16``.
+        fsdp_plugin, deepspeed_plugin: what the script gave, or ``None``.
+
+    Raises:
+        StrategyError: there is no Accelerator yet.
+    """
+
+    _newest: ClassVar[AcceleratorState | None] = None
+    strategy: Strategy
+    mixed_precision: str
+    fsdp_plugin: Any
+    deepspeed_plugin: Any
+
+    def __init__(self, **settings: Any) -> None:
+        if settings:
+            self.__dict__.update(settings)
+            AcceleratorState._newest = self
+        elif AcceleratorState._newest is None:
+            raise StrategyError("there is no Accelerator yet", fix="create one first: accelerator = Accelerator()")
+        else:
+            self.__dict__ = AcceleratorState._newest.__dict__
+
+    @classmethod
+    def exists(cls) -> bool:
+        """An Accelerator was made in this process."""
+        return cls._newest is not None
+
+    def __repr__(self) -> str:
+        return super().__repr__() + f"Strategy: {self.strategy}\nMixed precision type: {self.mixed_precision}\n"
+
+    @staticmethod
+    def _reset_state(reset_partial_state: bool = False) -> None:
+        AcceleratorState._newest = None
+
+
+class GradientState:
+    """Where an Accelerator is in its accumulation window.
+
+    ``GradientState()`` shows the Accelerator that was made last; before the first one, every step is a boundary.
+
+    Args:
+        steps: an Accelerator's steps.
+    """
+
+    _newest: ClassVar[ReferenceType[Steps] | None] = None
+
+    def __init__(self, steps: Steps | None = None) -> None:
+        if steps is not None:
+            GradientState._newest = ref(steps)
+        self._of = steps if steps is not None else (self._newest() if self._newest is not None else None)
+
+    @property
+    def initialized(self) -> bool:
+        return self._of is not None
+
+    @property
+    def sync_gradients(self) -> bool:
+        """This micro-batch is the last before an optimizer step."""
+        return self._of is None or self._of.sync_gradients
+
+    @property
+    def num_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return 1 if self._of is None else self._of.length
+
+    @property
+    def sync_with_dataloader(self) -> bool:
+        """The end of a dataloader is a boundary."""
+        return self._of is None or self._of.sync_with_dataloader
+
+    @property
+    def plugin_kwargs(self) -> dict[str, Any]:
+        return {"num_steps": self.num_steps, "sync_with_dataloader": self.sync_with_dataloader}
+
+    @property
+    def active_dataloader(self) -> Any:
+        """The prepared dataloader being read, the innermost one; ``None`` outside."""
+        return None if self._of is None else self._of.loader
+
+    @property
+    def in_dataloader(self) -> bool:
+        return self.active_dataloader is not None
+
+    @property
+    def dataloader_references(self) -> list[Any]:
+        return [None, *(self._of.loaders if self._of is not None else [])]
+
+    @property
+    def end_of_dataloader(self) -> bool:
+        """The batch in hand is the last."""
+        loader = self.active_dataloader
+        return loader is not None and loader.end_of_dataloader
+
+    @property
+    def remainder(self) -> int:
+        """How many samples of the last global batch are real, where some are repeated; -1 if none is, or unknown."""
+        loader = self.active_dataloader
+        tail = loader.tail() if loader is not None and loader.end_of_dataloader else None
+        return tail.real if tail is not None and tail.real != tail.total else -1
+
+    def __repr__(self) -> str:
+        return f"Sync Gradients: {self.sync_gradients}\nAt end of current dataloader: {self.end_of_dataloader}\n"
+
+    @staticmethod
+    def _reset_state() -> None:
+        GradientState._newest = None

@@ -1,0 +1,136 @@
+"""Every example runs, on one and on two ranks, and its numbers are what its text says."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from ranks import run
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name, *arguments):
+    """Run an example's ``main`` in this process."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](list(arguments))
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+def everywhere(size, name, *arguments):
+    results = [example(name, *arguments)] if size == 1 else run(size, example, name, *arguments)
+    if name != "profiling":
+        assert all(result == results[0] for result in results), "the ranks disagree"
+    return results[0]
+
+
+sizes = pytest.mark.parametrize("size", [1, 2])
+
+
+def test_every_example_is_run_here():
+    tested = Path(__file__).read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert path.stem == "toy" or f'"{path.stem}"' in tested, f"{path.name} has no test"
+
+
+@sizes
+def test_minimal(size):
+    assert everywhere(size, "minimal") > 0.8
+
+
+@sizes
+def test_accumulation(size):
+    # 480 samples in batches of 16: 30 micro-batches, or 15 on each of two ranks; the last window is short.
+    assert everywhere(size, "accumulation") == 4 * -(-30 // size // 4)
+
+
+@sizes
+def test_early_stopping(size):
+    assert everywhere(size, "early_stopping") < 30 * 480 // 32 // size
+
+
+@sizes
+def test_metrics(size):
+    seen, per_sample, summed = everywhere(size, "metrics")
+    assert seen == 101 and per_sample == pytest.approx(summed, rel=1e-5)
+
+
+@sizes
+def test_checkpoint_and_resume(size, tmp_path):
+    whole = everywhere(size, "checkpoint_and_resume", "--folder", str(tmp_path / "whole"), "--save-every", "4")
+    first = everywhere(
+        size, "checkpoint_and_resume", "--folder", str(tmp_path / "cut"), "--stop-after", "10", "--save-every", "4"
+    )
+    second = everywhere(size, "checkpoint_and_resume", "--folder", str(tmp_path / "cut"), "--save-every", "4")
+    assert first == whole[:10] and second == whole[8:], "the second run goes on after the checkpoint of step 8"
+    assert len(list((tmp_path / "cut" / "checkpoints").glob("checkpoint_*"))) == 2
+
+
+@sizes
+def test_token_weighted(size):
+    assert everywhere(size, "token_weighted") < 1.2
+
+
+@sizes
+def test_local_sgd(size):
+    assert everywhere(size, "local_sgd") > 0.7
+
+
+@sizes
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_oom_retry(size):
+    fits = everywhere(size, "oom_retry")
+    assert 2**9 < fits < 2**14
+
+
+@sizes
+def test_profiling(size, tmp_path):
+    assert "aten::" in everywhere(size, "profiling", "--traces", str(tmp_path))
+    for rank in range(size):
+        assert json.loads((tmp_path / f"profile_{rank}.json").read_text())["traceEvents"]
+
+
+@sizes
+def test_tracking(size, tmp_path):
+    right = everywhere(size, "tracking", "--folder", str(tmp_path), "--with", "jsonl", "tensorboard")
+    lines = [json.loads(line) for line in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()]
+    assert len(lines) == 5 * (480 // 32 // size + (480 // 32 % size > 0)) + 5
+    assert any(right in (value, value.get("eval/accuracy")) if isinstance(value, dict) else right == value
+               for value in lines[-1].values())  # fmt: skip
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+@sizes
+def test_cross_validation(size):
+    assert everywhere(size, "cross_validation") > 0.7
+
+
+@sizes
+def test_distributed_inference(size):
+    pytest.importorskip("transformers")
+    answers = everywhere(size, "distributed_inference")
+    assert [answer.partition(" ->")[0] for answer in answers] == [str(list(range(1, 4 + i))) for i in range(5)]
+    assert answers == everywhere(1, "distributed_inference")
+
+
+@sizes
+def test_transformers_model(size, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    assert everywhere(size, "transformers_model", "--save", str(tmp_path)) < 1.0
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    ids = __import__("torch").arange(10)[None]
+    assert model(input_ids=ids, labels=ids).loss.item() < 1.5
+
+
+@sizes
+def test_peft_lora(size, tmp_path):
+    pytest.importorskip("peft")
+    first, last = everywhere(size, "peft_lora", "--save", str(tmp_path))
+    assert last < first - 0.3
+    assert (tmp_path / "adapter_model.safetensors").exists()
