@@ -781,7 +781,14 @@ def test_resumes_in_the_exact_remaining_order(size, mode):
                     check_resumed(pair, shuffled or "custom" in mode)
 
 
-@pytest.mark.parametrize("mode", [m for m in RESUMES if "workers" in m])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        m if m == "iterable, dispatched, 2 workers" else pytest.param(m, marks=pytest.mark.slow)
+        for m in RESUMES
+        if "workers" in m
+    ],
+)
 def test_resumes_in_the_exact_remaining_order_with_workers(mode):
     if "stateful" in mode and not STATEFUL:
         pytest.skip("needs torchdata")

@@ -66,7 +66,7 @@ def ranks_of(process: Any) -> list[int]:
     ("number", "message"),
     [
         (signal.SIGKILL, "rank 1 ended while "),
-        (signal.SIGSTOP, "hang: rank 1 stopped answering while "),
+        pytest.param(signal.SIGSTOP, "hang: rank 1 stopped answering while ", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_ends_or_hangs_is_named_with_its_place(number: int, message: str, tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 import shardwise
+from shardwise import checkpoint
 
 ROOT = Path(shardwise.__file__).parent
 # Lower floors first. A module may import its own floor and those below.
 FLOORS = [
-    ["errors", "trees"],
+    ["errors", "trees", "lazy"],
     ["strategy", "environment"],
     ["layout"],
     ["comm"],
@@ -70,11 +73,12 @@ def test_layout_and_strategy_know_no_torch():
         assert "import torch" not in (ROOT / name).read_text()
 
 
-def test_both_lists_of_public_names_agree():
-    """The lazy table of ``shardwise/__init__.py``, and the imports that type checkers and editors read."""
-    tree = ast.parse((ROOT / "__init__.py").read_text())
+@pytest.mark.parametrize("package", [shardwise, checkpoint])
+def test_both_lists_of_public_names_agree(package):
+    """The lazy table of a package, and the imports that type checkers and editors read."""
+    tree = ast.parse(Path(package.__file__).read_text())
     block = next(n for n in tree.body if isinstance(n, ast.If))
     imported = {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
-    assert imported == {name: f"shardwise.{home}" for name, home in shardwise._HOME.items()}
-    for name in shardwise.__all__:
-        assert getattr(shardwise, name) is not None
+    assert imported == {name: f"{package.__name__}.{home}" for name, home in package._HOME.items()}
+    for name in package.__all__:
+        assert getattr(package, name) is not None

@@ -6,8 +6,9 @@ Names are imported when they are first used: the command line's ``--help`` does 
 # ruff: noqa: F401  (the first list is for type checkers and editors, the second for Python; a test compares them)
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shardwise.lazy import importing
 
 if TYPE_CHECKING:
     from shardwise.accelerator import Accelerator
@@ -85,12 +86,7 @@ _HOME = {
 __all__ = [*_HOME]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'shardwise' has no attribute '{name}'")
-    value = getattr(import_module(f"shardwise.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = importing(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -61,25 +61,33 @@ Parameters are the master values (fp32 in a bf16 run). Gradients are not saved: 
 put files of their own in; they become part of the checkpoint.
 """
 
-from shardwise.checkpoint.export import full_state_dict, save_model
-from shardwise.checkpoint.files import Manifest, read_manifest, verify
-from shardwise.checkpoint.loading import Loaded, load
-from shardwise.checkpoint.rng import rng_state, set_rng_state
-from shardwise.checkpoint.saving import save
-from shardwise.checkpoint.series import latest, next_path, prune
+# ruff: noqa: F401  (the first list is for type checkers and editors, the second for Python; a test compares them)
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Loaded",
-    "Manifest",
-    "full_state_dict",
-    "latest",
-    "load",
-    "next_path",
-    "prune",
-    "read_manifest",
-    "rng_state",
-    "save",
-    "save_model",
-    "set_rng_state",
-    "verify",
-]
+from shardwise.lazy import importing
+
+if TYPE_CHECKING:  # torch.distributed.checkpoint takes most of a second to import: only those who save wait for it
+    from shardwise.checkpoint.export import full_state_dict, save_model
+    from shardwise.checkpoint.files import Manifest, read_manifest, verify
+    from shardwise.checkpoint.loading import Loaded, load
+    from shardwise.checkpoint.rng import rng_state, set_rng_state
+    from shardwise.checkpoint.saving import save
+    from shardwise.checkpoint.series import latest, next_path, prune
+
+_HOME = {
+    "Loaded": "loading",
+    "Manifest": "files",
+    "full_state_dict": "export",
+    "latest": "series",
+    "load": "loading",
+    "next_path": "series",
+    "prune": "series",
+    "read_manifest": "files",
+    "rng_state": "rng",
+    "save": "saving",
+    "save_model": "export",
+    "set_rng_state": "rng",
+    "verify": "files",
+}
+__all__ = [*_HOME]
+__getattr__ = importing(__name__, _HOME)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from shardwise.comm import Mesh, World, init
 from shardwise.engine import optimizer as _optimizer  # noqa: F401  (installs the optimizer hooks)
@@ -21,6 +20,9 @@ from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit
 from shardwise.errors import CommError, UnitError
 from shardwise.strategy import Strategy
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 M = TypeVar("M", bound=nn.Module)
 _ATTRIBUTE = "_shardwise_engine"
@@ -180,7 +182,7 @@ def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]]) -> Non
                 f"parameter '{name}' is on the meta device and has no values to shard",
                 fix="materialise it first: module.to_empty(device=...) and initialise",
             )
-        if isinstance(p, DTensor):
+        if _is_dtensor(p):
             raise UnitError(
                 f"parameter '{name}' is a DTensor already",
                 fix="shard the module with one library only; tensor parallelism beside Shardwise is not supported",
@@ -190,6 +192,12 @@ def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]]) -> Non
     devices = {str(p.device) for _, p in params}
     if len(devices) > 1:
         raise UnitError(f"the parameters are on several devices: {', '.join(sorted(devices))}", fix="move them to one")
+
+
+def _is_dtensor(p: nn.Parameter) -> bool:
+    """Without importing what takes most of a second: where nobody has imported it, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(p, module.DTensor)
 
 
 def _mesh(world: World, device: torch.device, strategy: Strategy, mesh: DeviceMesh | None) -> Mesh:
