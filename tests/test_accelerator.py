@@ -517,3 +517,48 @@ def test_gather_and_reduce(size):
     total = 2.0 * math.comb(size + 1, 2)
     expected = (rows, list(range(size)), [r == 1 for r in range(size)], total, size > 1)
     assert everywhere(size, sharing) == [expected] * size
+
+
+def syncs_within():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(Weight())
+    with accelerator.no_sync(model):
+        accelerator.backward(model(torch.full((1, 1), 1.0 + rank())).sum())
+        with accelerator.trigger_sync_in_backward(model):
+            accelerator.backward(model(torch.full((1, 1), 10.0 * (1 + rank()))).sum())
+    return model.w.grad.item()
+
+
+def test_a_backward_within_no_sync_can_be_asked_to_sync():
+    assert run(2, syncs_within) == [1.5 + 15.0] * 2
+
+
+def sends_a_tensor():
+    from shardwise.errors import TensorError
+    from shardwise.utils import copy_tensor_to_devices
+
+    sent = copy_tensor_to_devices(torch.arange(3.0) + 5 if rank() == 0 else None)
+    with pytest.raises(TensorError, match="no tensor"):
+        copy_tensor_to_devices(None)
+    return sent.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_copy_tensor_to_devices(size):
+    assert everywhere(size, sends_a_tensor) == [[5, 6, 7]] * size
+
+
+def test_join_says_what_it_cannot_change():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(Weight())
+    loader = accelerator.prepare(DataLoader(Stream(3), batch_size=1))
+    with pytest.warns(UserWarning, match="map-style"), accelerator.join_uneven_inputs([model], even_batches=False):
+        assert len(list(loader)) == 3
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        return iter(torch.arange(float(self.n)))

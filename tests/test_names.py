@@ -74,7 +74,6 @@ def test_the_accelerator_has_them_all():
 LEFT_OUT = words("""
     is_composable_parallelism_enabled parallelism_config torch_device_mesh should_save_model
     tensor_parallel_rank pipeline_parallel_rank context_parallel_rank data_parallel_rank data_parallel_shard_rank
-    trigger_sync_in_backward
     maybe_context_parallel lomo_backward fp8_backend deepspeed_ulysses_dl_adapter""")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,12 @@ def join_uneven_inputs(
     changed = [(loader, loader.even_batches) for loader in loaders if even_batches is not None and _may_change(loader)]
     for loader, _ in changed:
         loader.even_batches = even_batches
+    if even_batches is not None and len(changed) < len(loaders):
+        warnings.warn(
+            "join_uneven_inputs: even_batches is only supported for map-style datasets; the loaders of iterable ones "
+            "keep their setting",
+            stacklevel=3,
+        )
     world = World.current()
     try:
         if world.size == 1 or world.fake:

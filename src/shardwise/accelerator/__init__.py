@@ -150,7 +150,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         self.rng_types = [str(getattr(kind, "value", kind)) for kind in (rng_types or ["generator"])]
 
         self.device = torch.device("cpu") if cpu or os.environ.get(CPU) == "1" else default_device()
-        self._world = init(self.device, timeout=self.strategy.timeout)
+        init(self.device, timeout=self.strategy.timeout)
 
         scaling: GradScalerKwargs | None = handlers.get(GradScalerKwargs)
         self.scaler = None

@@ -13,7 +13,6 @@ from shardwise.state import AcceleratorState, GradientState, ProcessControl
 from shardwise.strategy import Strategy
 
 if TYPE_CHECKING:
-    from shardwise.comm import World
     from shardwise.data_loader import PreparedLoader
     from shardwise.optimizer import AcceleratedOptimizer
     from shardwise.scheduler import AcceleratedScheduler
@@ -40,7 +39,6 @@ class Base(ProcessControl):
     rng_types: list[str]
     step: int
 
-    _world: World
     _steps: Steps
     _units: Any
     _recompute: bool

@@ -94,6 +94,20 @@ class Training(Base):
         """Backwards inside keep their gradients on this rank, whole; the first one outside reduces their sum."""
         return no_sync(model) if engine_of(model) is not None else nullcontext()
 
+    @staticmethod
+    @contextmanager
+    def trigger_sync_in_backward(model: nn.Module) -> Iterator[None]:
+        """Backwards inside reduce their gradients, also within :meth:`no_sync`."""
+        engine = engine_of(model)
+        if engine is None:
+            yield
+            return
+        before, engine.sync = engine.sync, True
+        try:
+            yield
+        finally:
+            engine.sync = before
+
     def backward(self, loss: torch.Tensor, weight: float | torch.Tensor | None = None, **kwargs: Any) -> None:
         """Compute gradients; at a window's boundary they become the mean over all ranks and micro-batches.
 

@@ -80,7 +80,7 @@ LEFT_OUT: dict[str, str] = {
         "check_tied_parameters_in_config check_tied_parameters_on_same_device extract_submodules_state_dict "
         "get_balanced_memory get_max_layer_size get_max_memory has_offloaded_params infer_auto_device_map "
         "load_checkpoint_in_model load_offloaded_weight load_offloaded_weights load_state_dict "
-        "offload_state_dict offload_weight save_offload_index set_module_tensor_to_device copy_tensor_to_devices",
+        "offload_state_dict offload_weight save_offload_index set_module_tensor_to_device",
         _LATER,
     ),
     **_names("get_current_device_type is_xccl_available get_cpu_distributed_information", "ask accelerator.device"),

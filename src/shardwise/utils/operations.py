@@ -10,13 +10,17 @@ from typing import Any
 import torch
 
 from shardwise import operations
-from shardwise.errors import ConfigError, TensorError
+from shardwise.errors import CommError, ConfigError, TensorError
 from shardwise.operations import broadcast, broadcast_object_list, gather, pad_across_processes
 from shardwise.utils.dataclasses import TensorInformation
 from shardwise.utils.enums import DistributedType
 
+DistributedOperationException = CommError
+"""What Accelerate calls the error of ranks that bring different shapes."""
+
 __all__ = [
     "ConvertOutputsToFp32",
+    "DistributedOperationException",
     "DistributedType",
     "TensorInformation",
     "broadcast",
@@ -24,6 +28,7 @@ __all__ = [
     "concatenate",
     "convert_outputs_to_fp32",
     "convert_to_fp32",
+    "copy_tensor_to_devices",
     "find_batch_size",
     "find_device",
     "gather",
@@ -67,6 +72,16 @@ def gather_object(object: Any) -> list[Any]:
 def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
     """:func:`shardwise.operations.reduce`, with ``mean`` as the default."""
     return operations.reduce(tensor, reduction, scale)
+
+
+def copy_tensor_to_devices(tensor: torch.Tensor | None = None) -> torch.Tensor:
+    """Rank 0's tensor, on every rank and its device; the others give ``None`` and need not know its shape."""
+    world = operations.joined()
+    held = [tensor.detach().cpu() if tensor is not None and world.rank == 0 else None]
+    found = broadcast_object_list(held)[0]
+    if found is None:
+        raise TensorError("copy_tensor_to_devices got no tensor", where="rank 0", fix="give rank 0's tensor")
+    return found.to(tensor.device if tensor is not None else world.device)
 
 
 # --- walking -----------------------------------------------------------------------------------
