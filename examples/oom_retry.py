@@ -1,4 +1,4 @@
-"""Find the batch size that fits: run out of memory, take a tenth off, try again, on all ranks together.
+"""Find the batch size that fits: run out of memory, halve it, try again, on all ranks together.
 
 A contrastive loss compares every sample of a batch with every other one, so its memory grows with the square of the
 batch size. The memory is really used up here: ``--limit-mib`` limits what a process may allocate beyond what it has.
@@ -27,13 +27,18 @@ def limit_memory(mib: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--starting-batch-size", type=int, default=2**14)
+    parser.add_argument("--starting-batch-size", type=int, default=2**16)
     parser.add_argument("--limit-mib", type=int, default=1536)
     options = parser.parse_args(argv)
     accelerator = Accelerator()
     data = spirals(2 * options.starting_batch_size)
 
-    @find_executable_batch_size(starting_batch_size=options.starting_batch_size)
+    halves = (options.starting_batch_size >> n for n in range(1, 64))
+
+    # Without reduce_batch_size_fn a tenth is taken off each time.
+    @find_executable_batch_size(
+        starting_batch_size=options.starting_batch_size, reduce_batch_size_fn=lambda: next(halves)
+    )
     def train(batch_size: int) -> int:
         accelerator.print(f"trying a batch size of {batch_size}")
         accelerator.free_memory()  # what the last attempt left
