@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 from shardwise.checkpoint.slices import Slices
 from shardwise.comm import World
-from shardwise.engine.optimizer import PER_PARAMETER, attach, put_state
+from shardwise.engine.optimizer import PER_PARAMETER, attach, flush, put_state
 from shardwise.engine.state_dict import Held, held
 from shardwise.errors import CheckpointError
+from shardwise.tiers.staged import fetch
 
 NUMBERS: dict[str, tuple[type, torch.dtype]] = {
     "bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64),
@@ -132,6 +133,7 @@ class OptimizerState:
                 where=f"{self.label}, parameter '{slot.label}'",
                 fix="shard with layout=tensor",
             )
+        value = fetch(value)
         off = value.device.type == "cpu" and first.device.type != "cpu"
         return "whole cpu" if off else "whole", value.detach()
 
@@ -186,6 +188,7 @@ class OptimizerState:
                 if slot.label in groups:
                     hyper = {**group, **groups[slot.label]}
                     self._target(slot, saved["state"].get(slot.label), hyper, metadata, tensors, finish)
+        finish.append(partial(flush, self.optimizer))
         if saved["named"]:
             finish.append(lambda: self.optimizer.state.update(saved["named"]))
         if saved["extra"]:  # only its own load_state_dict knows what to do with it

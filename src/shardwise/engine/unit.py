@@ -16,6 +16,7 @@ from shardwise.engine.guard import guard, mark, refuse, unguard
 from shardwise.errors import UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
+from shardwise.tiers.home import Home
 
 if TYPE_CHECKING:
     from shardwise.engine.schedule import Engine
@@ -47,6 +48,7 @@ class Unit:
         name: full name of ``module`` in the sharded model.
         module: the subtree; its hooks drive the unit.
         params: parameters it answers for, each with all its full names (tied ones have several).
+        home: of its optimizer state; ``None`` for the device.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class Unit:
         mesh: Mesh,
         strategy: Strategy,
         ledger: Ledger,
+        home: Home | None = None,
     ) -> None:
         self.engine, self.name, self.module = engine, name, module
-        self.mesh, self.strategy = mesh, strategy
+        self.mesh, self.strategy, self.home = mesh, strategy, home
         self.index = 0
         self.label = f"'{name}'" if name else "'(root)'"
         kinds: dict[tuple[torch.dtype, bool], list[tuple[nn.Parameter, list[str]]]] = {}
@@ -71,7 +74,7 @@ class Unit:
         self.names: dict[int, list[str]] = {}
         for members in kinds.values():
             tensors = [p for p, _ in members]
-            bucket = Bucket(self.label, tensors, [names[0] for _, names in members], mesh, strategy, ledger)
+            bucket = Bucket(self.label, tensors, [names[0] for _, names in members], mesh, strategy, ledger, home)
             self.buckets.append(bucket)
             for i, (p, names) in enumerate(members):
                 mark(p, self, names[0])
@@ -148,6 +151,11 @@ class Unit:
             self.gathering = transfers
             self.gathered = False
             guard(self.params)
+
+    def settle(self) -> None:
+        """Before values are written to: wait for those that are still on their way from the last step."""
+        if self.gathering is not None:
+            self.gather()
 
     def touch(self, param: nn.Parameter, operation: str) -> None:
         """Somebody uses a guarded parameter: bring the values, if all ranks are here for the same reason."""

@@ -1,0 +1,175 @@
+"""The home of offloaded state on one rank: host memory, or a disk and a fixed number of host buffers before it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from shardwise.tiers.aligned import BufferPool, padded
+from shardwise.tiers.disk import DiskStats, DiskStore, Extent
+from shardwise.tiers.ledger import Ledger
+from shardwise.tiers.staged import Place, bring, send_away
+from shardwise.tiers.transfer import Transfer
+
+SLOT = 64
+"""Bytes. Tensors in a buffer begin at multiples of it, as torch's own allocator places them."""
+
+
+class Loan(NamedTuple):
+    """A buffer, and the pool to give it back to (which may have been replaced by a larger one)."""
+
+    pool: BufferPool
+    buffer: torch.Tensor
+
+    def release(self, after: Sequence[Transfer] = ()) -> None:
+        self.pool.release(self.buffer, All(after) if after else None)
+
+
+class All:
+    """Several transfers as one."""
+
+    def __init__(self, transfers: Sequence[Transfer]) -> None:
+        self.transfers = transfers
+
+    def wait(self) -> None:
+        for transfer in self.transfers:
+            transfer.wait()
+
+
+class Home:
+    """Where offloaded state lives between two uses.
+
+    Args:
+        kind: ``cpu`` or ``nvme``.
+        ledger: counts the buffers, under ``offload_buffers``.
+        path: an existing folder on the disk; ``None`` finds one.
+        rank: for names and reports.
+        buffers: host buffers before the disk, each as large as the largest part that goes through.
+        depth: requests to the disk in flight, of reads and of writes each.
+        pin: page-lock the buffers, for copies to and from a CUDA device.
+        warn: say so if the disk cannot do direct I/O.
+
+    Raises:
+        OffloadError: see :class:`~shardwise.tiers.disk.DiskStore`.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        ledger: Ledger,
+        *,
+        path: str | None = None,
+        rank: int = 0,
+        buffers: int = 3,
+        depth: int = 4,
+        pin: bool = False,
+        warn: bool = True,
+    ) -> None:
+        self.kind, self.ledger, self.buffers, self.pin = kind, ledger, buffers, pin
+        self.disk = DiskStore(path, rank=rank, depth=depth, warn=warn) if kind == "nvme" else None
+        self._pool: BufferPool | None = None
+        self._dropped: list[Extent] = []
+        self._owned: dict[Extent, weakref.finalize[Any, Any]] = {}
+
+    @property
+    def store(self) -> DiskStore:
+        assert self.disk is not None, "only a disk has a store"
+        return self.disk
+
+    @property
+    def stats(self) -> DiskStats:
+        return self.disk.stats if self.disk is not None else DiskStats()
+
+    # --- buffers -----------------------------------------------------------------------------
+    def lend(self, nbytes: int) -> Loan:
+        """A buffer of at least ``nbytes``. All are replaced if they are too short, which ends with the first step."""
+        if self._pool is None or self._pool.buffer_bytes < nbytes:
+            if self._pool is not None:
+                self.store.drain()
+                self.count(-self._pool.nbytes)
+            self._pool = BufferPool(self.buffers, nbytes, pin=self.pin)
+            self.count(self._pool.nbytes)
+        return Loan(self._pool, self._pool.acquire())
+
+    def count(self, nbytes: int) -> None:
+        self.ledger.add("offload_buffers", nbytes)
+
+    # --- extents -----------------------------------------------------------------------------
+    def extent(self, owner: object, name: str, nbytes: int) -> Extent:
+        """Space on the disk that is given back when ``owner`` is gone."""
+        while self._dropped:
+            self.store.free(self.forget(self._dropped.pop()))
+        extent = self.store.extent(name, nbytes)
+        self._owned[extent] = weakref.finalize(owner, self._dropped.append, extent)
+        self._owned[extent].atexit = False
+        return extent
+
+    def forget(self, extent: Extent) -> Extent:
+        """The caller frees an extent itself."""
+        self._owned.pop(extent).detach()
+        return extent
+
+
+class Values:
+    """A flat tensor with a home, and views of it that come and go with it.
+
+    Args:
+        home: where it lives. At home ``cpu`` every method is a no-op: it is here always.
+        name: for reports.
+        tensor: 1-D, on the host; its bytes go to the home at once.
+        views: with the element each one begins at; contiguous.
+    """
+
+    def __init__(self, home: Home, name: str, tensor: torch.Tensor, views: Sequence[tuple[int, torch.Tensor]]) -> None:
+        self.home, self.tensor, self.views, self.name = home, tensor, list(views), name
+        self.on_disk = home.disk is not None and tensor.nbytes > 0
+        self.nbytes = padded(tensor.nbytes) if self.on_disk else 0
+        self._own = tensor.nbytes
+        self.here = True
+        if self.on_disk:
+            self.extent = home.extent(self, f"{name} values", tensor.nbytes)
+            self.write(tensor).wait()
+            self.send_away()
+        else:
+            home.ledger.add("optimizer", tensor.nbytes)
+
+    def read(self, buffer: torch.Tensor) -> Transfer:
+        """Start to bring them into the beginning of a buffer."""
+        return self.home.store.read(self.extent, buffer[: self._own])
+
+    def write(self, buffer: torch.Tensor) -> Transfer:
+        """Start to write them out from where :meth:`bring` put them."""
+        data = buffer if buffer is self.tensor else buffer[: self._own]
+        return self.home.store.write(self.extent, data)
+
+    def bring(self, buffer: torch.Tensor) -> None:
+        """They have arrived in the beginning of ``buffer``: let tensor and views be there."""
+        bring(self.tensor, buffer[: self._own].view(self.tensor.dtype))
+        for at, view in self.views:
+            bring(view, self.tensor[at : at + view.numel()].view(view.shape))
+        self.here = True
+
+    def send_away(self) -> None:
+        """Let go of the memory; the bytes are on the disk or on their way there."""
+        size = self.tensor.element_size()
+        for at, view in self.views:
+            if view.numel():
+                send_away(view, Place(self.home.store, self.extent, at * size, self.name))
+        send_away(self.tensor, Place(self.home.store, self.extent, 0, self.name))
+        self.here = False
+
+    def materialise(self) -> None:
+        """Have them in memory of their own, outside of the buffers, until :meth:`settle`."""
+        if not self.here:
+            memory = torch.empty(self._own, dtype=torch.uint8)
+            self.read(memory).wait()
+            self.bring(memory)
+
+    def settle(self) -> None:
+        """After :meth:`materialise`: write them out and let go."""
+        if self.on_disk and self.here:
+            self.write(self.tensor).wait()
+            self.send_away()
