@@ -18,7 +18,7 @@ from shardwise.comm import World
 from shardwise.engine.optimizer import PER_PARAMETER, attach, flush, put_state
 from shardwise.engine.state_dict import Held, held
 from shardwise.errors import CheckpointError
-from shardwise.tiers.staged import fetch
+from shardwise.tiers.staged import Staged, fetch
 
 NUMBERS: dict[str, tuple[type, torch.dtype]] = {
     "bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64),
@@ -235,9 +235,15 @@ class OptimizerState:
         finish += [partial(self._put, slot, piece, state) for piece, state in zip(pieces, new, strict=True)]
 
     def _tensor(self, piece: torch.Tensor, key: str, dtype: torch.dtype) -> torch.Tensor:
-        """The state tensor that is there, or a new one: loading in place needs no second copy."""
+        """The state tensor that is there in memory, or a new one: loading in place needs no second copy."""
         old = (self.optimizer.state.get(piece) or {}).get(key)
-        if isinstance(old, torch.Tensor) and old.shape == piece.shape and old.dtype == dtype and old.is_contiguous():
+        if (
+            isinstance(old, torch.Tensor)
+            and not isinstance(old, Staged)
+            and old.shape == piece.shape
+            and old.dtype == dtype
+            and old.is_contiguous()
+        ):
             return old
         return torch.empty_like(piece.detach(), dtype=dtype)
 

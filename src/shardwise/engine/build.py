@@ -20,7 +20,7 @@ from shardwise.engine import state_dict
 from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit
-from shardwise.errors import CommError, OffloadError, UnitError
+from shardwise.errors import CommError, NotAvailableYet, OffloadError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers.home import Home
 
@@ -62,7 +62,7 @@ def shard(module: M, chosen: Strategy, mesh: DeviceMesh | None = None, units: Un
         if getattr(p, "_shardwise_unit", None) is not None:
             continue
         of_unit[_common_owner(names[key], list(owners))].append((p, names[key]))
-    home = _home(engine)
+    home = _home(engine, device)
     made = {
         name: Unit(engine, name, owners[name], of_unit[name], engine.mesh, chosen, engine.ledger, home)
         for name, _ in [*selected, ("", module)]
@@ -218,11 +218,17 @@ def _mesh(world: World, device: torch.device, strategy: Strategy, mesh: DeviceMe
     return world.mesh(device, size, strategy.timeout)
 
 
-def _home(engine: Engine) -> Home | None:
+def _home(engine: Engine, device: torch.device) -> Home | None:
     """Where this model's optimizer state goes, if not to the device. All ranks have one, or all raise."""
     strategy, world = engine.strategy, engine.world
     if strategy.offload_optimizer == "device":
         return None
+    if device.type != "cpu":
+        raise NotAvailableYet(
+            f"offload_optimizer={strategy.offload_optimizer} is not available yet for a model on {device}",
+            where=f"strategy '{strategy}'",
+            fix="leave it out, or train on the CPU",
+        )
     home, error = None, None
     try:
         home = Home(

@@ -258,6 +258,8 @@ def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part]) -> None:
         # What a step changes in its groups (some count there) it changes once, not once per part.
         changed = [_settings(group) for group in groups]
         for group, values in zip(groups, before, strict=True):
+            for key in [key for key in group if key != "params" and key not in values]:
+                del group[key]
             group.update(values)
         if after is not None and not _equal(after, changed):
             raise OptimizerError(

@@ -9,6 +9,7 @@ kernel runs over the same ranges under every strategy. Hooks on all optimizers
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -47,7 +48,6 @@ class _Attachment:
         self.originals: list[list[nn.Parameter]] | None = None  # while exchanged
         self.pieces: list[list[tuple[torch.Tensor, Bucket | None]]] = []  # what they are exchanged for
         self.parts: dict[int, Part] = {}  # by id of the bucket, where state has another home than the device
-        self.stepping = False
         self.states = 0
         self.counted: set[int] = set()  # pieces whose state is in the ledger
 
@@ -256,7 +256,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     if not attach(optimizer):
         return None
     record = _attached[optimizer]
-    if record.stepping:  # a class whose step calls that of its base
+    if record.originals is not None and _nested(optimizer):
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is not None:
@@ -277,15 +277,24 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     return None
 
 
+def _nested(optimizer: Optimizer) -> bool:
+    """Is this hook called by the step of a base class, inside the step of a class that adds to it?
+
+    Asked of the stack: a mark would be left behind by a step that ends in an exception.
+    """
+    code, found = type(optimizer).step.__code__, 0
+    frame = sys._getframe(1)
+    while frame is not None and found < 2:
+        found += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return found > 1
+
+
 def _put_pieces(optimizer: Optimizer, record: _Attachment) -> None:
     """Pieces in, with gradients; those whose state has another home are stepped here and now."""
     _exchange(optimizer, record, grads=True)
     if any(b is not None and b.home is not None for pieces in record.pieces for _, b in pieces):
-        record.stepping = True
-        try:
-            offload.step(optimizer, record.pieces, record.parts)
-        finally:
-            record.stepping = False
+        offload.step(optimizer, record.pieces, record.parts)
 
 
 def _tell(optimizer: Optimizer) -> None:
@@ -297,7 +306,7 @@ def _tell(optimizer: Optimizer) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     record = _attached.get(optimizer)
-    if record is None or record.originals is None or record.stepping:
+    if record is None or record.originals is None or _nested(optimizer):
         return
     params = [p for ps in record.originals for p in ps]
     _count_state(optimizer, record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,11 @@ class Unit:
                 self.names[id(p)] = names
         self.places = {id(p): (b, i) for b, i, p in self.slots}
         self.split = any(b.split for b in self.buckets)
-        self._arrivals: list[Callable[[nn.Parameter], None]] = [partial(self._arrived, b, i) for b, i, _ in self.slots]
+        # By a weak reference: the collector cannot look into autograd, and a dropped model would live for ever.
+        me = weakref.ref(self)
+        self._arrivals: list[Callable[[nn.Parameter], None]] = [
+            partial(_arrived, me, k) for k in range(len(self.slots))
+        ]
         self._hooked = [False] * len(self.slots)
         self.has_frozen = False
         self.watch_trainable()
@@ -220,3 +225,10 @@ class Unit:
     @property
     def any_arrived(self) -> bool:
         return any(any(b.arrived) for b in self.buckets)
+
+
+def _arrived(unit: weakref.ref[Unit], slot: int, param: nn.Parameter) -> None:
+    found = unit()
+    if found is not None:
+        bucket, index, _ = found.slots[slot]
+        found._arrived(bucket, index, param)

@@ -83,6 +83,12 @@ class Home:
     def stats(self) -> DiskStats:
         return self.disk.stats if self.disk is not None else DiskStats()
 
+    def reset_stats(self) -> None:
+        """Count from zero, once what is under way has ended."""
+        if self.disk is not None:
+            self.disk.drain()
+            self.disk.reset_stats()
+
     # --- buffers -----------------------------------------------------------------------------
     def lend(self, nbytes: int) -> Loan:
         """A buffer of at least ``nbytes``. All are replaced if they are too short, which ends with the first step."""
