@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import re
+import socket
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -39,9 +43,12 @@ def pairs(strategies: list[str], path: str, kw: dict[str, Any]) -> None:
     gc.collect()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+ON = {1: ["ddp", "zero3"], 2: PRESETS, 3: ["zero1", "zero3"], 4: ["zero2", "hsdp,shard_size=2"]}
+
+
+@pytest.mark.parametrize("world", ON)
 def test_same_bits_under_every_preset(world, tmp_path):
-    strategies = PRESETS if world % 2 else ALL
+    strategies = ON[world]
     run(world, pairs, strategies, str(tmp_path), {"steps": 3, "clip": 0.5 if world > 1 else None})
     assert os.listdir(tmp_path) == []
 
@@ -329,6 +336,62 @@ def test_values_that_are_written_to(tmp_path):
     run(2, values_by_hand, str(tmp_path))
 
 
+# --- other parts of the library -------------------------------------------------------------------------
+def local_sgd(path: str) -> None:
+    results = []
+    for home in ("device", *HOMES):
+        model = shardwise.fully_shard(make(), strategy=at("ddp,param_dtype=bf16", home, path))
+        opt = adamw(model.parameters())
+        accelerator = shardwise.Accelerator(cpu=True)
+        with shardwise.LocalSGD(accelerator=accelerator, model=model, local_sgd_steps=2) as local:
+            for k in range(4):
+                step_with(model, opt, k)
+                local.step()
+        results.append(whole(model))
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
+def test_local_sgd(tmp_path):
+    run(2, local_sgd, str(tmp_path))
+
+
+def through_the_door(path: str, home: str) -> dict[str, torch.Tensor]:
+    """Accelerate's way: an uneven number of batches, accumulation, clipping, states saved and loaded in the middle."""
+    accelerator = shardwise.Accelerator(cpu=True, gradient_accumulation_steps=2, strategy=at("zero2", home, path))
+    model = make()
+    model, opt = accelerator.prepare(model, adamw(model.parameters()))
+    folder = Path(path) / f"state-{home}"
+
+    def steps(first, last):
+        for k in range(first, last):
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, batch(k, rank())))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                opt.step()
+                opt.zero_grad()
+
+    steps(0, 4)
+    accelerator.save_state(str(folder))
+    steps(4, 6)
+    expected = whole(model)
+    accelerator.load_state(str(folder))
+    steps(4, 6)
+    assert_same(whole(model), expected)
+    return expected
+
+
+def doors(path: str) -> None:
+    plain = through_the_door(path, "device")
+    for home in HOMES:
+        assert_same(through_the_door(path, home), plain)
+
+
+def test_accelerator_save_state_and_load_state(tmp_path):
+    run(2, doors, str(tmp_path))
+
+
 # --- bad days -------------------------------------------------------------------------------------------
 def missing(path: str) -> str:
     with pytest.raises(OffloadError) as error:
@@ -348,6 +411,69 @@ def one_missing(path: str) -> str:
 def test_a_path_that_is_missing_on_one_rank(tmp_path):
     texts = run(2, one_missing, str(tmp_path))
     assert "rank 1 has no place" in texts[0] and "nowhere" in texts[1]
+
+
+SCRIPT = """
+import os, resource, signal, sys
+import torch
+import shardwise
+from models import adamw, batch, loss_of, make
+
+strategy, what = sys.argv[1:]
+rank = int(os.environ["RANK"])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+torch.set_num_threads(1)
+shardwise.init("cpu")
+model = shardwise.fully_shard(make(), strategy=strategy + ",timeout=20")
+opt = adamw(model.parameters())
+for step in range(3):
+    if step == (0 if what == "full" else 2) and rank == 1:
+        if what == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, -1))
+        if what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+    loss_of(model, batch(step, rank)).backward()
+    opt.step()
+    opt.zero_grad()
+print("not reached")
+"""
+
+
+def bad_day(tmp_path: Path, what: str) -> tuple[list[int], list[str]]:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "disk").mkdir(exist_ok=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    ranks = []
+    for r in range(2):
+        environment = {
+            **os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        }  # fmt: skip
+        command = [sys.executable, str(tmp_path / "script.py"), at("zero2", "nvme", str(tmp_path / "disk")), what]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=80)[1] for process in ranks]
+    return [process.returncode for process in ranks], errors
+
+
+def test_a_full_disk_on_one_rank_ends_every_rank(tmp_path):
+    codes, errors = bad_day(tmp_path, "full")
+    assert all(code != 0 for code in codes), errors
+    assert re.search("ulimit -f|File too large|file size", errors[1]), errors[1]
+    assert "OffloadError" in errors[1] and "fix:" in errors[1] and "Traceback" not in errors[1]
+    assert "rank 1" in errors[0]
+    assert os.listdir(tmp_path / "disk") == []
+
+
+def test_a_killed_rank_leaves_nothing_that_the_next_start_does_not_remove(tmp_path):
+    codes, _ = bad_day(tmp_path, "killed")
+    assert all(code != 0 for code in codes)
+    (left,) = os.listdir(tmp_path / "disk")
+    assert left.startswith("shardwise-swap-r1-") and os.listdir(tmp_path / "disk" / left) == ["owner.json"]
+    run(2, pairs, ["zero2"], str(tmp_path / "disk"), {"steps": 1})
+    assert os.listdir(tmp_path / "disk") == []
 
 
 class Counting(torch.optim.SGD):
