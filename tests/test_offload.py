@@ -147,6 +147,23 @@ def test_frozen_added_scheduled_accumulated(tmp_path):
     run(2, stories, str(tmp_path), [*ALL, "zero3,param_dtype=bf16", "zero2,param_dtype=bf16"])
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75])
+def test_a_part_of_the_state_stays(ratio, tmp_path):
+    extra = f",offload_ratio={ratio}"
+    run(2, pairs, ["zero1" + extra, "zero3,param_dtype=bf16" + extra], str(tmp_path), {"steps": 3})
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.9])
+def test_that_part_is_exact_in_bytes(ratio, tmp_path):
+    strategy = f"zero3,param_dtype=bf16,offload_ratio={ratio}"
+    for stats, formula, _, numel in run(2, traffic, str(tmp_path), strategy, 6):
+        state = 3 * 4 * numel / 2
+        assert abs(stats.disk.bytes_read - ratio * state) <= 0.02 * state
+        assert abs(stats.disk.bytes_written - ratio * state) <= 0.02 * state
+        assert abs(stats.live["optimizer"] - (1 - ratio) * state) <= 0.02 * state
+        assert abs(stats.live["optimizer"] - formula.optimizer) <= 0.02 * state
+
+
 @pytest.mark.parametrize("buffers", [1, 2, 5])
 def test_any_number_of_buffers(buffers, tmp_path):
     run(2, pairs, [f"zero2,offload_buffers={buffers}", f"zero3,param_dtype=bf16,offload_buffers={buffers}"],
@@ -210,6 +227,7 @@ def test_host_memory_is_a_fixed_number_of_buffers(strategy, tmp_path):
             assert state <= stats.disk.bytes_written <= 1.1 * state
             assert stats.live["optimizer"] <= 4 * 2 * (11 * layers + 4), "step counters, and nothing else"
             assert stats.live["parameters"] == formula.parameters
+            assert formula.optimizer == 0
             assert formula.offload_buffers <= stats.live["offload_buffers"] <= 1.2 * formula.offload_buffers
             assert peak["offload_buffers"] == stats.live["offload_buffers"]
             assert 0 <= stats.disk.hidden <= 1 and stats.disk.busy_s > 0

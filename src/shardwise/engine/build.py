@@ -221,7 +221,7 @@ def _mesh(world: World, device: torch.device, strategy: Strategy, mesh: DeviceMe
 def _home(engine: Engine, device: torch.device) -> Home | None:
     """Where this model's optimizer state goes, if not to the device. All ranks have one, or all raise."""
     strategy, world = engine.strategy, engine.world
-    if strategy.offload_optimizer == "device":
+    if strategy.offload_optimizer == "device" or strategy.offload_ratio == 0:
         return None
     if device.type != "cpu":
         raise NotAvailableYet(
@@ -238,6 +238,8 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
             rank=world.rank,
             buffers=strategy.offload_buffers,
             depth=strategy.offload_depth,
+            pin=strategy.pin_memory and device.type == "cuda",
+            ratio=strategy.offload_ratio,
             warn=world.rank % max(world.local_size, 1) == 0,
         )
     except OffloadError as found:

@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 from shardwise.engine.bucket import Bucket
 from shardwise.errors import OptimizerError
 from shardwise.tiers.aligned import padded
-from shardwise.tiers.disk import Extent
-from shardwise.tiers.home import SLOT, Loan
+from shardwise.tiers.home import SLOT, Loan, Shelf
 from shardwise.tiers.staged import Place, Staged, bring, fetch, send_away
 from shardwise.tiers.transfer import Transfer
 
@@ -75,7 +74,7 @@ class Part:
         self.slots: list[Slot] = []
         self.nbytes = 0  # of the state tensors; master values lie before them in a buffer
         self._values_bytes = 0 if bucket.values is None else bucket.values.nbytes
-        self._extent: Extent | None = None
+        self._shelf: Shelf | None = None
         self._loan: Loan | None = None
         self._coming: list[Transfer] = []
 
@@ -83,14 +82,14 @@ class Part:
     def begin(self, values: bool = True) -> None:
         """Start to read what is on the disk: state, and with ``values`` master values."""
         values = values and self._values_bytes > 0
-        if self._loan is not None or (self._extent is None and not values):
+        if self._loan is not None or (self._shelf is None and not values):
             return
         self._loan = self.home.lend(self._values_bytes + self.nbytes)
         if values:
             assert self.bucket.values is not None
-            self._coming.append(self.bucket.values.read(self._loan.buffer))
-        if self._extent is not None:
-            self._coming.append(self.home.store.read(self._extent, self._mine))
+            self._coming += self.bucket.values.read(self._loan.buffer)
+        if self._shelf is not None:
+            self._coming += self._shelf.read(self._mine)
 
     def enter(self, state: State, values: bool = True) -> None:
         """Have state and master values in memory."""
@@ -128,17 +127,17 @@ class Part:
         writes: list[Transfer] = []
         if values:
             assert self.bucket.values is not None
-            writes.append(self.bucket.values.write(self._loan.buffer))
+            writes += self.bucket.values.write(self._loan.buffer)
             self.bucket.values.send_away()
-        if self._extent is not None:
+        if self._shelf is not None:
             for slot, (_, _, value) in zip(self.slots, found, strict=True):
                 view = self._view(slot)
                 if value.data_ptr() != view.data_ptr():
                     view.copy_(value)
-            writes.append(self.home.store.write(self._extent, self._mine))
+            writes += self._shelf.write(self._mine)
             for slot, (_, key, value) in zip(self.slots, found, strict=True):
                 what = f"state '{key}' of {self.optimizer}, unit {self.bucket.label},"
-                send_away(value, Place(self.home.store, self._extent, slot.start, what))
+                send_away(value, Place(self._shelf, slot.start, what))
         loan, self._loan = self._loan, None
         loan.release(writes)
 
@@ -198,11 +197,9 @@ class Part:
         if self._loan is not None:
             self._loan.release()
             self._loan = None
-        if self._extent is not None:
-            self.home.store.free(self.home.forget(self._extent))
-        self.slots, self.nbytes, self._extent = slots, nbytes, None
+        self.slots, self.nbytes, self._shelf = slots, nbytes, None
         if nbytes:
-            self._extent = self.home.extent(self, f"unit {self.bucket.label}, {self.optimizer}", nbytes)
+            self._shelf = Shelf(self.home, f"unit {self.bucket.label}, {self.optimizer}", nbytes)
         self._loan = self.home.lend(self._values_bytes + nbytes)
         if kept is not None:
             assert master is not None

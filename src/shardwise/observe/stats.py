@@ -113,7 +113,7 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
     along the replicate axis) and a gather (S-1)/S · P. Split parameters are gathered for forward and for backward,
     but for the root's own and the last two units, which stay; whole ones with split optimizer state once per step.
     ``gather_buffers`` bounds what comes and goes: the values of the root's own and two other units, their arriving
-    gradients where gradients are split, and what one reduce receives. offload_buffers lacks padding: 64 bytes per
+    gradients where gradients are split, and what one reduce receives. ``offload_buffers`` lacks padding: 64 bytes per
     state tensor and 4 KiB per buffer at most.
     """
     engine = require_engine(module)
@@ -136,25 +136,26 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
             wire = _width(b.reduce_dtype)
             trainable = any(p.requires_grad for p in b.params)
             split_params = row.split_params and shard > 1
-            home = row.offload_optimizer if trainable else "device"
+            home = row.offload_optimizer if trainable and row.offload_ratio else "device"
+            kept = 1 - row.offload_ratio if home == "nvme" else 1.0
             away = home != "device" and value != master
             if split_params:
                 gathers = 1 if unit in engine.stay_gathered else 2
                 values[-1] += n * value
                 parameters += n // shard * (value if away else master)
-                if away and home == "cpu":
-                    optimizer += n // shard * master
+                if away:
+                    optimizer += round(kept * (n // shard * master))
             else:
                 gathers = 1 if row.split_optimizer and shard > 1 and trainable else 0
                 parameters += n * value
-                if value != master and home != "nvme":
-                    optimizer += n // shard * master if row.split_optimizer else n * master
+                if value != master:
+                    optimizer += round(kept * (n // shard if row.split_optimizer else n) * master)
             sent += gathers * (shard - 1) * (n // shard) * value
             if trainable:
                 sent += (size - 1) * (n // size) * wire + (copies - 1) * (n // size) * master
                 gradients += (n // shard if row.split_grads else n) * master
                 held = n // shard if row.split_optimizer else n
-                optimizer += 0 if home == "nvme" else tensors * held * master
+                optimizer += round(kept * tensors * held * master)
                 largest = max(largest, (tensors + away) * held * master if home == "nvme" else 0)
                 arriving[-1] += n * wire
     buffers = _root_and_two(values) + max(arriving) * (size - 1) // size

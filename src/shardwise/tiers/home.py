@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from shardwise.tiers.aligned import BufferPool, padded
+from shardwise.tiers.aligned import ALIGN, BufferPool, padded
 from shardwise.tiers.disk import DiskStats, DiskStore, Extent
 from shardwise.tiers.ledger import Ledger
 from shardwise.tiers.staged import Place, bring, send_away
@@ -50,6 +50,7 @@ class Home:
         buffers: host buffers before the disk, each as large as the largest part that goes through.
         depth: requests to the disk in flight, of reads and of writes each.
         pin: page-lock the buffers, for copies to and from a CUDA device.
+        ratio: the part of the bytes that goes to the disk; to within 4 KiB of all there are.
         warn: say so if the disk cannot do direct I/O.
 
     Raises:
@@ -66,13 +67,14 @@ class Home:
         buffers: int = 3,
         depth: int = 4,
         pin: bool = False,
+        ratio: float = 1.0,
         warn: bool = True,
     ) -> None:
-        self.kind, self.ledger, self.buffers, self.pin = kind, ledger, buffers, pin
+        self.kind, self.ledger, self.buffers, self.pin, self.ratio = kind, ledger, buffers, pin, ratio
         self.disk = DiskStore(path, rank=rank, depth=depth, warn=warn) if kind == "nvme" else None
         self._pool: BufferPool | None = None
         self._dropped: list[Extent] = []
-        self._owned: dict[Extent, weakref.finalize[Any, Any]] = {}
+        self._total = self._placed = 0  # bytes of all shelves, and of them on the disk
 
     @property
     def store(self) -> DiskStore:
@@ -103,20 +105,55 @@ class Home:
     def count(self, nbytes: int) -> None:
         self.ledger.add("offload_buffers", nbytes)
 
-    # --- extents -----------------------------------------------------------------------------
-    def extent(self, owner: object, name: str, nbytes: int) -> Extent:
-        """Space on the disk that is given back when ``owner`` is gone."""
-        while self._dropped:
-            self.store.free(self.forget(self._dropped.pop()))
-        extent = self.store.extent(name, nbytes)
-        self._owned[extent] = weakref.finalize(owner, self._dropped.append, extent)
-        self._owned[extent].atexit = False
-        return extent
+    def share(self, nbytes: int) -> int:
+        """How many of ``nbytes`` more bytes go to the disk, so that all that do are ``ratio`` of all there are."""
+        self._total += nbytes
+        wanted = self.ratio * self._total - self._placed
+        placed = nbytes if self.ratio == 1 else min(max(round(wanted / ALIGN) * ALIGN, 0), nbytes)
+        self._placed += placed
+        return placed
 
-    def forget(self, extent: Extent) -> Extent:
-        """The caller frees an extent itself."""
-        self._owned.pop(extent).detach()
-        return extent
+    def extent(self, name: str, nbytes: int) -> Extent:
+        """Space on the disk; what was dropped meanwhile is given back first."""
+        while self._dropped:
+            self.store.free(self._dropped.pop())
+        return self.store.extent(name, nbytes)
+
+    def _gone(self, extent: Extent | None, nbytes: int, kept: int) -> None:
+        if extent is not None:
+            self._dropped.append(extent)  # not freed here: the collector may be running anywhere
+        self._total -= nbytes
+        self._placed -= nbytes - kept
+        self.ledger.add("optimizer", -kept)
+
+
+class Shelf:
+    """Room for ``nbytes`` at home ``nvme``, given back when it is dropped.
+
+    The first ``home.ratio`` of them are one extent on the disk; the rest stays in memory and is copied from and to the
+    buffers.
+    """
+
+    def __init__(self, home: Home, name: str, nbytes: int) -> None:
+        self.home, self.name, self.nbytes = home, name, nbytes
+        self.placed = home.share(nbytes)
+        self.extent = home.extent(name, self.placed) if self.placed else None
+        self._rest = torch.empty(nbytes - self.placed, dtype=torch.uint8)
+        home.ledger.add("optimizer", self._rest.numel())
+        weakref.finalize(self, home._gone, self.extent, nbytes, self._rest.numel()).atexit = False
+
+    def read(self, into: torch.Tensor, offset: int = 0) -> list[Transfer]:
+        """Start to fill ``into`` (contiguous, ``uint8``) with the bytes at ``offset``."""
+        stop = offset + into.numel()
+        cut = min(max(self.placed - offset, 0), into.numel())
+        if cut < into.numel():
+            into[cut:].copy_(self._rest[offset + cut - self.placed : stop - self.placed])
+        return [self.home.store.read(self.extent, into[:cut], offset)] if self.extent is not None and cut else []
+
+    def write(self, values: torch.Tensor) -> list[Transfer]:
+        """Start to put all bytes (contiguous, ``uint8``) in their place."""
+        self._rest.copy_(values[self.placed :])
+        return [self.home.store.write(self.extent, values[: self.placed])] if self.extent is not None else []
 
 
 class Values:
@@ -136,20 +173,19 @@ class Values:
         self._own = tensor.nbytes
         self.here = True
         if self.on_disk:
-            self.extent = home.extent(self, f"{name} values", tensor.nbytes)
-            self.write(tensor).wait()
+            self.shelf = Shelf(home, f"{name} values", tensor.nbytes)
+            All(self.write(tensor.view(torch.uint8))).wait()
             self.send_away()
         else:
             home.ledger.add("optimizer", tensor.nbytes)
 
-    def read(self, buffer: torch.Tensor) -> Transfer:
+    def read(self, buffer: torch.Tensor) -> list[Transfer]:
         """Start to bring them into the beginning of a buffer."""
-        return self.home.store.read(self.extent, buffer[: self._own])
+        return self.shelf.read(buffer[: self._own])
 
-    def write(self, buffer: torch.Tensor) -> Transfer:
-        """Start to write them out from where :meth:`bring` put them."""
-        data = buffer if buffer is self.tensor else buffer[: self._own]
-        return self.home.store.write(self.extent, data)
+    def write(self, buffer: torch.Tensor) -> list[Transfer]:
+        """Start to write them out from the beginning of a buffer, where :meth:`bring` put them."""
+        return self.shelf.write(buffer[: self._own])
 
     def bring(self, buffer: torch.Tensor) -> None:
         """They have arrived in the beginning of ``buffer``: let tensor and views be there."""
@@ -163,19 +199,19 @@ class Values:
         size = self.tensor.element_size()
         for at, view in self.views:
             if view.numel():
-                send_away(view, Place(self.home.store, self.extent, at * size, self.name))
-        send_away(self.tensor, Place(self.home.store, self.extent, 0, self.name))
+                send_away(view, Place(self.shelf, at * size, self.name))
+        send_away(self.tensor, Place(self.shelf, 0, self.name))
         self.here = False
 
     def materialise(self) -> None:
         """Have them in memory of their own, outside of the buffers, until :meth:`settle`."""
         if not self.here:
             memory = torch.empty(self._own, dtype=torch.uint8)
-            self.read(memory).wait()
+            All(self.read(memory)).wait()
             self.bring(memory)
 
     def settle(self) -> None:
         """After :meth:`materialise`: write them out and let go."""
         if self.on_disk and self.here:
-            self.write(self.tensor).wait()
+            All(self.write(self.tensor.view(torch.uint8))).wait()
             self.send_away()

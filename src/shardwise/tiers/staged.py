@@ -6,12 +6,14 @@ whose ``__torch_function__`` stops everything that would read or write values: n
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from shardwise.errors import OffloadError
-from shardwise.tiers.disk import DiskStore, Extent
+
+if TYPE_CHECKING:
+    from shardwise.tiers.home import Shelf
 
 _METADATA = {
     "shape", "dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "names", "itemsize",
@@ -25,10 +27,9 @@ _METHODS = {
 
 
 class Place(NamedTuple):
-    """Where a tensor's bytes are: ``offset`` bytes into an extent."""
+    """Where a tensor's bytes are: ``offset`` bytes into a shelf."""
 
-    store: DiskStore
-    extent: Extent
+    shelf: Shelf
     offset: int
     what: str
 
@@ -96,6 +97,7 @@ def bring(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Let a tensor be ``values``: same shape and dtype, in host memory. Nothing is copied."""
     tensor.__class__ = torch.Tensor
     tensor.data = values
+    tensor.__dict__.pop("_shardwise_place", None)
 
 
 def fetch(tensor: torch.Tensor) -> torch.Tensor:
@@ -108,5 +110,6 @@ def fetch(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     place = tensor._shardwise_place
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    place.store.read(place.extent, copy, place.offset).wait()
+    for transfer in place.shelf.read(copy.view(-1).view(torch.uint8), place.offset):
+        transfer.wait()
     return copy
