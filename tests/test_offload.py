@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,10 +23,13 @@ from torch.optim import lr_scheduler
 import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, train, whole
 from ranks import run
+from shardwise.engine import build
 from shardwise.errors import NotAvailableYet, OffloadError, OptimizerError
+from shardwise.tiers.home import Home
 
 HOMES = ["cpu", "nvme"]
 ALL = [*PRESETS, "hsdp,shard_size=2"]
+SIZES = {"d": 64, "vocab": 97, "odd": False}
 
 
 def at(strategy: str, home: str, path: str) -> str:
@@ -56,7 +61,7 @@ def test_same_bits_under_every_preset(world, tmp_path):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_same_bits_with_master_values_on_the_disk(dtype, tmp_path):
     extra = f",param_dtype={dtype}"
-    run(2, pairs, [s + extra for s in ALL], str(tmp_path), {"steps": 3})
+    run(2, pairs, [s + extra for s in [*ALL, "zero1,layout=tensor"]], str(tmp_path), {"steps": 3})
 
 
 OPTIMIZERS: dict[str, Any] = {
@@ -193,8 +198,57 @@ def test_step_with_a_closure(tmp_path):
     run(2, closures, str(tmp_path))
 
 
+# --- a device whose memory is not the host's -----------------------------------------------------------
+@contextmanager
+def separate_memory():
+    """The path that a CUDA device takes (gradients to the host, values back), with a CPU at both ends."""
+    with mock.patch.object(build, "Home", partial(Home, separate=True)):
+        yield
+
+
+def over_the_link(path: str) -> None:
+    for strategy in [*ALL, "zero3,layout=tensor"]:
+        plain = train(strategy, steps=3)
+        with separate_memory():
+            for home in HOMES:
+                losses, norms, weights = train(at(strategy, home, path), steps=3)
+                assert (losses, norms) == plain[:2], (strategy, home)
+                assert_same(weights, plain[2])
+    plain = long_story("device", path, "zero3")
+    with separate_memory():
+        assert_same(long_story("nvme", path, "zero3"), plain)
+        values_by_hand(path, "")
+
+
+def test_same_bits_when_gradients_and_values_are_copied(tmp_path):
+    run(2, over_the_link, str(tmp_path))
+
+
+def link_bytes(path: str, home: str) -> Any:
+    strategy = at("zero2,param_dtype=bf16", home, path)
+    with separate_memory():
+        model = shardwise.fully_shard(make(**SIZES), strategy=strategy)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    losses = []
+    for k in range(8):
+        shardwise.reset_stats(model)
+        loss = loss_of(model, batch(k % 2, rank()))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    return shardwise.stats(model), losses, sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_gradients_cross_the_link_once_in_the_compute_dtype(home, tmp_path):
+    for stats, losses, numel in run(2, link_bytes, str(tmp_path), home):
+        assert 2 * numel / 2 <= stats.to_host <= 1.02 * 2 * numel / 2
+        assert 2 * numel / 2 <= stats.to_device <= 1.02 * 2 * numel / 2
+        assert losses[-1] < 0.8 * losses[0]
+
+
 # --- memory and traffic -------------------------------------------------------------------------------
-SIZES = {"d": 64, "vocab": 97, "odd": False}
 
 
 def traffic(path: str, strategy: str, layers: int) -> Any:
@@ -332,11 +386,11 @@ def test_checkpoints_to_and_from_the_disk(dtype, tmp_path):
     run(2, saved_and_resumed, str(tmp_path), plain, disk)
 
 
-def values_by_hand(path: str) -> None:
+def values_by_hand(path: str, extra: str) -> None:
     results = []
     for preset in ALL:
         for home in ("device", "nvme"):
-            model = shardwise.fully_shard(make(), strategy=at(f"{preset},param_dtype=bf16", home, path))
+            model = shardwise.fully_shard(make(), strategy=at(preset + extra, home, path))
             opt = adamw(model.parameters())
             step_with(model, opt, 0)
             with shardwise.gathered(model, write=True), torch.no_grad():
@@ -351,7 +405,7 @@ def values_by_hand(path: str) -> None:
 
 
 def test_values_that_are_written_to(tmp_path):
-    run(2, values_by_hand, str(tmp_path))
+    run(2, values_by_hand, str(tmp_path), ",param_dtype=bf16")
 
 
 # --- other parts of the library -------------------------------------------------------------------------

@@ -70,7 +70,8 @@ class Bucket:
         self.granularity = strategy.layout
         self.share = 1.0 / mesh.parts
         self.home = home if floating and any(p.requires_grad for p in params) else None
-        self.away = self.home is not None and self.dtype != self.master_dtype
+        self.on_host = self.home is not None and self.home.separate
+        self.away = self.home is not None and (self.on_host or self.dtype != self.master_dtype)
         self.split = strategy.split_params and mesh.shard.size > 1
         self.split_grads = strategy.split_grads and mesh.shard.size > 1
         self.split_optimizer = strategy.split_optimizer and mesh.shard.size > 1
@@ -94,12 +95,14 @@ class Bucket:
             if piece.shard in mesh.held:
                 self.pieces[piece.slot].append(piece)
         self.piece_params = [[self._view(piece) for piece in pieces] for pieces in self.pieces]
+        # Where each held piece begins in the held shards, in the order of ``piece_params``.
+        self.piece_starts = [p.offset - self.held.start for pieces in self.pieces for p in pieces]
         self.values: Values | None = None
         if self.away:
             assert self.home is not None
-            views = zip((p for ps in self.pieces for p in ps), (t for ts in self.piece_params for t in ts), strict=True)
+            views = [view for pieces in self.piece_params for view in pieces]
             self.values = Values(
-                self.home, f"unit {label}", self.master, [(p.offset - self.held.start, t) for p, t in views]
+                self.home, f"unit {label}", self.master, list(zip(self.piece_starts, views, strict=True))
             )
 
     def op(self, kind: str) -> Op:
@@ -109,7 +112,7 @@ class Bucket:
     @torch.no_grad()
     def _take_values(self) -> None:
         """Move the parameters' values into the flat buffer, rank 0's for everyone, and keep what is held."""
-        alias = not self.split and self.dtype == self.master_dtype
+        alias = not self.split and not self.away and self.dtype == self.master_dtype
         state = "gather_buffers" if self.split else "parameters"
         whole = Buffer(self.layout.numel, self.master_dtype, self.device, state, self.ledger)
         values = whole.tensor
@@ -155,7 +158,12 @@ class Bucket:
 
     def follow_master(self) -> None:
         """Master values that are ``away`` were written to and are still here: let the values follow."""
-        (self.flat.tensor[self.held] if self.shard is None else self.shard).copy_(self.master)
+        self.follower.copy_(self.master)
+
+    @property
+    def follower(self) -> torch.Tensor:
+        """The values of the held shards on the device, which follow master values that are ``away``."""
+        return self.flat.tensor[self.held] if self.shard is None else self.shard
 
     @contextmanager
     def master_here(self, *, write: bool = False) -> Iterator[torch.Tensor]:
@@ -332,8 +340,9 @@ class Bucket:
     def average(self) -> None:
         """Make the master values the mean of all ranks' own, and the values follow. Collective; whole states only."""
         with self.master_here(write=True) as master:
-            self.mesh.reduce(master.clone(), master, self.op("reduce"), self.ledger).wait()
-            master.div_(self.mesh.parts)
+            mean = torch.empty_like(master, device=self.device)
+            self.mesh.reduce(master.to(self.device, copy=True), mean, self.op("reduce"), self.ledger).wait()
+            master.copy_(mean.div_(self.mesh.parts))
             if not self.aliased:
                 self.flat.tensor.copy_(master)
 
@@ -369,6 +378,10 @@ class Bucket:
         if self._handles is None or grad is not self._handles[index]:
             self._adopt(index, grad)
         return self.piece_grads(index)
+
+    def held_grad(self) -> torch.Tensor:
+        """The reduced gradients of the held shards, flat."""
+        return self._held_grad(self._open_grad())
 
     def require_reduced(self, index: int) -> None:
         """Raise if gradients wait for a reduce (inside ``no_sync``): a step now would let ranks diverge."""

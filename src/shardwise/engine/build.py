@@ -20,7 +20,7 @@ from shardwise.engine import state_dict
 from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit
-from shardwise.errors import CommError, NotAvailableYet, OffloadError, UnitError
+from shardwise.errors import CommError, OffloadError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers.home import Home
 
@@ -223,12 +223,6 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
     strategy, world = engine.strategy, engine.world
     if strategy.offload_optimizer == "device" or strategy.offload_ratio == 0:
         return None
-    if device.type != "cpu":
-        raise NotAvailableYet(
-            f"offload_optimizer={strategy.offload_optimizer} is not available yet for a model on {device}",
-            where=f"strategy '{strategy}'",
-            fix="leave it out, or train on the CPU",
-        )
     home, error = None, None
     try:
         home = Home(
@@ -240,6 +234,7 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
             depth=strategy.offload_depth,
             pin=strategy.pin_memory and device.type == "cuda",
             ratio=strategy.offload_ratio,
+            device=device,
             warn=world.rank % max(world.local_size, 1) == 0,
         )
     except OffloadError as found:

@@ -12,7 +12,7 @@ makes its state as ever; it is laid out when that is done. Numbers of no dimensi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -74,17 +74,27 @@ class Part:
         self.slots: list[Slot] = []
         self.nbytes = 0  # of the state tensors; master values lie before them in a buffer
         self._values_bytes = 0 if bucket.values is None else bucket.values.nbytes
+        n = bucket.master.numel() if bucket.on_host else 0
+        self._low_bytes = padded(n * bucket.dtype.itemsize)  # what crosses the link: gradients, then values
+        self._grad_bytes = padded(n * bucket.master_dtype.itemsize)
         self._shelf: Shelf | None = None
         self._loan: Loan | None = None
         self._coming: list[Transfer] = []
 
+    @property
+    def crosses(self) -> bool:
+        """Do gradients come from the device, and values go there?"""
+        return self._low_bytes > 0
+
     # --- one update --------------------------------------------------------------------------
     def begin(self, values: bool = True) -> None:
-        """Start to read what is on the disk: state, and with ``values`` master values."""
-        values = values and self._values_bytes > 0
-        if self._loan is not None or (self._shelf is None and not values):
+        """Start to bring what is not on the host: state, and with ``values`` master values and gradients."""
+        crosses, values = values and self.crosses, values and self._values_bytes > 0
+        if self._loan is not None or (self._shelf is None and not values and not crosses):
             return
-        self._loan = self.home.lend(self._values_bytes + self.nbytes)
+        self._loan = self._lend()
+        if crosses:
+            self._coming.append(self.home.link.to_host(self.bucket.held_grad(), self._low))
         if values:
             assert self.bucket.values is not None
             self._coming += self.bucket.values.read(self._loan.buffer)
@@ -106,6 +116,17 @@ class Part:
             assert self.bucket.values is not None and self._loan is not None
             self.bucket.values.bring(self._loan.buffer)
 
+    def give_grads(self, pieces: Iterable[torch.Tensor]) -> None:
+        """Gradients that have crossed the link go to the pieces on the host."""
+        full = self._area(self._low_bytes, self._grad_bytes, self.bucket.master_dtype)
+        full.copy_(self._low)
+        wanted = {id(piece) for piece in pieces}
+        at = {id(p): k for p, k in zip(self._pieces, self.bucket.piece_starts, strict=True)}
+        for piece in self._pieces:
+            if id(piece) in wanted:
+                start = at[id(piece)]
+                piece.grad = full[start : start + piece.numel()].view(piece.shape)
+
     def leave(self, state: State, values: bool = True) -> None:
         """Let the parameters follow the master values, and start to write out what was in memory.
 
@@ -113,18 +134,27 @@ class Part:
             OffloadError: the disk is full or failed.
             OptimizerError: state of a kind that cannot be moved.
         """
-        if values and self.bucket.values is not None:
+        writes: list[Transfer] = []
+        if values and self.bucket.on_host and self._loan is not None:
+            for piece in self._pieces:
+                piece.grad = None
+            self._low.copy_(self.bucket.master)
+            writes.append(self.home.link.to_device(self._low, self.bucket.follower))
+        elif values and self.bucket.values is not None:
             self.bucket.follow_master()
         if self.home.disk is None:
+            self._release(writes)
             return
         values = values and self._values_bytes > 0
         found = self._found(state)
         slots, nbytes = _slots(found)
         if slots != self.slots:
+            for transfer in writes:
+                transfer.wait()
+            writes.clear()
             self._lay_out(slots, nbytes, found, values)
         if self._loan is None:
             return
-        writes: list[Transfer] = []
         if values:
             assert self.bucket.values is not None
             writes += self.bucket.values.write(self._loan.buffer)
@@ -138,8 +168,12 @@ class Part:
             for slot, (_, key, value) in zip(self.slots, found, strict=True):
                 what = f"state '{key}' of {self.optimizer}, unit {self.bucket.label},"
                 send_away(value, Place(self._shelf, slot.start, what))
-        loan, self._loan = self._loan, None
-        loan.release(writes)
+        self._release(writes)
+
+    def _release(self, after: Sequence[Transfer] = ()) -> None:
+        if self._loan is not None:
+            loan, self._loan = self._loan, None
+            loan.release(after)
 
     # --- outside of updates --------------------------------------------------------------------
     def materialise(self, state: State) -> None:
@@ -158,6 +192,19 @@ class Part:
     @property
     def _pieces(self) -> Iterator[torch.Tensor]:
         return (piece for pieces in self.bucket.piece_params for piece in pieces)
+
+    def _lend(self) -> Loan:
+        return self.home.lend(self._values_bytes + self.nbytes + self._low_bytes + self._grad_bytes)
+
+    def _area(self, after: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+        """What lies ``after`` bytes behind master values and state, one element per element of the held shards."""
+        assert self._loan is not None
+        start = self._values_bytes + self.nbytes + after
+        return self._loan.buffer[start : start + nbytes].view(dtype)[: self.bucket.master.numel()]
+
+    @property
+    def _low(self) -> torch.Tensor:
+        return self._area(0, self._low_bytes, self.bucket.dtype)
 
     @property
     def _mine(self) -> torch.Tensor:
@@ -194,13 +241,11 @@ class Part:
             assert master is not None
             kept = master.tensor.clone().view(torch.uint8)
             master.bring(kept)
-        if self._loan is not None:
-            self._loan.release()
-            self._loan = None
+        self._release()
         self.slots, self.nbytes, self._shelf = slots, nbytes, None
         if nbytes:
             self._shelf = Shelf(self.home, f"unit {self.bucket.label}, {self.optimizer}", nbytes)
-        self._loan = self.home.lend(self._values_bytes + nbytes)
+        self._loan = self._lend()
         if kept is not None:
             assert master is not None
             self._loan.buffer[: kept.numel()].copy_(kept)
@@ -227,14 +272,16 @@ def part_of(parts: dict[int, Part], optimizer: Optimizer, bucket: Bucket) -> Par
     return part
 
 
-def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part]) -> None:
+def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], on_host: Set[int]) -> None:
     """Update what has another home, and leave the rest in ``param_groups`` for the step that is about to run.
 
     Args:
         pieces: with their gradients set.
         parts: the optimizer's, by ``id`` of the bucket.
+        on_host: pieces on the host, by ``id``, whose gradients are on the device.
     """
-    buckets = {id(b): b for group in pieces for p, b in group if b is not None and b.home and p.grad is not None}
+    offloaded = [(p, b) for group in pieces for p, b in group if b is not None and b.home is not None]
+    buckets = {id(b): b for p, b in offloaded if p.grad is not None or id(p) in on_host}
     todo = [part_of(parts, optimizer, b) for b in sorted(buckets.values(), key=_place)]
     groups = optimizer.param_groups
     update: Callable[[Optimizer], Any] = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
@@ -247,6 +294,8 @@ def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part]) -> None:
         _unit(part.bucket).settle()
         part.enter(optimizer.state)
         try:
+            if part.crosses:
+                part.give_grads(p for p, b in offloaded if b is part.bucket and id(p) in on_host)
             for group, held in zip(groups, pieces, strict=True):
                 group["params"] = [p for p, b in held if b is part.bucket]
             update(optimizer)
@@ -265,7 +314,7 @@ def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part]) -> None:
             )
         after = changed
     for group, held in zip(groups, pieces, strict=True):
-        group["params"] = [p for p, b in held if b is None or not b.home]
+        group["params"] = [p for p, b in held if b is None or b.home is None]
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

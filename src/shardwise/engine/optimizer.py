@@ -47,6 +47,7 @@ class _Attachment:
     def __init__(self) -> None:
         self.originals: list[list[nn.Parameter]] | None = None  # while exchanged
         self.pieces: list[list[tuple[torch.Tensor, Bucket | None]]] = []  # what they are exchanged for
+        self.on_host: set[int] = set()  # pieces (by id) that have a gradient, on the device
         self.parts: dict[int, Part] = {}  # by id of the bucket, where state has another home than the device
         self.states = 0
         self.counted: set[int] = set()  # pieces whose state is in the ledger
@@ -153,7 +154,10 @@ def _exchange(optimizer: Optimizer, record: _Attachment, grads: bool = False) ->
             if grads:
                 found = bucket.step_grads(index) if p.requires_grad else None
                 for k, piece in enumerate(held):
-                    piece.grad = None if found is None else found[k]
+                    # Master values on the host get their gradients there, when their turn comes.
+                    piece.grad = None if found is None or bucket.on_host else found[k]
+                if found is not None and bucket.on_host:
+                    record.on_host.update(id(piece) for piece in held)
             pieces += [(piece, bucket) for piece in held]
         group["params"] = [piece for piece, _ in pieces]
 
@@ -166,6 +170,7 @@ def _restore(optimizer: Optimizer, record: _Attachment) -> None:
             if bucket is not None:
                 piece.grad = None
         record.originals, record.pieces = None, []
+        record.on_host.clear()
 
 
 def _take_out(optimizer: Optimizer, record: _Attachment, state_dict: dict[str, Any]) -> None:
@@ -245,7 +250,7 @@ def _slice_existing_state(optimizer: Optimizer) -> None:
                 )
             for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):
                 optimizer.state[piece] = {
-                    k: v.reshape(-1)[lo:hi].clone().view(piece.shape)
+                    k: v.reshape(-1)[lo:hi].to(piece.device, copy=True).view(piece.shape)
                     if isinstance(v, torch.Tensor) and v.shape == p.shape and k not in PER_PARAMETER
                     else (v.clone() if isinstance(v, torch.Tensor) else v)
                     for k, v in old.items()
@@ -294,7 +299,7 @@ def _put_pieces(optimizer: Optimizer, record: _Attachment) -> None:
     """Pieces in, with gradients; those whose state has another home are stepped here and now."""
     _exchange(optimizer, record, grads=True)
     if any(b is not None and b.home is not None for pieces in record.pieces for _, b in pieces):
-        offload.step(optimizer, record.pieces, record.parts)
+        offload.step(optimizer, record.pieces, record.parts, record.on_host)
 
 
 def _tell(optimizer: Optimizer) -> None:

@@ -103,7 +103,7 @@ def held(param: nn.Parameter) -> Held | None:
     bucket, index = unit.places[id(param)]
     pieces = [(lo, hi, t) for (lo, hi), t in zip(bucket.ranges(index), bucket.piece_params[index], strict=True)]
     shape = bucket.layout.slots[index].shape
-    return Held(unit, bucket, shape, bucket.master_dtype, bucket.device, bucket.granularity == "tensor", pieces)
+    return Held(unit, bucket, shape, bucket.master_dtype, bucket.master.device, bucket.granularity == "tensor", pieces)
 
 
 def units_of(module: nn.Module) -> list[Unit]:

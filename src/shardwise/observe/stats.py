@@ -26,6 +26,7 @@ class Stats:
         live, peak: bytes by state (``parameters``, ``gradients``, ``optimizer``, ``gather_buffers``,
             ``offload_buffers``).
         peak_total: bytes of all states at their joint peak.
+        to_host, to_device: bytes that offloading copied between the device and the host.
         disk: bytes read and written for states whose home is ``nvme``, seconds with I/O under way (``busy_s``), seconds
             that training waited for it (``wait_s``), and the share that was hidden (``hidden``).
     """
@@ -35,6 +36,8 @@ class Stats:
     peak: dict[str, int]
     peak_total: int
     disk: DiskStats
+    to_host: int
+    to_device: int
 
     @property
     def bytes_sent(self) -> int:
@@ -46,6 +49,8 @@ class Stats:
             "live": self.live,
             "peak": self.peak,
             "peak_total": self.peak_total,
+            "to_host": self.to_host,
+            "to_device": self.to_device,
             "disk": {**vars(self.disk), "hidden": self.disk.hidden},
         }
 
@@ -60,6 +65,8 @@ def stats(module: nn.Module | None = None) -> Stats:
         {s: sum(e.ledger.peak[s] for e in chosen) for s in STATES},
         sum(e.ledger.peak_total for e in chosen),
         _disk(chosen),
+        sum(home.link.to_host_bytes for home in _homes(chosen)),
+        sum(home.link.to_device_bytes for home in _homes(chosen)),
     )
 
 
@@ -138,7 +145,7 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
             split_params = row.split_params and shard > 1
             home = row.offload_optimizer if trainable and row.offload_ratio else "device"
             kept = 1 - row.offload_ratio if home == "nvme" else 1.0
-            away = home != "device" and value != master
+            away = home != "device" and (value != master or b.on_host)
             if split_params:
                 gathers = 1 if unit in engine.stay_gathered else 2
                 values[-1] += n * value
@@ -148,7 +155,7 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
             else:
                 gathers = 1 if row.split_optimizer and shard > 1 and trainable else 0
                 parameters += n * value
-                if value != master:
+                if value != master or away:
                     optimizer += round(kept * (n // shard if row.split_optimizer else n) * master)
             sent += gathers * (shard - 1) * (n // shard) * value
             if trainable:

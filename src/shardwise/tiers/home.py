@@ -11,6 +11,7 @@ import torch
 from shardwise.tiers.aligned import ALIGN, BufferPool, padded
 from shardwise.tiers.disk import DiskStats, DiskStore, Extent
 from shardwise.tiers.ledger import Ledger
+from shardwise.tiers.link import Link
 from shardwise.tiers.staged import Place, bring, send_away
 from shardwise.tiers.transfer import Transfer
 
@@ -51,6 +52,8 @@ class Home:
         depth: requests to the disk in flight, of reads and of writes each.
         pin: page-lock the buffers, for copies to and from a CUDA device.
         ratio: the part of the bytes that goes to the disk; to within 4 KiB of all there are.
+        device: where the model computes; ``None`` for the CPU.
+        separate: its memory is not the host's, so that master values and gradients have to be copied.
         warn: say so if the disk cannot do direct I/O.
 
     Raises:
@@ -68,10 +71,14 @@ class Home:
         depth: int = 4,
         pin: bool = False,
         ratio: float = 1.0,
+        device: torch.device | None = None,
+        separate: bool | None = None,
         warn: bool = True,
     ) -> None:
         self.kind, self.ledger, self.buffers, self.pin, self.ratio = kind, ledger, buffers, pin, ratio
         self.disk = DiskStore(path, rank=rank, depth=depth, warn=warn) if kind == "nvme" else None
+        self.link = Link(device or torch.device("cpu"))
+        self.separate = self.link.device.type != "cpu" if separate is None else separate
         self._pool: BufferPool | None = None
         self._dropped: list[Extent] = []
         self._total = self._placed = 0  # bytes of all shelves, and of them on the disk
@@ -90,13 +97,15 @@ class Home:
         if self.disk is not None:
             self.disk.drain()
             self.disk.reset_stats()
+        self.link.to_host_bytes = self.link.to_device_bytes = 0
 
     # --- buffers -----------------------------------------------------------------------------
     def lend(self, nbytes: int) -> Loan:
         """A buffer of at least ``nbytes``. All are replaced if they are too short, which ends with the first step."""
         if self._pool is None or self._pool.buffer_bytes < nbytes:
             if self._pool is not None:
-                self.store.drain()
+                if self.disk is not None:
+                    self.disk.drain()
                 self.count(-self._pool.nbytes)
             self._pool = BufferPool(self.buffers, nbytes, pin=self.pin)
             self.count(self._pool.nbytes)

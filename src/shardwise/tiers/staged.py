@@ -88,7 +88,7 @@ def send_away(tensor: torch.Tensor, place: Place) -> None:
     filler = float("nan") if tensor.dtype.is_floating_point else 0
     shape = tensor.shape
     tensor.__class__ = torch.Tensor
-    tensor.data = torch.full((1,), filler, dtype=tensor.dtype).expand(shape)
+    tensor.data = torch.full((), filler, dtype=tensor.dtype).expand(shape)
     tensor._shardwise_place = place  # type: ignore[attr-defined]
     tensor.__class__ = Staged
 
