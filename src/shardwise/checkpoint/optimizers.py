@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from shardwise.checkpoint.slices import Slices
 from shardwise.comm import World
-from shardwise.engine.optimizer import PER_PARAMETER, attach, flush, put_state
+from shardwise.engine.optimizer import PER_PARAMETER, attach, bare_state_dict, flush, put_state
 from shardwise.engine.state_dict import Held, held
 from shardwise.errors import CheckpointError
 from shardwise.tiers.staged import Staged, fetch
@@ -144,7 +144,7 @@ class OptimizerState:
             values = {k: v for k, v in group.items() if k != "params"}
             groups.append({"params": [s.label for s in slots], "values": values})
         named = {k: v for k, v in self.optimizer.state.items() if not isinstance(k, torch.Tensor)}
-        extra = {k: v for k, v in self.optimizer.state_dict().items() if k not in ("state", "param_groups")}
+        extra = {k: v for k, v in bare_state_dict(self.optimizer).items() if k not in ("state", "param_groups")}
         return {"groups": groups, "named": named, "extra": extra}
 
     # --- loading -----------------------------------------------------------------------------

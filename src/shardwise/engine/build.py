@@ -239,14 +239,16 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
         )
     except OffloadError as found:
         error = found
-    failed = torch.zeros(world.size, dtype=torch.uint8)
-    failed[world.rank] = error is not None
+    failed = [error is not None] * world.size
     if not world.fake:
-        engine.mesh.control.all_gather(failed, Op("control", "the offload homes", 8 * engine.mesh.new_tag())).wait()
+        row = torch.zeros(world.size, dtype=torch.uint8)
+        row[world.rank] = error is not None
+        engine.mesh.control.all_gather(row, Op("control", "the offload homes", 8 * engine.mesh.new_tag())).wait()
+        failed = [bool(flag) for flag in row.tolist()]
     if error is not None:
         raise error
-    if failed.any():
-        odd = int(failed.nonzero()[0])
+    if any(failed):
+        odd = failed.index(True)
         raise OffloadError(
             f"rank {odd} has no place for offloaded optimizer state",
             where=f"rank {world.rank}",

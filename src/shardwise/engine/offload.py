@@ -175,6 +175,11 @@ class Part:
             loan, self._loan = self._loan, None
             loan.release(after)
 
+    def cancel(self) -> None:
+        """Forget what was begun; nothing, if the update took place."""
+        coming, self._coming = self._coming, []
+        self._release(coming)
+
     # --- outside of updates --------------------------------------------------------------------
     def materialise(self, state: State) -> None:
         """Have the state in memory of its own until :meth:`flush`."""
@@ -283,6 +288,17 @@ def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], on_host: 
     offloaded = [(p, b) for group in pieces for p, b in group if b is not None and b.home is not None]
     buckets = {id(b): b for p, b in offloaded if p.grad is not None or id(p) in on_host}
     todo = [part_of(parts, optimizer, b) for b in sorted(buckets.values(), key=_place)]
+    try:
+        _each(optimizer, todo, pieces, on_host)
+    finally:
+        for part in todo:
+            part.cancel()
+    for group, held in zip(optimizer.param_groups, pieces, strict=True):
+        group["params"] = [p for p, b in held if b is None or b.home is None]
+
+
+def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, on_host: Set[int]) -> None:
+    """Update part by part; what a step changes in the optimizer's groups is as if it had not."""
     groups = optimizer.param_groups
     update: Callable[[Optimizer], Any] = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
     before = [_settings(group) for group in groups]
@@ -295,7 +311,7 @@ def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], on_host: 
         part.enter(optimizer.state)
         try:
             if part.crosses:
-                part.give_grads(p for p, b in offloaded if b is part.bucket and id(p) in on_host)
+                part.give_grads(p for held in pieces for p, b in held if b is part.bucket and id(p) in on_host)
             for group, held in zip(groups, pieces, strict=True):
                 group["params"] = [p for p, b in held if b is part.bucket]
             update(optimizer)
@@ -313,8 +329,6 @@ def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], on_host: 
                 fix="it cannot be stepped unit by unit: leave offload_optimizer out",
             )
         after = changed
-    for group, held in zip(groups, pieces, strict=True):
-        group["params"] = [p for p, b in held if b is None or b.home is None]
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class _Attachment:
         self.originals: list[list[nn.Parameter]] | None = None  # while exchanged
         self.pieces: list[list[tuple[torch.Tensor, Bucket | None]]] = []  # what they are exchanged for
         self.on_host: set[int] = set()  # pieces (by id) that have a gradient, on the device
+        self.bare = False  # state_dict() leaves what is on a disk there
         self.parts: dict[int, Part] = {}  # by id of the bucket, where state has another home than the device
         self.states = 0
         self.counted: set[int] = set()  # pieces whose state is in the ledger
@@ -176,6 +177,8 @@ def _restore(optimizer: Optimizer, record: _Attachment) -> None:
 def _take_out(optimizer: Optimizer, record: _Attachment, state_dict: dict[str, Any]) -> None:
     """The end of ``state_dict()``: what is on a disk comes along as a copy in memory."""
     _restore(optimizer, record)
+    if record.bare:
+        return
     state: dict[Any, dict[str, Any]] = state_dict["state"]
     for key, values in state.items():
         if any(isinstance(value, Staged) for value in values.values()):
@@ -188,6 +191,18 @@ def _put_in(optimizer: Optimizer, record: _Attachment) -> None:
     _count_state(optimizer, record)
     _restore(optimizer, record)
     flush(optimizer)
+
+
+def bare_state_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """``optimizer.state_dict()`` without copies of what is on a disk."""
+    record = _attached.get(optimizer)
+    if record is None:
+        return optimizer.state_dict()
+    record.bare = True
+    try:
+        return optimizer.state_dict()
+    finally:
+        record.bare = False
 
 
 def _homes(optimizer: Optimizer) -> dict[int, Bucket]:
