@@ -105,7 +105,7 @@ def test_a_file_is_not_replaced_unless_told(
         (["--yes", "--mixed-precision", "fp8"], "one of no, fp16, bf16"),
         (["--yes", "--nproc", "0"], "--nproc 0"),
         (["--yes", "--nnodes", "2"], "--rdzv-endpoint"),
-        (["--yes", "--strategy", "zero3,offload_optimizer=cpu"], "not available yet"),
+        (["--yes", "--strategy", "zero3,offload_params=cpu"], "not available yet"),
         (["--yes", "-o", "file/under.yaml"], "cannot write file/under.yaml"),
         (["--from", "nothere.yaml"], "cannot read nothere.yaml"),
     ],

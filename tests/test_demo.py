@@ -20,7 +20,7 @@ from test_launch import command, finish, refused, start
 STEPS = 6
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "zero3,offload_optimizer=nvme"])
 def test_demo_states_what_happened(preset: str, tmp_path: Path) -> None:
     code, out, err = command(
         "demo", "--cpu", "--size", "tiny", "--steps", STEPS, "--strategy", preset, "--json", "--out", "here",
@@ -43,11 +43,20 @@ def test_demo_states_what_happened(preset: str, tmp_path: Path) -> None:
     assert (ddp["parameters"], ddp["gradients"], ddp["optimizer"]) == (psi, psi, pytest.approx(2 * psi, rel=0.01))
     assert len(ranks) == 2
     for rank in ranks:
-        assert rank["parameters"] == (psi // 2 if preset == "zero3" else psi)
-        assert rank["optimizer"] == pytest.approx(2 * psi if preset == "ddp" else psi, rel=0.01)
+        assert rank["parameters"] == (psi // 2 if "zero3" in preset else psi)
+        if "nvme" in preset:
+            assert rank["optimizer"] < 0.01 * psi and rank["offload_buffers"] > 0
+        else:
+            assert rank["optimizer"] == pytest.approx(2 * psi if preset == "ddp" else psi, rel=0.01)
         assert rank["activations"] > 0
         assert rank["total"] == sum(n for state, n in rank.items() if state != "total")
 
+    disk = facts["disk"]
+    if "nvme" in preset:
+        assert disk["read_per_step"] == pytest.approx(2 * psi, rel=0.05)
+        assert disk["bytes_per_second"] > 0 and disk["probe_bytes_per_second"] > 0 and 0 <= disk["hidden"] <= 1
+    else:
+        assert disk is None
     assert facts["sample"].startswith("def ")
     weights = load_file(tmp_path / "here" / "model.safetensors")
     model = GPT(SIZES["tiny"])

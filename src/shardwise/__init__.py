@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shardwise.data_loader import skip_first_batches
     from shardwise.engine.build import gathered, no_sync
     from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
-    from shardwise.engine.optimizer import attach
+    from shardwise.engine.optimizer import attach, optimizer_state
     from shardwise.errors import ShardwiseError
     from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel, fully_shard
     from shardwise.launchers import debug_launcher, notebook_launcher
@@ -75,6 +75,7 @@ _HOME = {
     "gathered": "engine.build",
     "init": "comm",
     "memory_meter": "observe.memory",
+    "optimizer_state": "engine.optimizer",
     "no_sync": "engine.build",
     "notebook_launcher": "launchers",
     "reset_stats": "observe.stats",

@@ -53,6 +53,14 @@ class Strategy:
             original dtype as master values. ``None`` computes in each parameter's own dtype.
         reduce_dtype: dtype in which gradients cross the wire. gloo's ranks sum them in the master dtype,
             NCCL in this one. ``None`` sends the dtype of the master values (fp32 as a rule).
+        offload_ratio: the part of the optimizer state, in bytes, that goes to its home; the rest stays on the device.
+            On a CPU device, home ``cpu`` is the device.
+        nvme_path: an existing folder on the disk that home ``nvme`` uses; ``None`` takes the first of ``$TMPDIR``,
+            ``/var/tmp`` and the current folder that is on a disk. Must have no comma in it.
+        pin_memory: with a CUDA device, page-lock the host buffers.
+        offload_buffers: host buffers before that disk, each as large as the largest unit's optimizer state: with 3,
+            one unit is read and one is written while a third is updated.
+        offload_depth: requests to the disk in flight, of reads and of writes each.
         broadcast_buffers: send rank 0's buffers before each training forward, as DDP does.
         timeout: seconds a collective may wait before every rank ends with a report.
 
@@ -68,6 +76,11 @@ class Strategy:
     layout: str = "element"
     param_dtype: str | None = None
     reduce_dtype: str | None = None
+    offload_ratio: float = 1.0
+    nvme_path: str | None = None
+    pin_memory: bool = True
+    offload_buffers: int = 3
+    offload_depth: int = 4
     broadcast_buffers: bool = True
     timeout: float = 600.0
 
@@ -92,6 +105,15 @@ class Strategy:
             )
         if self.shard_size is not None and self.shard_size < 1:
             raise StrategyError(f"shard_size={self.shard_size} is not a number of ranks", fix="give 1 or more")
+        for key in ("offload_buffers", "offload_depth"):
+            if getattr(self, key) < 1:
+                raise StrategyError(f"{key}={getattr(self, key)} is not a number of them", fix="give 1 or more")
+        if not 0 <= self.offload_ratio <= 1:
+            raise StrategyError(f"offload_ratio={self.offload_ratio} is not a part of 1", fix="give 0 to 1")
+        if self.nvme_path is not None and ("," in self.nvme_path or not self.nvme_path):
+            raise StrategyError(
+                f"nvme_path={self.nvme_path!r} cannot be written in a strategy", fix="name a folder without commas"
+            )
         if not self.timeout > 0:
             raise StrategyError(f"timeout={self.timeout} is not a time in seconds", fix="give more than 0")
 
@@ -148,11 +170,11 @@ class Strategy:
 
     def require_available(self) -> None:
         """Raise :class:`NotAvailableYet` for homes that this version cannot serve."""
-        asked = [k for k in ("offload_params", "offload_grads", "offload_optimizer") if getattr(self, k) != "device"]
+        asked = [k for k in ("offload_params", "offload_grads") if getattr(self, k) != "device"]
         if asked:
             raise NotAvailableYet(
                 f"{', '.join(f'{k}={getattr(self, k)}' for k in asked)} is not available yet: "
-                "this version keeps every model state on the device",
+                "this version keeps parameters and gradients on the device",
                 where=f"strategy '{self}'",
                 fix=f"leave it out: '{self.replace(**dict.fromkeys(asked, 'device'))}'",
             )

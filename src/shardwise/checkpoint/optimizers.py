@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 from shardwise.checkpoint.slices import Slices
 from shardwise.comm import World
-from shardwise.engine.optimizer import PER_PARAMETER, attach, put_state
+from shardwise.engine.optimizer import PER_PARAMETER, attach, bare_state_dict, flush, put_state
 from shardwise.engine.state_dict import Held, held
 from shardwise.errors import CheckpointError
+from shardwise.tiers.staged import Staged, fetch
 
 NUMBERS: dict[str, tuple[type, torch.dtype]] = {
     "bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64),
@@ -132,6 +133,7 @@ class OptimizerState:
                 where=f"{self.label}, parameter '{slot.label}'",
                 fix="shard with layout=tensor",
             )
+        value = fetch(value)
         off = value.device.type == "cpu" and first.device.type != "cpu"
         return "whole cpu" if off else "whole", value.detach()
 
@@ -142,7 +144,7 @@ class OptimizerState:
             values = {k: v for k, v in group.items() if k != "params"}
             groups.append({"params": [s.label for s in slots], "values": values})
         named = {k: v for k, v in self.optimizer.state.items() if not isinstance(k, torch.Tensor)}
-        extra = {k: v for k, v in self.optimizer.state_dict().items() if k not in ("state", "param_groups")}
+        extra = {k: v for k, v in bare_state_dict(self.optimizer).items() if k not in ("state", "param_groups")}
         return {"groups": groups, "named": named, "extra": extra}
 
     # --- loading -----------------------------------------------------------------------------
@@ -186,6 +188,7 @@ class OptimizerState:
                 if slot.label in groups:
                     hyper = {**group, **groups[slot.label]}
                     self._target(slot, saved["state"].get(slot.label), hyper, metadata, tensors, finish)
+        finish.append(partial(flush, self.optimizer))
         if saved["named"]:
             finish.append(lambda: self.optimizer.state.update(saved["named"]))
         if saved["extra"]:  # only its own load_state_dict knows what to do with it
@@ -232,9 +235,15 @@ class OptimizerState:
         finish += [partial(self._put, slot, piece, state) for piece, state in zip(pieces, new, strict=True)]
 
     def _tensor(self, piece: torch.Tensor, key: str, dtype: torch.dtype) -> torch.Tensor:
-        """The state tensor that is there, or a new one: loading in place needs no second copy."""
+        """The state tensor that is there in memory, or a new one: loading in place needs no second copy."""
         old = (self.optimizer.state.get(piece) or {}).get(key)
-        if isinstance(old, torch.Tensor) and old.shape == piece.shape and old.dtype == dtype and old.is_contiguous():
+        if (
+            isinstance(old, torch.Tensor)
+            and not isinstance(old, Staged)
+            and old.shape == piece.shape
+            and old.dtype == dtype
+            and old.is_contiguous()
+        ):
             return old
         return torch.empty_like(piece.detach(), dtype=dtype)
 

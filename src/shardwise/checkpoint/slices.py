@@ -10,6 +10,8 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from shardwise.tiers.staged import Staged, fetch
+
 Box = tuple[tuple[int, ...], tuple[int, ...], int, int]
 """Offsets, sizes, and the range ``start:stop`` of the flattened tensor that the box covers."""
 
@@ -54,7 +56,8 @@ class Slices(torch.Tensor):
         shape: of the whole tensor.
         dtype, device: of the slices.
         pieces: ``(start, stop, slice)``; the slice is contiguous and holds ``start:stop`` of the flattened
-            tensor. Reading writes into it, so nothing is copied.
+            tensor. Reading writes into it, so nothing is copied. One whose bytes are on a disk is fetched when its turn
+            comes; it can be saved, not read into.
     """
 
     parts: list[tuple[Box, torch.Tensor]]
@@ -79,9 +82,9 @@ class Slices(torch.Tensor):
         self.pieces = list(pieces)
         self.parts = []
         for start, stop, piece in pieces:
-            flat = piece.detach().view(-1)
+            flat = None if isinstance(piece, Staged) else piece.detach().view(-1)
             for box in boxes(shape, start, stop):
-                self.parts.append((box, flat[box[2] - start : box[3] - start].view(box[1])))
+                self.parts.append((box, piece if flat is None else flat[box[2] - start : box[3] - start].view(box[1])))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -111,5 +114,8 @@ class Slices(torch.Tensor):
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         for box, part in self.parts:
             if box[0] == tuple(index.offset or ()):
+                if isinstance(part, Staged):
+                    start = next(a for a, b, piece in self.pieces if piece is part and a <= box[2] and box[3] <= b)
+                    return fetch(part).view(-1)[box[2] - start : box[3] - start].view(box[1])
                 return part
         raise KeyError(index)

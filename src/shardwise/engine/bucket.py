@@ -11,12 +11,15 @@ master values     a view of ``flat`` (or own, if dtypes    the held shards, in t
 gradients         reduced in place, ``flat``-sized         arrive in a temporary, reduced to held shards
 optimizer state   one tensor per piece of all shards       one tensor per piece of the held shards
 ================  =======================================  ===========================================
+
+Where optimizer state has another home than the device, so have master values that are tensors of their own beside the
+values (``away``). Split values are then kept as shards in the dtype they are gathered in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -28,6 +31,7 @@ from shardwise.errors import GradientError
 from shardwise.layout import Layout, Piece
 from shardwise.strategy import Strategy
 from shardwise.tiers import Buffer, Ledger
+from shardwise.tiers.home import Home, Values
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,6 +44,7 @@ class Bucket:
         params, names: the parameters and one full name of each.
         mesh, strategy: who holds what.
         ledger: counts the live bytes.
+        home: of the optimizer state; ``None`` for the device.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Bucket:
         mesh: Mesh,
         strategy: Strategy,
         ledger: Ledger,
+        home: Home | None = None,
     ) -> None:
         self.label, self.params, self.names, self.mesh, self.ledger = label, list(params), list(names), mesh, ledger
         self.device, self.master_dtype = params[0].device, params[0].dtype
@@ -63,6 +69,9 @@ class Bucket:
         )
         self.granularity = strategy.layout
         self.share = 1.0 / mesh.parts
+        self.home = home if floating and any(p.requires_grad for p in params) else None
+        self.on_host = self.home is not None and self.home.separate
+        self.away = self.home is not None and (self.on_host or self.dtype != self.master_dtype)
         self.split = strategy.split_params and mesh.shard.size > 1
         self.split_grads = strategy.split_grads and mesh.shard.size > 1
         self.split_optimizer = strategy.split_optimizer and mesh.shard.size > 1
@@ -86,6 +95,15 @@ class Bucket:
             if piece.shard in mesh.held:
                 self.pieces[piece.slot].append(piece)
         self.piece_params = [[self._view(piece) for piece in pieces] for pieces in self.pieces]
+        # Where each held piece begins in the held shards, in the order of ``piece_params``.
+        self.piece_starts = [p.offset - self.held.start for pieces in self.pieces for p in pieces]
+        self.values: Values | None = None
+        if self.away:
+            assert self.home is not None
+            views = [view for pieces in self.piece_params for view in pieces]
+            self.values = Values(
+                self.home, f"unit {label}", self.master, list(zip(self.piece_starts, views, strict=True))
+            )
 
     def op(self, kind: str) -> Op:
         return self._ops[kind]
@@ -94,7 +112,7 @@ class Bucket:
     @torch.no_grad()
     def _take_values(self) -> None:
         """Move the parameters' values into the flat buffer, rank 0's for everyone, and keep what is held."""
-        alias = not self.split and self.dtype == self.master_dtype
+        alias = not self.split and not self.away and self.dtype == self.master_dtype
         state = "gather_buffers" if self.split else "parameters"
         whole = Buffer(self.layout.numel, self.master_dtype, self.device, state, self.ledger)
         values = whole.tensor
@@ -107,8 +125,11 @@ class Bucket:
             self.flat, self.master = whole, values[self.held]
         else:
             n = self.held.stop - self.held.start
-            kept = "parameters" if self.split else "optimizer"
-            self.master = self.ledger.empty(n, self.master_dtype, self.device, kept)
+            if self.away:
+                self.master = torch.empty(n, dtype=self.master_dtype, device="cpu")
+            else:
+                kept = "parameters" if self.split else "optimizer"
+                self.master = self.ledger.empty(n, self.master_dtype, self.device, kept)
             self.master.copy_(values[self.held])
             if self.dtype == self.master_dtype:
                 self.flat = whole
@@ -117,6 +138,11 @@ class Bucket:
                 self.flat.tensor.copy_(values)
                 whole.release()
         self.aliased = alias
+        # Split values that are gathered from something smaller than the master values, because those are away.
+        self.shard: torch.Tensor | None = None
+        if self.away and self.split:
+            self.shard = self.ledger.empty(self.master.numel(), self.dtype, self.device, "parameters")
+            self.shard.copy_(self.master)
         for slot, p in zip(self.layout.slots, self.params, strict=True):
             p.data = self.flat.tensor[slot.offset : slot.stop].view(slot.shape)
             p.grad_dtype = None  # the reduced gradient has the master dtype, whatever we compute in
@@ -124,14 +150,40 @@ class Bucket:
     def start_gather(self) -> Transfer:
         """Fill ``flat`` from the shards of the shard axis. Sends (S-1)/S of it."""
         self.flat.fill()
-        if not self.aliased:
+        if self.shard is not None:
+            self.flat.tensor[self.held].copy_(self.shard)
+        elif not self.aliased and not self.away:
             self.flat.tensor[self.held].copy_(self.master)
         return self.mesh.gather(self.flat.tensor, self.op("gather"))
+
+    def follow_master(self) -> None:
+        """Master values that are ``away`` were written to and are still here: let the values follow."""
+        self.follower.copy_(self.master)
+
+    @property
+    def follower(self) -> torch.Tensor:
+        """The values of the held shards on the device, which follow master values that are ``away``."""
+        return self.flat.tensor[self.held] if self.shard is None else self.shard
+
+    @contextmanager
+    def master_here(self, *, write: bool = False) -> Iterator[torch.Tensor]:
+        """The held master values, in memory inside the block. With ``write`` they may be changed; the values follow."""
+        if self.values is None:
+            yield self.master
+            return
+        opened = not self.values.here
+        self.values.materialise()
+        yield self.master
+        if write:
+            self.follow_master()
+        if opened:
+            self.values.settle()
 
     def full_values(self) -> torch.Tensor:
         """All values in the master dtype, in a new flat tensor (collective where values are split)."""
         out = torch.empty(self.layout.numel, dtype=self.master_dtype, device=self.device)
-        out[self.held].copy_(self.master)
+        with self.master_here() as master:
+            out[self.held].copy_(master)
         with self._told("values"):
             self.mesh.gather(out, self.op("state")).wait()
         return out
@@ -287,10 +339,12 @@ class Bucket:
     @torch.no_grad()
     def average(self) -> None:
         """Make the master values the mean of all ranks' own, and the values follow. Collective; whole states only."""
-        self.mesh.reduce(self.master.clone(), self.master, self.op("reduce"), self.ledger).wait()
-        self.master.div_(self.mesh.parts)
-        if not self.aliased:
-            self.flat.tensor.copy_(self.master)
+        with self.master_here(write=True) as master:
+            mean = torch.empty_like(master, device=self.device)
+            self.mesh.reduce(master.to(self.device, copy=True), mean, self.op("reduce"), self.ledger).wait()
+            master.copy_(mean.div_(self.mesh.parts))
+            if not self.aliased:
+                self.flat.tensor.copy_(master)
 
     def abandon(self) -> None:
         """Drop gradients that arrived in a backward that failed. Reduced ones of earlier backwards stay."""
@@ -324,6 +378,10 @@ class Bucket:
         if self._handles is None or grad is not self._handles[index]:
             self._adopt(index, grad)
         return self.piece_grads(index)
+
+    def held_grad(self) -> torch.Tensor:
+        """The reduced gradients of the held shards, flat."""
+        return self._held_grad(self._open_grad())
 
     def require_reduced(self, index: int) -> None:
         """Raise if gradients wait for a reduce (inside ``no_sync``): a step now would let ranks diverge."""

@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from shardwise.comm import Mesh, World, init
+from shardwise.comm.group import Op
 from shardwise.engine import optimizer as _optimizer  # noqa: F401  (installs the optimizer hooks)
 from shardwise.engine import state_dict
 from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit
-from shardwise.errors import CommError, UnitError
+from shardwise.errors import CommError, OffloadError, UnitError
 from shardwise.strategy import Strategy
+from shardwise.tiers.home import Home
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -62,8 +64,9 @@ def shard(module: M, chosen: Strategy, mesh: DeviceMesh | None = None, units: Un
         if getattr(p, "_shardwise_unit", None) is not None:
             continue
         of_unit[_common_owner(names[key], list(owners))].append((p, names[key]))
+    home = _home(engine, device)
     made = {
-        name: Unit(engine, name, owners[name], of_unit[name], engine.mesh, chosen, engine.ledger)
+        name: Unit(engine, name, owners[name], of_unit[name], engine.mesh, chosen, engine.ledger, home)
         for name, _ in [*selected, ("", module)]
         if of_unit[name] or name == ""
     }
@@ -168,7 +171,8 @@ def gathered(module: nn.Module, *, write: bool = False, grads: bool = False) -> 
                 for b in unit.buckets if write else ():
                     b.mesh.whole.broadcast(b.flat.tensor, b.op("broadcast")).wait()
                     if not b.aliased:
-                        b.master.copy_(b.flat.tensor[b.held])
+                        with b.master_here(write=True) as master:
+                            master.copy_(b.flat.tensor[b.held])
                 unit.kept_for.discard("reading")
                 unit.release()
 
@@ -222,6 +226,45 @@ def _mesh(world: World, device: torch.device, strategy: Strategy, mesh: DeviceMe
     return world.mesh(device, size, strategy.timeout)
 
 
+def _home(engine: Engine, device: torch.device) -> Home | None:
+    """Where this model's optimizer state goes, if not to the device. All ranks have one, or all raise."""
+    strategy, world = engine.strategy, engine.world
+    if strategy.offload_optimizer == "device" or strategy.offload_ratio == 0:
+        return None
+    home, error = None, None
+    try:
+        home = Home(
+            strategy.offload_optimizer,
+            engine.ledger,
+            path=strategy.nvme_path,
+            rank=world.rank,
+            buffers=strategy.offload_buffers,
+            depth=strategy.offload_depth,
+            pin=strategy.pin_memory and device.type == "cuda",
+            ratio=strategy.offload_ratio,
+            device=device,
+            warn=world.rank % max(world.local_size, 1) == 0,
+        )
+    except OffloadError as found:
+        error = found
+    failed = [error is not None] * world.size
+    if not world.fake:
+        row = torch.zeros(world.size, dtype=torch.uint8)
+        row[world.rank] = error is not None
+        engine.mesh.control.all_gather(row, Op("control", "the offload homes", 8 * engine.mesh.new_tag())).wait()
+        failed = [bool(flag) for flag in row.tolist()]
+    if error is not None:
+        raise error
+    if any(failed):
+        odd = failed.index(True)
+        raise OffloadError(
+            f"rank {odd} has no place for offloaded optimizer state",
+            where=f"rank {world.rank}",
+            fix=f"look at rank {odd}'s own message: its nvme_path is missing, full or not writable",
+        )
+    return home
+
+
 def _within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
@@ -239,3 +282,5 @@ def _move_ledger(old: Engine, new: Engine) -> None:
     for unit in old.units:
         for b in unit.buckets:
             b.ledger = b.flat.ledger = new.ledger
+        if unit.home is not None:
+            unit.home.ledger = new.ledger

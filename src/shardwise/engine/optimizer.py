@@ -9,8 +9,9 @@ kernel runs over the same ranges under every strategy. Hooks on all optimizers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,9 +21,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from shardwise.comm import World
+from shardwise.engine import offload
 from shardwise.engine.bucket import Bucket
+from shardwise.engine.offload import Part, part_of
 from shardwise.engine.unit import Unit
 from shardwise.errors import OptimizerError
+from shardwise.tiers.staged import Staged, fetch
 
 ELEMENTWISE: set[str] = {
     "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop",
@@ -42,6 +46,10 @@ class _Attachment:
 
     def __init__(self) -> None:
         self.originals: list[list[nn.Parameter]] | None = None  # while exchanged
+        self.pieces: list[list[tuple[torch.Tensor, Bucket | None]]] = []  # what they are exchanged for
+        self.on_host: set[int] = set()  # pieces (by id) that have a gradient, on the device
+        self.bare = False  # state_dict() leaves what is on a disk there
+        self.parts: dict[int, Part] = {}  # by id of the bucket, where state has another home than the device
         self.states = 0
         self.counted: set[int] = set()  # pieces whose state is in the ledger
 
@@ -76,9 +84,9 @@ def attach(optimizer: Optimizer) -> bool:
     record = _attached[optimizer] = _Attachment()
     _slice_existing_state(optimizer)
     optimizer.register_state_dict_pre_hook(lambda o: _exchange(o, record))
-    optimizer.register_state_dict_post_hook(lambda o, sd: _restore(o, record))
+    optimizer.register_state_dict_post_hook(lambda o, sd: _take_out(o, record, sd))
     optimizer.register_load_state_dict_pre_hook(lambda o, sd: _exchange(o, record))
-    optimizer.register_load_state_dict_post_hook(lambda o: _restore(o, record))
+    optimizer.register_load_state_dict_post_hook(lambda o: _put_in(o, record))
     return True
 
 
@@ -133,31 +141,104 @@ def _exchange(optimizer: Optimizer, record: _Attachment, grads: bool = False) ->
     if record.originals is not None:
         _restore(optimizer, record)  # the last step ended in an exception
     record.originals = [list(g["params"]) for g in optimizer.param_groups]
+    record.pieces = []
     for group in optimizer.param_groups:
-        pieces: list[torch.Tensor] = []
+        pieces: list[tuple[torch.Tensor, Bucket | None]] = []
+        record.pieces.append(pieces)
         for p in group["params"]:
             place = _find(p)
             if place is None:
-                pieces.append(p)
+                pieces.append((p, None))
                 continue
             bucket, index = place
             held = bucket.piece_params[index]
             if grads:
                 found = bucket.step_grads(index) if p.requires_grad else None
                 for k, piece in enumerate(held):
-                    piece.grad = None if found is None else found[k]
-            pieces += held
-        group["params"] = pieces
+                    # Master values on the host get their gradients there, when their turn comes.
+                    piece.grad = None if found is None or bucket.on_host else found[k]
+                if found is not None and bucket.on_host:
+                    record.on_host.update(id(piece) for piece in held)
+            pieces += [(piece, bucket) for piece in held]
+        group["params"] = [piece for piece, _ in pieces]
 
 
 def _restore(optimizer: Optimizer, record: _Attachment) -> None:
     if record.originals is not None:
         for group, params in zip(optimizer.param_groups, record.originals, strict=True):
-            for piece in group["params"]:
-                if unit_of(piece) is None and not isinstance(piece, nn.Parameter):
-                    piece.grad = None
             group["params"] = params
-        record.originals = None
+        for piece, bucket in (pair for pieces in record.pieces for pair in pieces):
+            if bucket is not None:
+                piece.grad = None
+        record.originals, record.pieces = None, []
+        record.on_host.clear()
+
+
+def _take_out(optimizer: Optimizer, record: _Attachment, state_dict: dict[str, Any]) -> None:
+    """The end of ``state_dict()``: what is on a disk comes along as a copy in memory."""
+    _restore(optimizer, record)
+    if record.bare:
+        return
+    state: dict[Any, dict[str, Any]] = state_dict["state"]
+    for key, values in state.items():
+        if any(isinstance(value, Staged) for value in values.values()):
+            state[key] = {k: fetch(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+
+def _put_in(optimizer: Optimizer, record: _Attachment) -> None:
+    """The end of ``load_state_dict()``."""
+    record.states = -1
+    _count_state(optimizer, record)
+    _restore(optimizer, record)
+    flush(optimizer)
+
+
+def bare_state_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """``optimizer.state_dict()`` without copies of what is on a disk."""
+    record = _attached.get(optimizer)
+    if record is None:
+        return optimizer.state_dict()
+    record.bare = True
+    try:
+        return optimizer.state_dict()
+    finally:
+        record.bare = False
+
+
+def _homes(optimizer: Optimizer) -> dict[int, Bucket]:
+    """The buckets of an optimizer's parameters whose state has another home."""
+    found = (_find(p) for group in optimizer.param_groups for p in group["params"])
+    return {id(place[0]): place[0] for place in found if place is not None and place[0].home is not None}
+
+
+def flush(optimizer: Optimizer) -> None:
+    """State that was put into memory (loaded, or changed inside :func:`optimizer_state`) goes to its home."""
+    record = _attached.get(optimizer)
+    if record is not None:
+        for bucket in _homes(optimizer).values():
+            part_of(record.parts, optimizer, bucket).flush(optimizer.state)
+
+
+@contextmanager
+def optimizer_state(optimizer: Optimizer) -> Iterator[Any]:
+    """Have all state of this rank's pieces in memory inside the block, to be read or changed in place.
+
+    For state whose home is a disk; elsewhere it is in memory anyway. Keys are this rank's pieces.
+
+    Yields:
+        ``optimizer.state``.
+
+    Cost: the memory of all of this rank's optimizer state; reads it, and writes it back.
+    """
+    attach(optimizer)
+    record = _attached.get(optimizer)
+    if record is not None:
+        for bucket in _homes(optimizer).values():
+            part_of(record.parts, optimizer, bucket).materialise(optimizer.state)
+    try:
+        yield optimizer.state
+    finally:
+        flush(optimizer)
 
 
 def _slice_existing_state(optimizer: Optimizer) -> None:
@@ -184,7 +265,7 @@ def _slice_existing_state(optimizer: Optimizer) -> None:
                 )
             for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):
                 optimizer.state[piece] = {
-                    k: v.reshape(-1)[lo:hi].clone().view(piece.shape)
+                    k: v.reshape(-1)[lo:hi].to(piece.device, copy=True).view(piece.shape)
                     if isinstance(v, torch.Tensor) and v.shape == p.shape and k not in PER_PARAMETER
                     else (v.clone() if isinstance(v, torch.Tensor) else v)
                     for k, v in old.items()
@@ -195,6 +276,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     if not attach(optimizer):
         return None
     record = _attached[optimizer]
+    if record.originals is not None and _nested(optimizer):
+        return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is not None:
 
@@ -202,7 +285,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
             _restore(optimizer, record)
             result = closure()
             _tell(optimizer)
-            _exchange(optimizer, record, grads=True)
+            _put_pieces(optimizer, record)
             return result
 
         _exchange(optimizer, record)
@@ -210,8 +293,28 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
             return args, {**kwargs, "closure": on_parameters}
         return (args[0], on_parameters, *args[2:]), kwargs
     _tell(optimizer)
-    _exchange(optimizer, record, grads=True)
+    _put_pieces(optimizer, record)
     return None
+
+
+def _nested(optimizer: Optimizer) -> bool:
+    """Is this hook called by the step of a base class, inside the step of a class that adds to it?
+
+    Asked of the stack: a mark would be left behind by a step that ends in an exception.
+    """
+    code, found = type(optimizer).step.__code__, 0
+    frame = sys._getframe(1)
+    while frame is not None and found < 2:
+        found += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return found > 1
+
+
+def _put_pieces(optimizer: Optimizer, record: _Attachment) -> None:
+    """Pieces in, with gradients; those whose state has another home are stepped here and now."""
+    _exchange(optimizer, record, grads=True)
+    if any(b is not None and b.home is not None for pieces in record.pieces for _, b in pieces):
+        offload.step(optimizer, record.pieces, record.parts, record.on_host)
 
 
 def _tell(optimizer: Optimizer) -> None:
@@ -223,7 +326,7 @@ def _tell(optimizer: Optimizer) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     record = _attached.get(optimizer)
-    if record is None or record.originals is None:
+    if record is None or record.originals is None or _nested(optimizer):
         return
     params = [p for ps in record.originals for p in ps]
     _count_state(optimizer, record)
@@ -258,7 +361,7 @@ def _count_state(optimizer: Optimizer, record: _Attachment) -> None:
             if id(piece) not in record.counted and piece in optimizer.state:
                 record.counted.add(id(piece))
                 for value in optimizer.state[piece].values():
-                    if isinstance(value, torch.Tensor):
+                    if isinstance(value, torch.Tensor) and not offload.moves(bucket, value):
                         bucket.ledger.adopt(value, "optimizer")
 
 
@@ -275,13 +378,13 @@ def put_state(optimizer: Optimizer, bucket: Bucket, piece: torch.Tensor, state: 
     if id(piece) in record.counted:
         record.counted.discard(id(piece))
         for value in old.values():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not offload.moves(bucket, value):
                 bucket.ledger.drop(value, "optimizer")
     if state is not None:
         optimizer.state[piece] = state
         record.counted.add(id(piece))
         for value in state.values():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not offload.moves(bucket, value):
                 bucket.ledger.adopt(value, "optimizer")
     record.states = len(optimizer.state)
 

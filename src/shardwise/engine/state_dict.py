@@ -59,9 +59,12 @@ def install(unit: Unit) -> None:
             for name in unit.names[id(p)]:
                 value = state.get(key_of(prefix, name))
                 if isinstance(value, torch.Tensor) and tuple(value.shape) == shape:
+                    if bucket.values is not None:
+                        bucket.values.materialise()
                     flat = value.detach().reshape(-1)
                     for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):
                         piece.copy_(flat[lo:hi].view(piece.shape))
+        _let_follow(unit)
         # The copies that Module.load_state_dict makes itself need somewhere to go, in the compute dtype.
         unit.gather()
 
@@ -100,7 +103,7 @@ def held(param: nn.Parameter) -> Held | None:
     bucket, index = unit.places[id(param)]
     pieces = [(lo, hi, t) for (lo, hi), t in zip(bucket.ranges(index), bucket.piece_params[index], strict=True)]
     shape = bucket.layout.slots[index].shape
-    return Held(unit, bucket, shape, bucket.master_dtype, bucket.device, bucket.granularity == "tensor", pieces)
+    return Held(unit, bucket, shape, bucket.master_dtype, bucket.master.device, bucket.granularity == "tensor", pieces)
 
 
 def units_of(module: nn.Module) -> list[Unit]:
@@ -113,10 +116,22 @@ def settle(module: nn.Module) -> None:
     for unit in units_of(module):
         if unit.gathering is not None:
             unit.gather()
+        for bucket in unit.buckets:
+            if bucket.values is not None:
+                bucket.values.materialise()
 
 
 @torch.no_grad()
 def publish(module: nn.Module) -> None:
     """After master values were written to: let the parameters' values follow. Collective."""
     for unit in units_of(module):
+        _let_follow(unit)
         unit.publish(unit.buckets)
+
+
+def _let_follow(unit: Unit) -> None:
+    """Master values that have another home were written to: take the values over, and let them go home."""
+    for bucket in unit.buckets:
+        if bucket.values is not None and bucket.values.here:
+            bucket.follow_master()
+            bucket.values.settle()

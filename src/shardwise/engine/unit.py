@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from shardwise.engine.guard import guard, mark, refuse, unguard
 from shardwise.errors import UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
+from shardwise.tiers.home import Home
 
 if TYPE_CHECKING:
     from shardwise.engine.schedule import Engine
@@ -47,6 +49,7 @@ class Unit:
         name: full name of ``module`` in the sharded model.
         module: the subtree; its hooks drive the unit.
         params: parameters it answers for, each with all its full names (tied ones have several).
+        home: of its optimizer state; ``None`` for the device.
     """
 
     def __init__(
@@ -58,9 +61,10 @@ class Unit:
         mesh: Mesh,
         strategy: Strategy,
         ledger: Ledger,
+        home: Home | None = None,
     ) -> None:
         self.engine, self.name, self.module = engine, name, module
-        self.mesh, self.strategy = mesh, strategy
+        self.mesh, self.strategy, self.home = mesh, strategy, home
         self.index = 0
         self.label = f"'{name}'" if name else "'(root)'"
         kinds: dict[tuple[torch.dtype, bool], list[tuple[nn.Parameter, list[str]]]] = {}
@@ -71,7 +75,7 @@ class Unit:
         self.names: dict[int, list[str]] = {}
         for members in kinds.values():
             tensors = [p for p, _ in members]
-            bucket = Bucket(self.label, tensors, [names[0] for _, names in members], mesh, strategy, ledger)
+            bucket = Bucket(self.label, tensors, [names[0] for _, names in members], mesh, strategy, ledger, home)
             self.buckets.append(bucket)
             for i, (p, names) in enumerate(members):
                 mark(p, self, names[0])
@@ -79,7 +83,11 @@ class Unit:
                 self.names[id(p)] = names
         self.places = {id(p): (b, i) for b, i, p in self.slots}
         self.split = any(b.split for b in self.buckets)
-        self._arrivals: list[Callable[[nn.Parameter], None]] = [partial(self._arrived, b, i) for b, i, _ in self.slots]
+        # By a weak reference: the collector cannot look into autograd, and a dropped model would live for ever.
+        me = weakref.ref(self)
+        self._arrivals: list[Callable[[nn.Parameter], None]] = [
+            partial(_arrived, me, k) for k in range(len(self.slots))
+        ]
         self._hooked = [False] * len(self.slots)
         self.has_frozen = False
         self.watch_trainable()
@@ -149,6 +157,11 @@ class Unit:
             self.gathered = False
             guard(self.params)
 
+    def settle(self) -> None:
+        """Before values are written to: wait for those that are still on their way from the last step."""
+        if self.gathering is not None:
+            self.gather()
+
     def touch(self, param: nn.Parameter, operation: str) -> None:
         """Somebody uses a guarded parameter: bring the values, if all ranks are here for the same reason."""
         if self.gathering is not None:
@@ -212,3 +225,10 @@ class Unit:
     @property
     def any_arrived(self) -> bool:
         return any(any(b.arrived) for b in self.buckets)
+
+
+def _arrived(unit: weakref.ref[Unit], slot: int, param: nn.Parameter) -> None:
+    found = unit()
+    if found is not None:
+        bucket, index, _ = found.slots[slot]
+        found._arrived(bucket, index, param)

@@ -12,6 +12,8 @@ from shardwise.engine.build import engines, require_engine
 from shardwise.engine.schedule import Engine
 from shardwise.strategy import Strategy
 from shardwise.tiers import STATES
+from shardwise.tiers.disk import DiskStats
+from shardwise.tiers.home import Home
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,21 @@ class Stats:
     Attributes:
         comm: per kind (``gather``, ``reduce``, ``broadcast``, ``norm``, ``control``, ...): calls, bytes
             sent, and seconds blocked waiting. Of the whole process.
-        live, peak: bytes by state (``parameters``, ``gradients``, ``optimizer``, ``gather_buffers``).
+        live, peak: bytes by state (``parameters``, ``gradients``, ``optimizer``, ``gather_buffers``,
+            ``offload_buffers``).
         peak_total: bytes of all states at their joint peak.
+        to_host, to_device: bytes that offloading copied between the device and the host.
+        disk: bytes read and written for states whose home is ``nvme``, seconds with I/O under way (``busy_s``), seconds
+            that training waited for it (``wait_s``), and the share that was hidden (``hidden``).
     """
 
     comm: dict[str, CommCount]
     live: dict[str, int]
     peak: dict[str, int]
     peak_total: int
+    disk: DiskStats
+    to_host: int
+    to_device: int
 
     @property
     def bytes_sent(self) -> int:
@@ -40,6 +49,9 @@ class Stats:
             "live": self.live,
             "peak": self.peak,
             "peak_total": self.peak_total,
+            "to_host": self.to_host,
+            "to_device": self.to_device,
+            "disk": {**vars(self.disk), "hidden": self.disk.hidden},
         }
 
 
@@ -52,13 +64,31 @@ def stats(module: nn.Module | None = None) -> Stats:
         {s: sum(e.ledger.live[s] for e in chosen) for s in STATES},
         {s: sum(e.ledger.peak[s] for e in chosen) for s in STATES},
         sum(e.ledger.peak_total for e in chosen),
+        _disk(chosen),
+        sum(home.link.to_host_bytes for home in _homes(chosen)),
+        sum(home.link.to_device_bytes for home in _homes(chosen)),
     )
+
+
+def _homes(engines: list[Engine]) -> list[Home]:
+    return list({id(u.home): u.home for e in engines for u in e.units if u.home is not None}.values())
+
+
+def _disk(engines: list[Engine]) -> DiskStats:
+    total = DiskStats()
+    for home in _homes(engines):
+        for name, value in vars(home.stats).items():
+            setattr(total, name, getattr(total, name) + value)
+    return total
 
 
 def reset_stats(module: nn.Module | None = None) -> None:
     """Start counting anew: peaks become what is live now, bytes and calls zero."""
-    for engine in [require_engine(module)] if module is not None else list(engines):
+    chosen = [require_engine(module)] if module is not None else list(engines)
+    for engine in chosen:
         engine.ledger.reset_peak()
+    for home in _homes(chosen):
+        home.reset_stats()
     World.current().stats.reset()
 
 
@@ -71,6 +101,7 @@ class Expected:
     gradients: int
     optimizer: int
     gather_buffers: int
+    offload_buffers: int = 0
 
     @property
     def states(self) -> int:
@@ -89,7 +120,8 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
     along the replicate axis) and a gather (S-1)/S · P. Split parameters are gathered for forward and for backward,
     but for the root's own and the last two units, which stay; whole ones with split optimizer state once per step.
     ``gather_buffers`` bounds what comes and goes: the values of the root's own and two other units, their arriving
-    gradients where gradients are split, and what one reduce receives.
+    gradients where gradients are split, and what one reduce receives. ``offload_buffers`` lacks padding: 64 bytes per
+    state tensor and 4 KiB per buffer at most.
     """
     engine = require_engine(module)
     row = Strategy.parse(strategy) if strategy is not None else engine.strategy
@@ -100,7 +132,7 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
     size = engine.world.size
     shard = engine.mesh.shard.size if row == engine.strategy else (1 if row.preset == "ddp" else size)
     copies = size // shard
-    sent = parameters = gradients = optimizer = 0
+    sent = parameters = gradients = optimizer = largest = 0
     values: list[int] = []  # per unit: bytes of gathered values, of a whole gradient
     arriving: list[int] = []
     for unit in engine.units:
@@ -111,25 +143,32 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
             wire = _width(b.reduce_dtype)
             trainable = any(p.requires_grad for p in b.params)
             split_params = row.split_params and shard > 1
+            home = row.offload_optimizer if trainable and row.offload_ratio else "device"
+            kept = 1 - row.offload_ratio if home == "nvme" else 1.0
+            away = home != "device" and (value != master or b.on_host)
             if split_params:
                 gathers = 1 if unit in engine.stay_gathered else 2
                 values[-1] += n * value
-                parameters += n // shard * master
+                parameters += n // shard * (value if away else master)
+                if away:
+                    optimizer += round(kept * (n // shard * master))
             else:
                 gathers = 1 if row.split_optimizer and shard > 1 and trainable else 0
                 parameters += n * value
-                if value != master:
-                    optimizer += n // shard * master if row.split_optimizer else n * master
+                if value != master or away:
+                    optimizer += round(kept * (n // shard if row.split_optimizer else n) * master)
             sent += gathers * (shard - 1) * (n // shard) * value
             if trainable:
                 sent += (size - 1) * (n // size) * wire + (copies - 1) * (n // size) * master
                 gradients += (n // shard if row.split_grads else n) * master
-                optimizer += tensors * (n // shard if row.split_optimizer else n) * master
+                held = n // shard if row.split_optimizer else n
+                optimizer += round(kept * tensors * held * master)
+                largest = max(largest, (tensors + away) * held * master if home == "nvme" else 0)
                 arriving[-1] += n * wire
     buffers = _root_and_two(values) + max(arriving) * (size - 1) // size
     if row.split_grads and shard > 1:
         buffers += _root_and_two(arriving)
-    return Expected(sent, parameters, gradients, optimizer, buffers)
+    return Expected(sent, parameters, gradients, optimizer, buffers, row.offload_buffers * largest)
 
 
 def _root_and_two(sizes: list[int]) -> int:

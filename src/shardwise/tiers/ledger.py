@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-STATES = ("parameters", "gradients", "optimizer", "gather_buffers")
+STATES = ("parameters", "gradients", "optimizer", "gather_buffers", "offload_buffers")
 
 
 class Observer(Protocol):
@@ -24,7 +24,8 @@ class Ledger:
     ``parameters``: values a rank keeps between steps (whole, or its shards). ``gradients``: reduced
     gradients, and whole ones that ``no_sync`` keeps. ``optimizer``: optimizer state, and master values where
     whole parameters are kept in another dtype. ``gather_buffers``: whatever comes and goes with a unit:
-    its gathered values, its arriving gradients, what a reduce receives.
+    its gathered values, its arriving gradients, what a reduce receives. ``offload_buffers``: host buffers that
+    state on a disk passes through.
     """
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ STATES = {
     "gradients": "gradients",
     "optimizer": "optimizer state",
     "gather_buffers": "gather buffers",
+    "offload_buffers": "offload buffers",
     "activations": "activations",
     "total": "everything",
 }
@@ -35,6 +36,9 @@ def show(facts: dict[str, Any]) -> None:
         say(part)
     say()
     _sent(facts, say)
+    if facts["disk"] is not None:
+        say()
+        _disk(facts["disk"], say)
     say()
     say("What it writes after [bold]def [/bold]:")
     for line in _printable(facts["sample"]).splitlines():
@@ -71,6 +75,8 @@ def _memory(facts: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("ddp needs", justify="right", style="dim")
     for state, label in STATES.items():
+        if state == "offload_buffers" and not any(rank[state] for _, rank in columns):
+            continue
         if state == "gather_buffers":
             whole = [sum(rank[s] for s in MODEL_STATES) for rank in (*(r for _, r in columns), ddp)]
             table.add_row("model states", *(_mega(n) for n in whole), style="bold", end_section=True)
@@ -93,6 +99,17 @@ def _sent(facts: dict[str, Any], say: Any) -> None:
     other = ", ".join(f"{n:,.0f} {kind}" for kind, n in sorted(sent["other"].items()))
     if other:
         say(f"  and apart from it: {other}")
+
+
+def _disk(disk: dict[str, float], say: Any) -> None:
+    say("[bold]Optimizer state on the disk, all ranks together[/bold]")
+    say(f"  {disk['read_per_step'] / 1e6:,.1f} MB read and {disk['written_per_step'] / 1e6:,.1f} MB written per step")
+    own, raw = disk["bytes_per_second"], disk["probe_bytes_per_second"]
+    say(f"  {own / 1e9:.2f} GB/s while it was busy; a probe of the same disk now gets {raw / 1e9:.2f} GB/s")
+    say(
+        f"  busy for {disk['busy_seconds']:.2f} s; training waited for it for {disk['waited_seconds']:.2f} s, "
+        f"{disk['hidden']:.0%} was hidden"
+    )
 
 
 def _mega(nbytes: int) -> str:

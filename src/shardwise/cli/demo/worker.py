@@ -24,6 +24,8 @@ import shardwise
 from shardwise.cli.demo.job import Job
 from shardwise.cli.demo.model import GPT, SIZES
 from shardwise.cli.demo.progress import Progress
+from shardwise.engine.build import require_engine
+from shardwise.tiers.probe import probe
 
 STEP_KINDS = ("gather", "reduce")  # what shardwise.expected(model).sent_per_step is about
 _CUDA_ROWS = 16  # times the rows that suit a CPU core
@@ -68,7 +70,7 @@ def _train(model: GPT, world: Any, job: Job, progress: Progress) -> dict[str, An
     memory: dict[str, int] = {}
     start = time.perf_counter()
     step, counted_from, fraction, slow = 0, 0, 0.0, 0.0
-    sent_before = _sent()
+    sent_before, disk_before = _sent(), _disk(model)
     while fraction < 1:
         starts = torch.randint(0, len(text) - shape.context - 1, (rows,), generator=draw)
         ids = text[starts[:, None] + span].to(world.device).long()  # (B, T + 1)
@@ -90,7 +92,7 @@ def _train(model: GPT, world: Any, job: Job, progress: Progress) -> dict[str, An
         step += 1
         if step == 1 and job.steps != 1:
             # The first step finds out in which order units are used, and gathers one more; count from the second.
-            counted_from, sent_before = step, _sent()
+            counted_from, sent_before, disk_before = step, _sent(), _disk(model)
         elapsed = time.perf_counter() - start
         used = max(step / job.steps if job.steps else 0.0, elapsed / job.seconds if job.seconds else 0.0)
         # All ranks must stop at the same step, so rank 0's clock counts for everyone.
@@ -100,9 +102,11 @@ def _train(model: GPT, world: Any, job: Job, progress: Progress) -> dict[str, An
         progress.step(step, bits, trained / max(elapsed - slow, 1e-9), fraction, elapsed)
 
     sent = {kind: (after - sent_before.get(kind, 0)) / max(step - counted_from, 1) for kind, after in _sent().items()}
+    disk = {name: value - disk_before[name] for name, value in _disk(model).items()}
+    disks = _gather(disk, world)
     per_rank = _gather(memory, world)
     ddp, own = shardwise.expected(model, "ddp"), shardwise.expected(model)
-    states = ("parameters", "gradients", "optimizer", "gather_buffers")
+    states = ("parameters", "gradients", "optimizer", "gather_buffers", "offload_buffers")
     ddp_memory = {state: getattr(ddp, state) for state in states}
     # Activations depend on the batch of a rank, not on the strategy.
     ddp_memory["activations"] = max(m["activations"] for m in per_rank)
@@ -119,6 +123,33 @@ def _train(model: GPT, world: Any, job: Job, progress: Progress) -> dict[str, An
             "expected": own.sent_per_step,
             "other": {kind: n for kind, n in sent.items() if kind not in STEP_KINDS and n},
         },
+        "disk": _speed(disks, step - counted_from, model, world),
+    }
+
+
+def _disk(model: GPT) -> dict[str, float]:
+    return vars(shardwise.stats(model).disk).copy()
+
+
+def _speed(disks: list[dict[str, float]], steps: int, model: GPT, world: Any) -> dict[str, float] | None:
+    """What went to and from the disk per step, all ranks together, and how fast beside a probe of the same disk."""
+    read, written = (sum(d[name] for d in disks) for name in ("bytes_read", "bytes_written"))
+    if not written:
+        return None
+    busy, waited = (max(d[name] for d in disks) for name in ("busy_s", "wait_s"))
+    home = require_engine(model).units[0].home
+    assert home is not None and home.disk is not None
+    # One rank measures, with as much as a step moves, while the others wait for its figure.
+    most = max(int((read + written) / max(steps, 1)), 32 << 20)
+    raw = probe(home.disk.folder.base, min(most, 256 << 20)).mixed if world.rank == 0 else 0.0
+    return {
+        "read_per_step": read / max(steps, 1),
+        "written_per_step": written / max(steps, 1),
+        "bytes_per_second": (read + written) / max(busy, 1e-9),
+        "probe_bytes_per_second": _sum([raw])[0],
+        "busy_seconds": busy,
+        "waited_seconds": waited,
+        "hidden": max(0.0, 1 - waited / max(busy, 1e-9)),
     }
 
 
@@ -196,7 +227,7 @@ def _sum(values: list[float]) -> list[float]:
     return total.tolist()
 
 
-def _gather(value: dict[str, int], world: Any) -> list[dict[str, int]]:
+def _gather(value: Any, world: Any) -> list[Any]:
     out: list[Any] = [value] * world.size
     if dist.is_initialized():
         dist.all_gather_object(out, value)

@@ -1,0 +1,353 @@
+"""Optimizer state with another home than the device: stepped part by part, while its neighbours move.
+
+A *part* is what one optimizer keeps of one unit's parameters of one dtype. The optimizer's own step runs once per part
+that has gradients, and sees that part's pieces only, in the order of the units::
+
+    read i+1  |  update i  |  write i-1
+
+State tensors stay the same objects. While a part is updated they are views of one host buffer; in between their bytes
+are in the part's extent on the disk, all of them in one run, and a look at them raises. The first update of a part
+makes its state as ever; it is laid out when that is done. Numbers of no dimension (step counters) stay in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+from shardwise.engine.bucket import Bucket
+from shardwise.errors import OptimizerError
+from shardwise.tiers.aligned import padded
+from shardwise.tiers.home import SLOT, Loan, Shelf
+from shardwise.tiers.staged import Place, Staged, bring, fetch, send_away
+from shardwise.tiers.transfer import Transfer
+
+State = Mapping[Any, dict[str, Any]]
+"""``optimizer.state``."""
+Found = list[tuple[torch.Tensor, str, torch.Tensor]]
+"""Piece, key and state tensor."""
+
+
+class Slot(NamedTuple):
+    """One state tensor: of which piece (by ``id``), and ``start:stop`` bytes into the part."""
+
+    piece: int
+    key: str
+    shape: torch.Size
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+
+def moves(bucket: Bucket, value: Any) -> bool:
+    """Do this state's bytes leave the memory between steps?"""
+    if bucket.home is None or bucket.home.disk is None or not isinstance(value, torch.Tensor):
+        return False
+    return isinstance(value, Staged) or (type(value) is torch.Tensor and value.dim() > 0 and value.numel() > 0)
+
+
+def _slots(found: Found) -> tuple[list[Slot], int]:
+    """Lay state tensors end to end; returns the length of all of them in bytes."""
+    out: list[Slot] = []
+    end = 0
+    for piece, key, value in found:
+        start = -(-end // SLOT) * SLOT
+        end = start + value.numel() * value.element_size()
+        out.append(Slot(id(piece), key, value.shape, value.dtype, start, end))
+    return out, padded(end)
+
+
+class Part:
+    """What one optimizer keeps of one bucket.
+
+    Args:
+        bucket: one with a home.
+        optimizer: its class's name, for reports.
+    """
+
+    def __init__(self, bucket: Bucket, optimizer: str) -> None:
+        assert bucket.home is not None
+        self.bucket, self.home, self.optimizer = bucket, bucket.home, optimizer
+        self.slots: list[Slot] = []
+        self.nbytes = 0  # of the state tensors; master values lie before them in a buffer
+        self._values_bytes = 0 if bucket.values is None else bucket.values.nbytes
+        n = bucket.master.numel() if bucket.on_host else 0
+        self._low_bytes = padded(n * bucket.dtype.itemsize)  # what crosses the link: gradients, then values
+        self._grad_bytes = padded(n * bucket.master_dtype.itemsize)
+        self._shelf: Shelf | None = None
+        self._loan: Loan | None = None
+        self._coming: list[Transfer] = []
+
+    @property
+    def crosses(self) -> bool:
+        """Do gradients come from the device, and values go there?"""
+        return self._low_bytes > 0
+
+    # --- one update --------------------------------------------------------------------------
+    def begin(self, values: bool = True) -> None:
+        """Start to bring what is not on the host: state, and with ``values`` master values and gradients."""
+        crosses, values = values and self.crosses, values and self._values_bytes > 0
+        if self._loan is not None or (self._shelf is None and not values and not crosses):
+            return
+        self._loan = self._lend()
+        if crosses:
+            self._coming.append(self.home.link.to_host(self.bucket.held_grad(), self._low))
+        if values:
+            assert self.bucket.values is not None
+            self._coming += self.bucket.values.read(self._loan.buffer)
+        if self._shelf is not None:
+            self._coming += self._shelf.read(self._mine)
+
+    def enter(self, state: State, values: bool = True) -> None:
+        """Have state and master values in memory."""
+        self.begin(values)
+        coming, self._coming = self._coming, []
+        for transfer in coming:
+            transfer.wait()
+        by_id = {id(piece): piece for piece in self._pieces}
+        for slot in self.slots:
+            value = state.get(by_id[slot.piece], {}).get(slot.key)
+            if isinstance(value, Staged):  # otherwise somebody has put a new one in its place
+                bring(value, self._view(slot))
+        if values and self._values_bytes:
+            assert self.bucket.values is not None and self._loan is not None
+            self.bucket.values.bring(self._loan.buffer)
+
+    def give_grads(self, pieces: Iterable[torch.Tensor]) -> None:
+        """Gradients that have crossed the link go to the pieces on the host."""
+        full = self._area(self._low_bytes, self._grad_bytes, self.bucket.master_dtype)
+        full.copy_(self._low)
+        wanted = {id(piece) for piece in pieces}
+        at = {id(p): k for p, k in zip(self._pieces, self.bucket.piece_starts, strict=True)}
+        for piece in self._pieces:
+            if id(piece) in wanted:
+                start = at[id(piece)]
+                piece.grad = full[start : start + piece.numel()].view(piece.shape)
+
+    def leave(self, state: State, values: bool = True) -> None:
+        """Let the parameters follow the master values, and start to write out what was in memory.
+
+        Raises:
+            OffloadError: the disk is full or failed.
+            OptimizerError: state of a kind that cannot be moved.
+        """
+        writes: list[Transfer] = []
+        if values and self.bucket.on_host and self._loan is not None:
+            for piece in self._pieces:
+                piece.grad = None
+            self._low.copy_(self.bucket.master)
+            writes.append(self.home.link.to_device(self._low, self.bucket.follower))
+        elif values and self.bucket.values is not None:
+            self.bucket.follow_master()
+        if self.home.disk is None:
+            self._release(writes)
+            return
+        values = values and self._values_bytes > 0
+        found = self._found(state)
+        slots, nbytes = _slots(found)
+        if slots != self.slots:
+            for transfer in writes:
+                transfer.wait()
+            writes.clear()
+            self._lay_out(slots, nbytes, found, values)
+        if self._loan is None:
+            return
+        if values:
+            assert self.bucket.values is not None
+            writes += self.bucket.values.write(self._loan.buffer)
+            self.bucket.values.send_away()
+        if self._shelf is not None:
+            for slot, (_, _, value) in zip(self.slots, found, strict=True):
+                view = self._view(slot)
+                if value.data_ptr() != view.data_ptr():
+                    view.copy_(value)
+            writes += self._shelf.write(self._mine)
+            for slot, (_, key, value) in zip(self.slots, found, strict=True):
+                what = f"state '{key}' of {self.optimizer}, unit {self.bucket.label},"
+                send_away(value, Place(self._shelf, slot.start, what))
+        self._release(writes)
+
+    def _release(self, after: Sequence[Transfer] = ()) -> None:
+        if self._loan is not None:
+            loan, self._loan = self._loan, None
+            loan.release(after)
+
+    def cancel(self) -> None:
+        """Forget what was begun; nothing, if the update took place."""
+        coming, self._coming = self._coming, []
+        self._release(coming)
+
+    # --- outside of updates --------------------------------------------------------------------
+    def materialise(self, state: State) -> None:
+        """Have the state in memory of its own until :meth:`flush`."""
+        for _, _, value in self._found(state):
+            if isinstance(value, Staged):
+                bring(value, fetch(value))
+
+    def flush(self, state: State) -> None:
+        """Write out state that is in memory, because it was materialised, loaded or made by hand."""
+        if self.home.disk is not None and any(not isinstance(value, Staged) for _, _, value in self._found(state)):
+            self.enter(state, values=False)
+            self.leave(state, values=False)
+
+    # --- layout ------------------------------------------------------------------------------
+    @property
+    def _pieces(self) -> Iterator[torch.Tensor]:
+        return (piece for pieces in self.bucket.piece_params for piece in pieces)
+
+    def _lend(self) -> Loan:
+        return self.home.lend(self._values_bytes + self.nbytes + self._low_bytes + self._grad_bytes)
+
+    def _area(self, after: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+        """What lies ``after`` bytes behind master values and state, one element per element of the held shards."""
+        assert self._loan is not None
+        start = self._values_bytes + self.nbytes + after
+        return self._loan.buffer[start : start + nbytes].view(dtype)[: self.bucket.master.numel()]
+
+    @property
+    def _low(self) -> torch.Tensor:
+        return self._area(0, self._low_bytes, self.bucket.dtype)
+
+    @property
+    def _mine(self) -> torch.Tensor:
+        assert self._loan is not None
+        return self._loan.buffer[self._values_bytes : self._values_bytes + self.nbytes]
+
+    def _view(self, slot: Slot) -> torch.Tensor:
+        return self._mine[slot.start : slot.stop].view(slot.dtype).view(slot.shape)
+
+    def _found(self, state: State) -> Found:
+        out: Found = []
+        for piece in self._pieces:
+            for key, value in state.get(piece, {}).items():
+                if moves(self.bucket, value):
+                    out.append((piece, key, value))
+                elif (large := _elements(value)) > piece.numel() // 2 and large > 1:
+                    raise OptimizerError(
+                        f"its state '{key}' is a {type(value).__name__} with {large} elements, which cannot be moved",
+                        where=f"{self.optimizer}, unit {self.bucket.label}",
+                        fix="offload_optimizer=cpu, or an optimizer whose state is plain tensors",
+                    )
+        return out
+
+    def _lay_out(self, slots: list[Slot], nbytes: int, found: Found, values: bool) -> None:
+        """There is other state than before: make room for it. Everything leaves the buffer it was in."""
+        master = self.bucket.values
+        for _, _, value in found:
+            if isinstance(value, Staged):
+                bring(value, fetch(value))
+            elif self._loan is not None:
+                value.data = value.clone()
+        kept = None
+        if values:
+            assert master is not None
+            kept = master.tensor.clone().view(torch.uint8)
+            master.bring(kept)
+        self._release()
+        self.slots, self.nbytes, self._shelf = slots, nbytes, None
+        if nbytes:
+            self._shelf = Shelf(self.home, f"unit {self.bucket.label}, {self.optimizer}", nbytes)
+        self._loan = self._lend()
+        if kept is not None:
+            assert master is not None
+            self._loan.buffer[: kept.numel()].copy_(kept)
+            master.bring(self._loan.buffer)
+
+
+def _elements(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(_elements(item) for item in items)
+
+
+# --- a step ------------------------------------------------------------------------------------------
+Pieces = Sequence[Sequence[tuple[torch.Tensor, Bucket | None]]]
+"""Per parameter group, what it holds for the length of a step; ``None``: a plain parameter."""
+
+
+def part_of(parts: dict[int, Part], optimizer: Optimizer, bucket: Bucket) -> Part:
+    """The part of an optimizer that belongs to a bucket with a home; made when first asked for."""
+    part = parts.get(id(bucket))
+    if part is None:
+        part = parts[id(bucket)] = Part(bucket, type(optimizer).__name__)
+    return part
+
+
+def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], on_host: Set[int]) -> None:
+    """Update what has another home, and leave the rest in ``param_groups`` for the step that is about to run.
+
+    Args:
+        pieces: with their gradients set.
+        parts: the optimizer's, by ``id`` of the bucket.
+        on_host: pieces on the host, by ``id``, whose gradients are on the device.
+    """
+    offloaded = [(p, b) for group in pieces for p, b in group if b is not None and b.home is not None]
+    buckets = {id(b): b for p, b in offloaded if p.grad is not None or id(p) in on_host}
+    todo = [part_of(parts, optimizer, b) for b in sorted(buckets.values(), key=_place)]
+    try:
+        _each(optimizer, todo, pieces, on_host)
+    finally:
+        for part in todo:
+            part.cancel()
+    for group, held in zip(optimizer.param_groups, pieces, strict=True):
+        group["params"] = [p for p, b in held if b is None or b.home is None]
+
+
+def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, on_host: Set[int]) -> None:
+    """Update part by part; what a step changes in the optimizer's groups is as if it had not."""
+    groups = optimizer.param_groups
+    update: Callable[[Optimizer], Any] = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
+    before = [_settings(group) for group in groups]
+    after: list[dict[str, Any]] | None = None
+    for k, part in enumerate(todo):
+        part.begin()
+        if k + 1 < len(todo) and part.home.buffers > 1:
+            todo[k + 1].begin()
+        _unit(part.bucket).settle()
+        part.enter(optimizer.state)
+        try:
+            if part.crosses:
+                part.give_grads(p for held in pieces for p, b in held if b is part.bucket and id(p) in on_host)
+            for group, held in zip(groups, pieces, strict=True):
+                group["params"] = [p for p, b in held if b is part.bucket]
+            update(optimizer)
+        finally:
+            part.leave(optimizer.state)
+        # What a step changes in its groups (some count there) it changes once, not once per part.
+        changed = [_settings(group) for group in groups]
+        for group, values in zip(groups, before, strict=True):
+            for key in [key for key in group if key != "params" and key not in values]:
+                del group[key]
+            group.update(values)
+        if after is not None and not _equal(after, changed):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} keeps numbers in its groups that depend on all parameters together",
+                fix="it cannot be stepped unit by unit: leave offload_optimizer out",
+            )
+        after = changed
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _equal(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> bool:
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            return x is y or torch.equal(x, y)
+        return x is y or bool(x == y)
+
+    return all(x.keys() == y.keys() and all(same(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True))
+
+
+def _unit(bucket: Bucket) -> Any:
+    return bucket.params[0]._shardwise_unit  # type: ignore[attr-defined]
+
+
+def _place(bucket: Bucket) -> tuple[int, int, int]:
+    unit = _unit(bucket)
+    return id(unit.engine), unit.index, unit.buckets.index(bucket)

@@ -1,0 +1,63 @@
+"""Copies between a device and host memory, beside what the device computes."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Copy:
+    """A copy on its way; a :class:`shardwise.tiers.transfer.Transfer`. ``wait()`` blocks the host until it is done."""
+
+    def __init__(self, event: torch.cuda.Event | None = None) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class Link:
+    """The way between one device and the host, with a stream of its own. On a CPU device copies are done at once.
+
+    Attributes:
+        to_host_bytes, to_device_bytes: what crossed it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.to_host_bytes = self.to_device_bytes = 0
+        self._stream: torch.cuda.Stream | None = None
+
+    def to_host(self, source: torch.Tensor, host: torch.Tensor) -> Copy:
+        """Start to copy into a host tensor of equal size, in the host tensor's dtype. Pinned ones do not block."""
+        self.to_host_bytes += host.nbytes
+        if self.device.type != "cuda":
+            host.copy_(source)
+            return Copy()
+        low = source.to(host.dtype)  # before it crosses: half the bytes
+        current, stream = torch.cuda.current_stream(self.device), self._side()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            host.copy_(low, non_blocking=True)
+            event = stream.record_event()
+        low.record_stream(stream)
+        return Copy(event)
+
+    def to_device(self, host: torch.Tensor, target: torch.Tensor) -> Copy:
+        """Start to copy into a device tensor of equal size and dtype. What the device does next waits for it there."""
+        self.to_device_bytes += host.nbytes
+        if self.device.type != "cuda":
+            target.copy_(host)
+            return Copy()
+        current, stream = torch.cuda.current_stream(self.device), self._side()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            target.copy_(host, non_blocking=True)
+            event = stream.record_event()
+        current.wait_event(event)
+        return Copy(event)
+
+    def _side(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return self._stream
