@@ -20,7 +20,10 @@ from test_launch import command, finish, refused, start
 STEPS = 6
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, "zero3,offload_optimizer=nvme"])
+@pytest.mark.parametrize(
+    "preset",
+    [*(pytest.param(p, marks=pytest.mark.slow) for p in PRESETS[:-1]), "zero3", "zero3,offload_optimizer=nvme"],
+)
 def test_demo_states_what_happened(preset: str, tmp_path: Path) -> None:
     code, out, err = command(
         "demo", "--cpu", "--size", "tiny", "--steps", STEPS, "--strategy", preset, "--json", "--out", "here",

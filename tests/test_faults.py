@@ -94,7 +94,7 @@ def test_exception_on_one_rank(what, culprit, strategy, tmp_path):
     assert "Traceback" not in report, "only the culprit shows a traceback"
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_killed_rank(strategy, tmp_path):
     codes, errors, seconds = start(tmp_path, 3, "kill", strategy, "2")
     assert codes[2] == -9 and codes[0] == codes[1] == 1 and seconds < 45

@@ -522,7 +522,7 @@ def bad_day(tmp_path: Path, what: str) -> tuple[list[int], list[str]]:
         environment = {
             **os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         }  # fmt: skip
         command = [sys.executable, str(tmp_path / "script.py"), at("zero2", "nvme", str(tmp_path / "disk")), what]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))

@@ -58,6 +58,7 @@ class Faults:
         self._stopped = threading.Event()
         self.failed = False  # this rank is ending with an error
         self.speaks = True  # this rank prints the report of a broken collective, for all
+        self._elsewhere = False  # another rank does: seen while waiting, for the case that the store ends with it
         self._store: Any = None
         self._thread: threading.Thread | None = None
         if size > 1 and active:
@@ -88,12 +89,13 @@ class Faults:
             if not late and not told:
                 continue
             text = str(self.tracker) if late else ""
-            if text != told:
-                try:
+            try:
+                self._elsewhere = self._elsewhere or store.check(["reporter"])
+                if text != told:
                     store.set(f"status/{self.rank}", text)
-                except RuntimeError:  # the store's host has ended; nobody is left to tell
-                    return
-                told = text
+            except RuntimeError:  # the store's host has ended; nobody is left to tell
+                return
+            told = text
 
     def publish_failure(self, error: BaseException) -> None:
         """Write down why this rank ends, before its connections close."""
@@ -123,6 +125,7 @@ class Faults:
         if self._store is not None:
             try:
                 # Elected before anything else: the rank that hosts the store may end while others still listen.
+                self.speaks = not self._elsewhere
                 self.speaks = self._store.add("reporter", 1) == 1
                 self._store.set(f"status/{self.rank}", f"stopped while waiting for {op} over ranks {list(ranks)}")
                 until = time.monotonic() + _GRACE_S
