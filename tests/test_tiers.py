@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -458,10 +459,13 @@ def test_only_left_over_swap_folders_are_removed(tmp_path):
 
 ENDINGS = ["returns", "raises", "sigterm handled", "sigterm", "killed", "alive", "forks"]
 SCRIPT = """
-import gc, json, os, signal, sys, time, torch
+import faulthandler, gc, json, os, signal, sys, time, torch
 from shardwise.tiers.disk import DiskStore
 from shardwise.tiers.swap import SwapFolder
 base, endings = sys.argv[1], json.loads(sys.argv[2])
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # one write: many processes share the pipe
 
 def child(ending):
     store = DiskStore(base, rank=len(ending), chunk=4096)
@@ -475,13 +479,13 @@ def child(ending):
             try:
                 store.write(extent, torch.ones(5))
             except OSError as error:
-                print("forked:", str(error).splitlines()[0], flush=True)
+                say("forked:", str(error).splitlines()[0])
             raise SystemExit
         os.waitpid(pid, 0)
         out = torch.zeros(1 << 20, dtype=torch.uint8)
         store.read(extent, out).wait()
         assert out.all() and os.path.isdir(store.folder.path)
-    print(f"ready {ending}:{os.getpid()}:{store.folder.path}", flush=True)
+    say(f"ready {ending}:{os.getpid()}:{store.folder.path}")
     if ending == "raises":
         raise KeyError("on purpose")
     while ending in ("sigterm handled", "sigterm", "killed", "alive"):
@@ -494,11 +498,12 @@ def crowd():
         folder = SwapFolder(base)
         time.sleep(0.002)
         if not os.path.exists(os.path.join(folder.path, "owner.json")):
-            print("lost", folder.path, flush=True)
+            say("lost", folder.path)
         folder.close()
-    print("crowd", flush=True)
+    say("crowd")
     os._exit(0)
 
+faulthandler.register(signal.SIGUSR1, all_threads=True)  # the test asks those that do not end
 jobs = [lambda e=e: child(e) for e in endings] + [crowd] * 3
 torch.set_num_threads(1)
 gc.freeze()
@@ -511,21 +516,24 @@ while True:
         os.wait()
     except ChildProcessError:
         break
-print("over", flush=True)
+say("over")
 """
 
 
 def wait_gone(pid: int) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 30
     while os.path.exists(f"/proc/{pid}"):  # the helper reaps it
-        assert time.monotonic() < end, f"process {pid} does not end"
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(1)
+            raise AssertionError(f"process {pid} does not end")
         time.sleep(0.01)
 
 
 def test_nothing_is_left_however_a_process_ends(tmp_path):
     helper = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps(ENDINGS)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )  # fmt: skip
     pids: dict[str, int] = {}
@@ -554,12 +562,15 @@ def test_nothing_is_left_however_a_process_ends(tmp_path):
         assert remove_stale(tmp_path) == [paths["alive"]] and os.listdir(tmp_path) == []
         assert helper.wait(30) == 0
         assert "on purpose" in helper.stderr.read()
+    except BaseException:
+        os.killpg(helper.pid, signal.SIGUSR1)
+        time.sleep(1)
+        print("from the processes:", lines)
+        raise
     finally:
-        for pid in pids.values():
-            if os.path.exists(f"/proc/{pid}"):
-                os.kill(pid, signal.SIGKILL)
-        helper.kill()
-        helper.communicate()
+        with contextlib.suppress(ProcessLookupError):  # all of them: who holds a pipe would let the next line wait
+            os.killpg(helper.pid, signal.SIGKILL)
+        print(*helper.communicate(timeout=30), sep="\n")
 
 
 # --- the probe -------------------------------------------------------------------------------------

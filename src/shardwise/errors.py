@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ShardwiseError(Exception):
     """Base of everything Shardwise raises on purpose.
@@ -16,6 +19,12 @@ class ShardwiseError(Exception):
         self.what, self.where, self.fix = what, where, fix
         text = what if not where else f"{where}: {what}"
         super().__init__(text if not fix else f"{text}\n  fix: {fix}")
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """A ``fix`` for a name that does not exist: the nearest that does, if one is near enough, else ``otherwise``."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean '{near[0]}'?" if near else otherwise
 
 
 class StrategyError(ShardwiseError, ValueError):

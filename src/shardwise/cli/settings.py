@@ -5,7 +5,6 @@ Nothing here imports torch, so that ``shardwise config`` and every ``--help`` an
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 
 from shardwise import environment
-from shardwise.errors import LaunchError, ShardwiseError
+from shardwise.errors import LaunchError, ShardwiseError, did_you_mean
 from shardwise.strategy import Strategy
 
 # What people write who come from another launcher, and what it is here.
@@ -290,7 +289,7 @@ def _value(name: str, value: Any, kind: str, path: Path) -> Any:
 def unknown_key(key: str, known: list[str], path: Path, inside: str = "") -> LaunchError:
     """The error for a key that does not exist, with the nearest that does."""
     name = key.lower().replace("-", "_")
-    near = [_KNOWN_ELSEWHERE[name]] if not inside and name in _KNOWN_ELSEWHERE else []
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    fix = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(known)}"
+    if not inside and name in _KNOWN_ELSEWHERE:
+        name, known = _KNOWN_ELSEWHERE[name], [_KNOWN_ELSEWHERE[name]]
+    fix = did_you_mean(name, known, otherwise=f"the keys are {', '.join(known)}", cutoff=0.5)
     return LaunchError(f"there is no key '{key}'{f' in {inside}' if inside else ''}", where=str(path), fix=fix)

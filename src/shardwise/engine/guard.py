@@ -15,22 +15,18 @@ import torch
 from torch import nn
 
 from shardwise.errors import ReleasedParameterError
+from shardwise.tiers.harmless import METADATA, METHODS, asked
 
 if TYPE_CHECKING:
     from shardwise.engine.unit import Unit
 
-_METADATA = {
-    "shape", "dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "grad_dtype", "is_leaf", "ndim",
-    "names", "name", "itemsize", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested",
-    "is_mkldnn", "is_xpu", "is_mps", "is_xla", "is_sparse_csr", "retains_grad", "output_nr", "_version",
-    "_backward_hooks", "_base", "_grad", "_post_accumulate_grad_hooks", "is_ipu", "is_mtia", "is_maia", "is_vulkan",
-    "nbytes",
+_METADATA = METADATA | {
+    "grad_dtype", "name", "retains_grad", "output_nr", "_backward_hooks", "_post_accumulate_grad_hooks",
 }  # fmt: skip
-_METHODS = {
-    "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size", "stride",
-    "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "is_contiguous", "__hash__", "__len__",
-    "get_device", "is_inference", "storage_offset", "is_same_size", "_is_view", "is_distributed", "is_signed",
-    "retain_grad", "__format__", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+_METHODS = METHODS | {
+    "stride", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "is_contiguous",
+    "storage_offset", "_is_view", "is_distributed", "retain_grad",
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 }  # fmt: skip
 
 
@@ -43,12 +39,7 @@ class GuardedParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in ("__get__", "__set__", "__delete__"):
-            name = getattr(getattr(func, "__self__", None), "__name__", "")
-            harmless = name in _METADATA
-        else:
-            harmless = name in _METHODS
+        name, harmless = asked(func, _METADATA, _METHODS)
         if not harmless:
             for param in _find((args, kwargs)):
                 if name == "__repr__":

@@ -17,6 +17,7 @@ from shardwise import environment
 from shardwise.errors import LaunchError
 from shardwise.launchers.processes import Job, run
 from shardwise.strategy import Strategy
+from shardwise.utils.environment import patch_environment
 
 _PORT = 29500  # of several hosts that were told none; one host takes a free one
 
@@ -190,15 +191,7 @@ def _meeting(address: str, port: str | int | None, endpoint: str, hosts: int) ->
 # --- one process ------------------------------------------------------------------------------
 def _here(function: Callable[..., Any], args: Sequence[Any], variables: dict[str, str]) -> None:
     """Call the function in this process. Errors are its own."""
-    before = {name: os.environ.get(name) for name in variables}
     if "CUDA_VISIBLE_DEVICES" in variables and torch.cuda.is_initialized():
         variables = {name: value for name, value in variables.items() if name != "CUDA_VISIBLE_DEVICES"}
-    os.environ.update(variables)
-    try:
+    with patch_environment(**variables):
         function(*args)
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

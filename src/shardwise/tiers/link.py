@@ -35,12 +35,8 @@ class Link:
             host.copy_(source)
             return Copy()
         low = source.to(host.dtype)  # before it crosses: half the bytes
-        current, stream = torch.cuda.current_stream(self.device), self._side()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            host.copy_(low, non_blocking=True)
-            event = stream.record_event()
-        low.record_stream(stream)
+        event = self._beside(low, host)
+        low.record_stream(self._side())
         return Copy(event)
 
     def to_device(self, host: torch.Tensor, target: torch.Tensor) -> Copy:
@@ -49,13 +45,17 @@ class Link:
         if self.device.type != "cuda":
             target.copy_(host)
             return Copy()
-        current, stream = torch.cuda.current_stream(self.device), self._side()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            target.copy_(host, non_blocking=True)
-            event = stream.record_event()
-        current.wait_event(event)
+        event = self._beside(host, target)
+        torch.cuda.current_stream(self.device).wait_event(event)
         return Copy(event)
+
+    def _beside(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
+        """Copy on the stream of our own, after what the device was told so far."""
+        stream = self._side()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            return stream.record_event()
 
     def _side(self) -> torch.cuda.Stream:
         if self._stream is None:

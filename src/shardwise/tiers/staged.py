@@ -11,19 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from shardwise.errors import OffloadError
+from shardwise.tiers.harmless import asked
 
 if TYPE_CHECKING:
     from shardwise.tiers.home import Shelf
-
-_METADATA = {
-    "shape", "dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "names", "itemsize",
-    "nbytes", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "is_mps",
-    "is_xla", "is_sparse_csr", "is_ipu", "is_mtia", "is_maia", "is_vulkan", "_version", "_base", "_grad",
-}  # fmt: skip
-_METHODS = {
-    "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size", "get_device",
-    "is_inference", "is_same_size", "is_signed", "__hash__", "__len__", "__format__",
-}  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -41,12 +32,7 @@ class Staged(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("__get__", "__set__", "__delete__"):
-            name = getattr(getattr(func, "__self__", None), "__name__", "")
-            harmless = name in _METADATA
-        else:
-            harmless = name in _METHODS
+        name, harmless = asked(func)
         first = args[0] if args else None
         if isinstance(first, Staged):
             if name == "is_contiguous":

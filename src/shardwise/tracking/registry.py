@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from typing import Any
 
-from shardwise.errors import TrackerError
+from shardwise.errors import TrackerError, did_you_mean
 from shardwise.logging import get_logger
 from shardwise.tracking.aim import AimTracker
 from shardwise.tracking.base import GeneralTracker, check_complete, is_tracker
@@ -146,5 +145,4 @@ def _all(logging_dir: Any) -> list[LoggerType]:
 
 
 def _instead(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"one of {', '.join(names)}"
+    return did_you_mean(name, names, otherwise=f"one of {', '.join(names)}")

@@ -6,14 +6,13 @@ silently. ``"auto"`` and ``None`` say nothing anywhere.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, did_you_mean
 
 _DTYPES = {"fp32": "fp32", "float32": "fp32", "fp16": "fp16", "float16": "fp16", "bf16": "bf16", "bfloat16": "bf16"}
 _STAGES = ("ddp", "zero1", "zero2", "zero3")
@@ -277,11 +276,10 @@ def _sort(
         if key in refused and _on(key, value):
             raise ConfigError(f"{prefix}{key} is not served", where=where, fix=refused[key])
         if key not in quiet and key not in tuning and key not in refused:
-            near = difflib.get_close_matches(str(key), [*quiet, *tuning, *refused], n=1)
             raise ConfigError(
                 f"{prefix}{key} is not a key of DeepSpeed that is known here",
                 where=where,
-                fix=f"did you mean '{near[0]}'?" if near else "leave it out",
+                fix=did_you_mean(str(key), [*quiet, *tuning, *refused], otherwise="leave it out"),
             )
     return [f"{prefix}{key}" for key, value in part.items() if key in tuning and _said(value)]
 
