@@ -61,6 +61,8 @@ class Strategy:
         offload_buffers: host buffers before that disk, each as large as the largest unit's optimizer state: with 3,
             one unit is read and one is written while a third is updated.
         offload_depth: requests to the disk in flight, of reads and of writes each.
+        offload_prefetch: units whose parameters are brought from their home ahead of the one that is gathered next;
+            each costs that unit's values in memory.
         broadcast_buffers: send rank 0's buffers before each training forward, as DDP does.
         timeout: seconds a collective may wait before every rank ends with a report.
 
@@ -81,6 +83,7 @@ class Strategy:
     pin_memory: bool = True
     offload_buffers: int = 3
     offload_depth: int = 4
+    offload_prefetch: int = 1
     broadcast_buffers: bool = True
     timeout: float = 600.0
 
@@ -108,6 +111,8 @@ class Strategy:
         for key in ("offload_buffers", "offload_depth"):
             if getattr(self, key) < 1:
                 raise StrategyError(f"{key}={getattr(self, key)} is not a number of them", fix="give 1 or more")
+        if self.offload_prefetch < 0:
+            raise StrategyError(f"offload_prefetch={self.offload_prefetch} is no number of units", fix="give 0 or more")
         if not 0 <= self.offload_ratio <= 1:
             raise StrategyError(f"offload_ratio={self.offload_ratio} is not a part of 1", fix="give 0 to 1")
         if self.nvme_path is not None and ("," in self.nvme_path or not self.nvme_path):
@@ -170,11 +175,11 @@ class Strategy:
 
     def require_available(self) -> None:
         """Raise :class:`NotAvailableYet` for homes that this version cannot serve."""
-        asked = [k for k in ("offload_params", "offload_grads") if getattr(self, k) != "device"]
+        asked = [k for k in ("offload_grads",) if getattr(self, k) != "device"]
         if asked:
             raise NotAvailableYet(
                 f"{', '.join(f'{k}={getattr(self, k)}' for k in asked)} is not available yet: "
-                "this version keeps parameters and gradients on the device",
+                "this version keeps gradients on the device",
                 where=f"strategy '{self}'",
                 fix=f"leave it out: '{self.replace(**dict.fromkeys(asked, 'device'))}'",
             )

@@ -12,8 +12,10 @@ gradients         reduced in place, ``flat``-sized         arrive in a temporary
 optimizer state   one tensor per piece of all shards       one tensor per piece of the held shards
 ================  =======================================  ===========================================
 
-Where optimizer state has another home than the device, so have master values that are tensors of their own beside the
-values (``away``). Split values are then kept as shards in the dtype they are gathered in.
+Homes other than the device change where a buffer is, never what is computed from it. Parameters with another home are
+kept as held shards there, and ``flat`` is filled from it and released as where they are split, also if each rank holds
+all shards. Where what gathers read differs from the master values, in dtype or in place, there are two tensors: the
+``shard`` at the home of parameters, and the master values at the home of optimizer state.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-from shardwise.comm.group import Op, Transfer
+from shardwise.comm.group import Op
 from shardwise.comm.mesh import Mesh, Reduction
 from shardwise.engine.grads import ShardedGrad
 from shardwise.errors import GradientError
 from shardwise.layout import Layout, Piece
 from shardwise.strategy import Strategy
 from shardwise.tiers import Buffer, Ledger
-from shardwise.tiers.home import Home, Values
+from shardwise.tiers.home import All, Home
+from shardwise.tiers.transfer import Transfer
+from shardwise.tiers.values import Values
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +48,7 @@ class Bucket:
         params, names: the parameters and one full name of each.
         mesh, strategy: who holds what.
         ledger: counts the live bytes.
-        home: of the optimizer state; ``None`` for the device.
+        home: of what the strategy offloads; ``None`` if that is nothing.
     """
 
     def __init__(
@@ -69,10 +73,18 @@ class Bucket:
         )
         self.granularity = strategy.layout
         self.share = 1.0 / mesh.parts
-        self.home = home if floating and any(p.requires_grad for p in params) else None
-        self.on_host = self.home is not None and self.home.separate
-        self.away = self.home is not None and (self.on_host or self.dtype != self.master_dtype)
-        self.split = strategy.split_params and mesh.shard.size > 1
+        steps = floating and any(p.requires_grad for p in params)
+        self.home = home if steps or strategy.offload_params != "device" else None
+        separate = self.home is not None and self.home.separate
+        params_home = "device" if self.home is None else strategy.offload_params
+        state_home = strategy.offload_optimizer if steps and strategy.offload_ratio > 0 else "device"
+        self.params_away, self.params_on_disk = params_home != "device", params_home == "nvme"
+        self.state_on_disk = state_home == "nvme"
+        self.on_host = separate and state_home != "device"  # master values, and the optimizer's step
+        self._read_on_host = separate and self.params_away  # what gathers read
+        # Are master values another tensor than what gathers read?
+        self.apart = self.home is not None and (self.dtype != self.master_dtype or self.on_host != self._read_on_host)
+        self.split = (strategy.split_params and mesh.shard.size > 1) or self.params_away
         self.split_grads = strategy.split_grads and mesh.shard.size > 1
         self.split_optimizer = strategy.split_optimizer and mesh.shard.size > 1
         self.tag = mesh.new_tag()
@@ -97,13 +109,25 @@ class Bucket:
         self.piece_params = [[self._view(piece) for piece in pieces] for pieces in self.pieces]
         # Where each held piece begins in the held shards, in the order of ``piece_params``.
         self.piece_starts = [p.offset - self.held.start for pieces in self.pieces for p in pieces]
+        views = list(zip(self.piece_starts, [view for pieces in self.piece_params for view in pieces], strict=True))
+        # Master values, and what gathers read; ``None``: on the device.
         self.values: Values | None = None
-        if self.away:
-            assert self.home is not None
-            views = [view for pieces in self.piece_params for view in pieces]
-            self.values = Values(
-                self.home, f"unit {label}", self.master, list(zip(self.piece_starts, views, strict=True))
-            )
+        self.source: Values | None = None
+        if self.apart:
+            self.values = self._at_home("master values", self.master, self.state_on_disk, "optimizer", views)
+            if self.params_away:
+                assert self.shard is not None
+                self.source = self._at_home("parameters", self.shard, self.params_on_disk, "parameters")
+        elif self.params_away:
+            self.values = self._at_home("parameters", self.master, self.params_on_disk, "parameters", views)
+            self.source = self.values
+        self._arriving: list[Transfer] | None = None
+
+    def _at_home(
+        self, what: str, tensor: torch.Tensor, disk: bool, state: str, views: Sequence[tuple[int, torch.Tensor]] = ()
+    ) -> Values:
+        assert self.home is not None
+        return Values(self.home, f"unit {self.label} {what}", tensor, views, disk=disk, state=state)
 
     def op(self, kind: str) -> Op:
         return self._ops[kind]
@@ -112,7 +136,7 @@ class Bucket:
     @torch.no_grad()
     def _take_values(self) -> None:
         """Move the parameters' values into the flat buffer, rank 0's for everyone, and keep what is held."""
-        alias = not self.split and not self.away and self.dtype == self.master_dtype
+        alias = not self.split and not self.apart and self.dtype == self.master_dtype
         state = "gather_buffers" if self.split else "parameters"
         whole = Buffer(self.layout.numel, self.master_dtype, self.device, state, self.ledger)
         values = whole.tensor
@@ -125,8 +149,8 @@ class Bucket:
             self.flat, self.master = whole, values[self.held]
         else:
             n = self.held.stop - self.held.start
-            if self.away:
-                self.master = torch.empty(n, dtype=self.master_dtype, device="cpu")
+            if self.apart or self.params_away:  # counted by what takes it home
+                self.master = self._empty(n, self.master_dtype, self.on_host)
             else:
                 kept = "parameters" if self.split else "optimizer"
                 self.master = self.ledger.empty(n, self.master_dtype, self.device, kept)
@@ -138,31 +162,79 @@ class Bucket:
                 self.flat.tensor.copy_(values)
                 whole.release()
         self.aliased = alias
-        # Split values that are gathered from something smaller than the master values, because those are away.
-        self.shard: torch.Tensor | None = None
-        if self.away and self.split:
+        self.shard: torch.Tensor | None = None  # what gathers read, where that is not the master values
+        if self.apart and self.params_away:
+            self.shard = self._empty(self.master.numel(), self.dtype, self._read_on_host)
+        elif self.apart and self.split:
             self.shard = self.ledger.empty(self.master.numel(), self.dtype, self.device, "parameters")
+        if self.shard is not None:
             self.shard.copy_(self.master)
         for slot, p in zip(self.layout.slots, self.params, strict=True):
             p.data = self.flat.tensor[slot.offset : slot.stop].view(slot.shape)
             p.grad_dtype = None  # the reduced gradient has the master dtype, whatever we compute in
 
+    def _empty(self, numel: int, dtype: torch.dtype, on_host: bool) -> torch.Tensor:
+        if not on_host:
+            return torch.empty(numel, dtype=dtype, device=self.device)
+        assert self.home is not None
+        return torch.empty(numel, dtype=dtype, pin_memory=self.home.pin)
+
+    def stage(self) -> None:
+        """Begin to bring held shards from their home into ``flat``, if that is where they are."""
+        if self.source is not None and self._arriving is None:
+            self.flat.fill()
+            self._arriving = self.source.fill(self.flat.tensor[self.held])
+
+    def unstage(self) -> None:
+        """Nobody gathers what was staged: let it go."""
+        if self._arriving is not None:
+            arriving, self._arriving = self._arriving, None
+            All(arriving).wait()
+            self.flat.release()
+
     def start_gather(self) -> Transfer:
         """Fill ``flat`` from the shards of the shard axis. Sends (S-1)/S of it."""
-        self.flat.fill()
-        if self.shard is not None:
-            self.flat.tensor[self.held].copy_(self.shard)
-        elif not self.aliased and not self.away:
-            self.flat.tensor[self.held].copy_(self.master)
+        if self.source is not None:
+            self.stage()
+            assert self._arriving is not None
+            arriving, self._arriving = All(self._arriving), None
+            if self.mesh.shard.size == 1:
+                return arriving
+            arriving.wait()  # here, not later: all ranks start their collectives in the same order
+        else:
+            self.flat.fill()
+            if self.shard is not None:
+                self.flat.tensor[self.held].copy_(self.shard)
+            elif not self.aliased and not self.apart:
+                self.flat.tensor[self.held].copy_(self.master)
         return self.mesh.gather(self.flat.tensor, self.op("gather"))
 
-    def follow_master(self) -> None:
-        """Master values that are ``away`` were written to and are still here: let the values follow."""
-        self.follower.copy_(self.master)
+    def follow_master(self, low: torch.Tensor | None = None) -> list[Transfer]:
+        """Master values that are ``apart`` were written to and are still here: let what gathers read follow.
+
+        Args:
+            low: ``(held shards,)`` in the compute dtype, host memory they may pass through. It must not change before
+                the transfers have ended.
+        """
+        if not self.apart:
+            return []
+        on_disk = self.source is not None and self.source.on_disk
+        if low is None and on_disk:
+            low = torch.empty(self.master.numel(), dtype=self.dtype)
+        if low is None or (self.source is not None and not on_disk):
+            self.follower.copy_(self.master)
+            return []
+        low.copy_(self.master)
+        if self.source is not None:
+            return self.source.write(low.view(torch.uint8))
+        assert self.home is not None
+        copy = self.home.link.to_device(low, self.follower)
+        copy.order()
+        return [copy]
 
     @property
     def follower(self) -> torch.Tensor:
-        """The values of the held shards on the device, which follow master values that are ``away``."""
+        """The values of the held shards, which follow master values that are ``apart``."""
         return self.flat.tensor[self.held] if self.shard is None else self.shard
 
     @contextmanager
@@ -175,7 +247,7 @@ class Bucket:
         self.values.materialise()
         yield self.master
         if write:
-            self.follow_master()
+            All(self.follow_master()).wait()
         if opened:
             self.values.settle()
 
@@ -343,7 +415,7 @@ class Bucket:
             mean = torch.empty_like(master, device=self.device)
             self.mesh.reduce(master.to(self.device, copy=True), mean, self.op("reduce"), self.ledger).wait()
             master.copy_(mean.div_(self.mesh.parts))
-            if not self.aliased:
+            if not self.aliased and not self.split:
                 self.flat.tensor.copy_(master)
 
     def abandon(self) -> None:

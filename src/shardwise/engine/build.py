@@ -227,14 +227,15 @@ def _mesh(world: World, device: torch.device, strategy: Strategy, mesh: DeviceMe
 
 
 def _home(engine: Engine, device: torch.device) -> Home | None:
-    """Where this model's optimizer state goes, if not to the device. All ranks have one, or all raise."""
+    """Where what the strategy offloads goes, if anything. All ranks have one, or all raise."""
     strategy, world = engine.strategy, engine.world
-    if strategy.offload_optimizer == "device" or strategy.offload_ratio == 0:
+    homes = {strategy.offload_params, strategy.offload_optimizer if strategy.offload_ratio > 0 else "device"}
+    if homes == {"device"}:
         return None
     home, error = None, None
     try:
         home = Home(
-            strategy.offload_optimizer,
+            "nvme" if "nvme" in homes else "cpu",
             engine.ledger,
             path=strategy.nvme_path,
             rank=world.rank,
@@ -243,6 +244,7 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
             pin=strategy.pin_memory and device.type == "cuda",
             ratio=strategy.offload_ratio,
             device=device,
+            ahead=strategy.offload_prefetch + 1,
             warn=world.rank % max(world.local_size, 1) == 0,
         )
     except OffloadError as found:
@@ -258,7 +260,7 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
     if any(failed):
         odd = failed.index(True)
         raise OffloadError(
-            f"rank {odd} has no place for offloaded optimizer state",
+            f"rank {odd} has no place for what is offloaded",
             where=f"rank {world.rank}",
             fix=f"look at rank {odd}'s own message: its nvme_path is missing, full or not writable",
         )

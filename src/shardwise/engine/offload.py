@@ -44,7 +44,7 @@ class Slot(NamedTuple):
 
 def moves(bucket: Bucket, value: Any) -> bool:
     """Do this state's bytes leave the memory between steps?"""
-    if bucket.home is None or bucket.home.disk is None or not isinstance(value, torch.Tensor):
+    if not bucket.state_on_disk or not isinstance(value, torch.Tensor):
         return False
     return isinstance(value, Staged) or (type(value) is torch.Tensor and value.dim() > 0 and value.numel() > 0)
 
@@ -74,23 +74,26 @@ class Part:
         self.slots: list[Slot] = []
         self.nbytes = 0  # of the state tensors; master values lie before them in a buffer
         self._values_bytes = 0 if bucket.values is None else bucket.values.nbytes
-        n = bucket.master.numel() if bucket.on_host else 0
-        self._low_bytes = padded(n * bucket.dtype.itemsize)  # what crosses the link: gradients, then values
-        self._grad_bytes = padded(n * bucket.master_dtype.itemsize)
+        n, on_host = bucket.master.numel(), bucket.on_host
+        follows = bucket.apart and (bucket.params_on_disk or (on_host and not bucket.params_away))
+        # What crosses the link or goes to the disk in the compute dtype: gradients, then values.
+        self._low_bytes = padded(n * bucket.dtype.itemsize) if follows or on_host else 0
+        self._grad_bytes = padded(n * bucket.master_dtype.itemsize) if on_host else 0
         self._shelf: Shelf | None = None
         self._loan: Loan | None = None
         self._coming: list[Transfer] = []
 
     @property
     def crosses(self) -> bool:
-        """Do gradients come from the device, and values go there?"""
-        return self._low_bytes > 0
+        """Do gradients come from the device?"""
+        return self._grad_bytes > 0
 
     # --- one update --------------------------------------------------------------------------
     def begin(self, values: bool = True) -> None:
         """Start to bring what is not on the host: state, and with ``values`` master values and gradients."""
-        crosses, values = values and self.crosses, values and self._values_bytes > 0
-        if self._loan is not None or (self._shelf is None and not values and not crosses):
+        low, crosses = values and self._low_bytes > 0, values and self.crosses
+        values = values and self._values_bytes > 0
+        if self._loan is not None or (self._shelf is None and not values and not low):
             return
         self._loan = self._lend()
         if crosses:
@@ -135,14 +138,12 @@ class Part:
             OptimizerError: state of a kind that cannot be moved.
         """
         writes: list[Transfer] = []
-        if values and self.bucket.on_host and self._loan is not None:
-            for piece in self._pieces:
-                piece.grad = None
-            self._low.copy_(self.bucket.master)
-            writes.append(self.home.link.to_device(self._low, self.bucket.follower))
-        elif values and self.bucket.values is not None:
-            self.bucket.follow_master()
-        if self.home.disk is None:
+        if values:
+            if self.crosses:
+                for piece in self._pieces:
+                    piece.grad = None
+            writes += self.bucket.follow_master(self._low if self._low_bytes else None)
+        if not self.bucket.state_on_disk and not self._values_bytes:
             self._release(writes)
             return
         values = values and self._values_bytes > 0
@@ -189,7 +190,7 @@ class Part:
 
     def flush(self, state: State) -> None:
         """Write out state that is in memory, because it was materialised, loaded or made by hand."""
-        if self.home.disk is not None and any(not isinstance(value, Staged) for _, _, value in self._found(state)):
+        if self.bucket.state_on_disk and any(not isinstance(value, Staged) for _, _, value in self._found(state)):
             self.enter(state, values=False)
             self.leave(state, values=False)
 
@@ -225,7 +226,7 @@ class Part:
             for key, value in state.get(piece, {}).items():
                 if moves(self.bucket, value):
                     out.append((piece, key, value))
-                elif (large := _elements(value)) > piece.numel() // 2 and large > 1:
+                elif self.bucket.state_on_disk and (large := _elements(value)) > piece.numel() // 2 and large > 1:
                     raise OptimizerError(
                         f"its state '{key}' is a {type(value).__name__} with {large} elements, which cannot be moved",
                         where=f"{self.optimizer}, unit {self.bucket.label}",

@@ -54,16 +54,16 @@ class Sequence_:
             self.last = guess
         self.now = []
 
-    def after(self, unit: Unit) -> Unit | None:
-        """Note that ``unit`` came; return the one expected next."""
+    def after(self, unit: Unit, count: int) -> list[Unit]:
+        """Note that ``unit`` came; return those expected next, at most ``count``."""
         at = len(self.now)
         self.now.append(unit)
         last = self.last
         if at >= len(last) or last[at] is not unit:
             if unit not in last:
-                return None
+                return []
             at = last.index(unit)
-        return last[at + 1] if at + 1 < len(last) else None
+        return last[at + 1 : at + 1 + count]
 
 
 class Engine:
@@ -96,6 +96,7 @@ class Engine:
         self._next = 0
         self.gather_log = 0
         self._keep_graph = False
+        self._ahead = 1 + (strategy.offload_prefetch if strategy.offload_params != "device" else 0)
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise UnitError(
@@ -174,7 +175,7 @@ class Engine:
     def _drop(self, reason: str) -> None:
         """Nothing needs the units that were kept gathered for ``reason`` any more."""
         for unit in self.units:
-            if reason in unit.kept_for:
+            if reason in unit.kept_for or unit.staged:
                 unit.kept_for.discard(reason)
                 unit.release()
 
@@ -184,11 +185,10 @@ class Engine:
         if self.backward_active:  # recomputing under activation checkpointing
             unit.gather()
         else:
-            following = self._sequence().after(unit)
+            following = self._sequence().after(unit, self._ahead)
             self._log_gather(unit)
             unit.gather()
-            if following is not None:
-                self._prefetch(following)
+            self._prefetch(following)
         call = None
         if torch.is_grad_enabled():
             unit.watch_trainable()
@@ -231,9 +231,13 @@ class Engine:
         below = [u for u in order if u.module is not self.module]
         self.stay_gathered = [u for u in self.units if u.module is self.module] + below[-2:]
 
-    def _prefetch(self, unit: Unit) -> None:
-        if unit.split:
-            unit.start_gather()
+    def _prefetch(self, following: list[Unit]) -> None:
+        """Gather the next unit, and bring shards of those after it from their home."""
+        for k, unit in enumerate(following):
+            if k == 0 and unit.split:
+                unit.start_gather()
+            else:
+                unit.stage()
 
     def _log_gather(self, unit: Unit) -> None:
         if unit.split and not unit.gathered and unit.gathering is None:
@@ -282,10 +286,9 @@ class Engine:
         self.begin_backward()
         self.launch_ready()
         if unit.backward_id != self.backward_id or not unit.gathered:
-            following = self._backward.after(unit)
+            following = self._backward.after(unit, self._ahead)
             unit.gather()
-            if following is not None:
-                self._prefetch(following)
+            self._prefetch(following)
             unit.begin_backward(self.backward_id)
             if self._keep_graph and unit.split:
                 unit.kept_for.add("backward")

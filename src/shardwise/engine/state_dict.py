@@ -16,6 +16,7 @@ from shardwise.engine.bucket import Bucket
 from shardwise.engine.optimizer import unit_of
 from shardwise.engine.unit import Unit
 from shardwise.errors import UnitError
+from shardwise.tiers.home import All
 
 
 def install(unit: Unit) -> None:
@@ -133,5 +134,5 @@ def _let_follow(unit: Unit) -> None:
     """Master values that have another home were written to: take the values over, and let them go home."""
     for bucket in unit.buckets:
         if bucket.values is not None and bucket.values.here:
-            bucket.follow_master()
+            All(bucket.follow_master()).wait()
             bucket.values.settle()

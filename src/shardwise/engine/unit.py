@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from shardwise.comm.group import Transfer
 from shardwise.comm.mesh import Mesh
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.guard import guard, mark, refuse, unguard
@@ -18,6 +17,7 @@ from shardwise.errors import UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 from shardwise.tiers.home import Home
+from shardwise.tiers.transfer import Transfer
 
 if TYPE_CHECKING:
     from shardwise.engine.schedule import Engine
@@ -49,7 +49,7 @@ class Unit:
         name: full name of ``module`` in the sharded model.
         module: the subtree; its hooks drive the unit.
         params: parameters it answers for, each with all its full names (tied ones have several).
-        home: of its optimizer state; ``None`` for the device.
+        home: of what the strategy offloads; ``None`` if that is nothing.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Unit:
                 self.names[id(p)] = names
         self.places = {id(p): (b, i) for b, i, p in self.slots}
         self.split = any(b.split for b in self.buckets)
+        self.away = any(b.params_away for b in self.buckets)
         # By a weak reference: the collector cannot look into autograd, and a dropped model would live for ever.
         me = weakref.ref(self)
         self._arrivals: list[Callable[[nn.Parameter], None]] = [
@@ -92,6 +93,7 @@ class Unit:
         self.has_frozen = False
         self.watch_trainable()
         self.gathered = True
+        self.staged = False
         self.gathering: list[Transfer] | None = None
         self.kept_for: set[str] = set()  # stay gathered until the end of this "forward", "backward" or "reading"
         self.handles: list[Any] = []
@@ -108,11 +110,19 @@ class Unit:
         return [p for _, _, p in self.slots]
 
     # --- values ------------------------------------------------------------------------------
+    def stage(self) -> None:
+        """Begin to bring this rank's shards from their home, ahead of the gather."""
+        if self.away and not self.gathered and self.gathering is None:
+            self.staged = True
+            for b in self.buckets:
+                b.stage()
+
     def start_gather(self) -> None:
         """Begin to bring the values here, unless they are here or on their way."""
         if self.gathered or self.gathering is not None:
             return
         with torch.no_grad(), self.engine.told("gather", self.index):
+            self.staged = False
             self.gathering = [b.start_gather() for b in self.buckets if b.split]
 
     def gather(self) -> None:
@@ -133,6 +143,10 @@ class Unit:
             return
         if self.gathering is not None:
             self.gather()
+        if self.staged:
+            self.staged = False
+            for b in self.buckets:
+                b.unstage()
         if self.gathered:
             self.gathered = False
             for b in self.buckets:

@@ -142,20 +142,22 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
             n, value, master = b.layout.numel, _width(b.dtype), _width(b.master_dtype)
             wire = _width(b.reduce_dtype)
             trainable = any(p.requires_grad for p in b.params)
-            split_params = row.split_params and shard > 1
+            params_home = row.offload_params
+            split_params = (row.split_params and shard > 1) or params_home != "device"
             home = row.offload_optimizer if trainable and row.offload_ratio else "device"
             kept = 1 - row.offload_ratio if home == "nvme" else 1.0
-            away = home != "device" and (value != master or b.on_host)
+            apart = (home, params_home) != ("device", "device") and (value != master or b.apart)
             if split_params:
                 gathers = 1 if unit in engine.stay_gathered else 2
                 values[-1] += n * value
-                parameters += n // shard * (value if away else master)
-                if away:
+                if params_home != "nvme":
+                    parameters += n // shard * (value if apart else master)
+                if apart:
                     optimizer += round(kept * (n // shard * master))
             else:
                 gathers = 1 if row.split_optimizer and shard > 1 and trainable else 0
                 parameters += n * value
-                if value != master or away:
+                if value != master or apart:
                     optimizer += round(kept * (n // shard if row.split_optimizer else n) * master)
             sent += gathers * (shard - 1) * (n // shard) * value
             if trainable:
@@ -163,17 +165,20 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
                 gradients += (n // shard if row.split_grads else n) * master
                 held = n // shard if row.split_optimizer else n
                 optimizer += round(kept * tensors * held * master)
-                largest = max(largest, (tensors + away) * held * master if home == "nvme" else 0)
+                through = (tensors + apart if home == "nvme" else 0) + (params_home == "nvme" and not apart)
+                low = held * value if params_home == "nvme" and apart else 0
+                largest = max(largest, through * held * master + low)
                 arriving[-1] += n * wire
-    buffers = _root_and_two(values) + max(arriving) * (size - 1) // size
+    ahead = row.offload_prefetch if row.offload_params != "device" else 0
+    buffers = _root_and(2 + ahead, values) + max(arriving) * (size - 1) // size
     if row.split_grads and shard > 1:
-        buffers += _root_and_two(arriving)
+        buffers += _root_and(2, arriving)
     return Expected(sent, parameters, gradients, optimizer, buffers, row.offload_buffers * largest)
 
 
-def _root_and_two(sizes: list[int]) -> int:
-    """What is live when the root's own unit and two others are."""
-    return sizes[-1] + sum(sorted(sizes[:-1])[-2:])
+def _root_and(count: int, sizes: list[int]) -> int:
+    """What is live when the root's own unit and ``count`` others are."""
+    return sizes[-1] + sum(sorted(sizes[:-1])[-count:])
 
 
 def _width(dtype: Any) -> int:

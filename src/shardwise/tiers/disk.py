@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import math
@@ -19,6 +20,7 @@ import os
 import warnings
 import weakref
 
+import numpy as np
 import torch
 
 from shardwise.errors import OffloadError
@@ -199,8 +201,12 @@ class DiskStore:
                 where=where,
                 fix="reserve a longer extent",
             )
-        flat: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-        return flat
+        if tensor.nbytes == 0:
+            return np.empty(0, np.uint8)
+        # Not tensor.numpy(): it would never let the tensor's storage be resized again.
+        memory = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
+        memory.tensor = tensor  # type: ignore[attr-defined]  # lives as long as the array
+        return np.ctypeslib.as_array(memory)
 
     # --- the end -----------------------------------------------------------------------------
     def drain(self) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from shardwise.tiers.aligned import ALIGN, BufferPool, padded
+from shardwise.tiers.aligned import ALIGN, BufferPool
 from shardwise.tiers.disk import DiskStats, DiskStore, Extent
 from shardwise.tiers.ledger import Ledger
 from shardwise.tiers.link import Link
-from shardwise.tiers.staged import Place, bring, send_away
 from shardwise.tiers.transfer import Transfer
 
 SLOT = 64
@@ -53,6 +53,7 @@ class Home:
         pin: page-lock the buffers, for copies to and from a CUDA device.
         ratio: the part of the bytes that goes to the disk; to within 4 KiB of all there are.
         device: where the model computes; ``None`` for the CPU.
+        ahead: values that are read ahead from the disk to a device with memory of its own, in a buffer each.
         separate: its memory is not the host's, so that master values and gradients have to be copied.
         warn: say so if the disk cannot do direct I/O.
 
@@ -72,6 +73,7 @@ class Home:
         pin: bool = False,
         ratio: float = 1.0,
         device: torch.device | None = None,
+        ahead: int = 2,
         separate: bool | None = None,
         warn: bool = True,
     ) -> None:
@@ -79,7 +81,9 @@ class Home:
         self.disk = DiskStore(path, rank=rank, depth=depth, warn=warn) if kind == "nvme" else None
         self.link = Link(device or torch.device("cpu"))
         self.separate = self.link.device.type != "cpu" if separate is None else separate
-        self._pool: BufferPool | None = None
+        self.ahead = ahead
+        self.under_way: deque[Any] = deque()  # values that are being read ahead
+        self._pools: dict[str, BufferPool] = {}
         self._dropped: list[Extent] = []
         self._total = self._placed = 0  # bytes of all shelves, and of them on the disk
 
@@ -100,16 +104,22 @@ class Home:
         self.link.to_host_bytes = self.link.to_device_bytes = 0
 
     # --- buffers -----------------------------------------------------------------------------
-    def lend(self, nbytes: int) -> Loan:
-        """A buffer of at least ``nbytes``. All are replaced if they are too short, which ends with the first step."""
-        if self._pool is None or self._pool.buffer_bytes < nbytes:
-            if self._pool is not None:
+    def lend(self, nbytes: int, purpose: str = "step", count: int = 0) -> Loan:
+        """A buffer of at least ``nbytes``. All are replaced if they are too short, which ends with the first step.
+
+        Args:
+            purpose: what has buffers of its own, so that none waits for another.
+            count: how many there are for it; default: ``buffers``.
+        """
+        pool = self._pools.get(purpose)
+        if pool is None or pool.buffer_bytes < nbytes:
+            if pool is not None:
                 if self.disk is not None:
                     self.disk.drain()
-                self.count(-self._pool.nbytes)
-            self._pool = BufferPool(self.buffers, nbytes, pin=self.pin)
-            self.count(self._pool.nbytes)
-        return Loan(self._pool, self._pool.acquire())
+                self.count(-pool.nbytes)
+            pool = self._pools[purpose] = BufferPool(count or self.buffers, nbytes, pin=self.pin)
+            self.count(pool.nbytes)
+        return Loan(pool, pool.acquire())
 
     def count(self, nbytes: int) -> None:
         self.ledger.add("offload_buffers", nbytes)
@@ -128,11 +138,11 @@ class Home:
             self.store.free(self._dropped.pop())
         return self.store.extent(name, nbytes)
 
-    def _gone(self, extent: Extent | None, nbytes: int, kept: int) -> None:
+    def _gone(self, extent: Extent | None, total: int, placed: int, kept: int) -> None:
         if extent is not None:
             self._dropped.append(extent)  # not freed here: the collector may be running anywhere
-        self._total -= nbytes
-        self._placed -= nbytes - kept
+        self._total -= total
+        self._placed -= placed
         self.ledger.add("optimizer", -kept)
 
 
@@ -140,16 +150,17 @@ class Shelf:
     """Room for ``nbytes`` at home ``nvme``, given back when it is dropped.
 
     The first ``home.ratio`` of them are one extent on the disk; the rest stays in memory and is copied from and to the
-    buffers.
+    buffers. Of parameters (``whole``) all are on the disk.
     """
 
-    def __init__(self, home: Home, name: str, nbytes: int) -> None:
+    def __init__(self, home: Home, name: str, nbytes: int, *, whole: bool = False) -> None:
         self.home, self.name, self.nbytes = home, name, nbytes
-        self.placed = home.share(nbytes)
+        self.placed = nbytes if whole else home.share(nbytes)
         self.extent = home.extent(name, self.placed) if self.placed else None
         self._rest = torch.empty(nbytes - self.placed, dtype=torch.uint8)
         home.ledger.add("optimizer", self._rest.numel())
-        weakref.finalize(self, home._gone, self.extent, nbytes, self._rest.numel()).atexit = False
+        shared = (0, 0) if whole else (nbytes, self.placed)
+        weakref.finalize(self, home._gone, self.extent, *shared, self._rest.numel()).atexit = False
 
     def read(self, into: torch.Tensor, offset: int = 0) -> list[Transfer]:
         """Start to fill ``into`` (contiguous, ``uint8``) with the bytes at ``offset``."""
@@ -163,64 +174,3 @@ class Shelf:
         """Start to put all bytes (contiguous, ``uint8``) in their place."""
         self._rest.copy_(values[self.placed :])
         return [self.home.store.write(self.extent, values[: self.placed])] if self.extent is not None else []
-
-
-class Values:
-    """A flat tensor with a home, and views of it that come and go with it.
-
-    Args:
-        home: where it lives. At home ``cpu`` every method is a no-op: it is here always.
-        name: for reports.
-        tensor: 1-D, on the host; its bytes go to the home at once.
-        views: with the element each one begins at; contiguous.
-    """
-
-    def __init__(self, home: Home, name: str, tensor: torch.Tensor, views: Sequence[tuple[int, torch.Tensor]]) -> None:
-        self.home, self.tensor, self.views, self.name = home, tensor, list(views), name
-        self.on_disk = home.disk is not None and tensor.nbytes > 0
-        self.nbytes = padded(tensor.nbytes) if self.on_disk else 0
-        self._own = tensor.nbytes
-        self.here = True
-        if self.on_disk:
-            self.shelf = Shelf(home, f"{name} values", tensor.nbytes)
-            All(self.write(tensor.view(torch.uint8))).wait()
-            self.send_away()
-        else:
-            home.ledger.add("optimizer", tensor.nbytes)
-
-    def read(self, buffer: torch.Tensor) -> list[Transfer]:
-        """Start to bring them into the beginning of a buffer."""
-        return self.shelf.read(buffer[: self._own])
-
-    def write(self, buffer: torch.Tensor) -> list[Transfer]:
-        """Start to write them out from the beginning of a buffer, where :meth:`bring` put them."""
-        return self.shelf.write(buffer[: self._own])
-
-    def bring(self, buffer: torch.Tensor) -> None:
-        """They have arrived in the beginning of ``buffer``: let tensor and views be there."""
-        bring(self.tensor, buffer[: self._own].view(self.tensor.dtype))
-        for at, view in self.views:
-            bring(view, self.tensor[at : at + view.numel()].view(view.shape))
-        self.here = True
-
-    def send_away(self) -> None:
-        """Let go of the memory; the bytes are on the disk or on their way there."""
-        size = self.tensor.element_size()
-        for at, view in self.views:
-            if view.numel():
-                send_away(view, Place(self.shelf, at * size, self.name))
-        send_away(self.tensor, Place(self.shelf, 0, self.name))
-        self.here = False
-
-    def materialise(self) -> None:
-        """Have them in memory of their own, outside of the buffers, until :meth:`settle`."""
-        if not self.here:
-            memory = torch.empty(self._own, dtype=torch.uint8)
-            All(self.read(memory)).wait()
-            self.bring(memory)
-
-    def settle(self) -> None:
-        """After :meth:`materialise`: write them out and let go."""
-        if self.on_disk and self.here:
-            All(self.write(self.tensor.view(torch.uint8))).wait()
-            self.send_away()

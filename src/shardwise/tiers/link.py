@@ -15,6 +15,21 @@ class Copy:
         if self._event is not None:
             self._event.synchronize()
 
+    def order(self) -> None:
+        """What the device is told from here on waits for it there; the host does not."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+
+class Ordered:
+    """A copy to the device as what fills a tensor there: ``wait()`` is :meth:`Copy.order`."""
+
+    def __init__(self, copy: Copy) -> None:
+        self._copy = copy
+
+    def wait(self) -> None:
+        self._copy.order()
+
 
 class Link:
     """The way between one device and the host, with a stream of its own. On a CPU device copies are done at once.
@@ -40,14 +55,12 @@ class Link:
         return Copy(event)
 
     def to_device(self, host: torch.Tensor, target: torch.Tensor) -> Copy:
-        """Start to copy into a device tensor of equal size and dtype. What the device does next waits for it there."""
+        """Start to copy into a device tensor of equal size and dtype; see :meth:`Copy.order`."""
         self.to_device_bytes += host.nbytes
         if self.device.type != "cuda":
             target.copy_(host)
             return Copy()
-        event = self._beside(host, target)
-        torch.cuda.current_stream(self.device).wait_event(event)
-        return Copy(event)
+        return Copy(self._beside(host, target))
 
     def _beside(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
         """Copy on the stream of our own, after what the device was told so far."""
