@@ -63,6 +63,11 @@ class Strategy:
         offload_depth: requests to the disk in flight, of reads and of writes each.
         offload_prefetch: units whose parameters are brought from their home ahead of the one that is gathered next;
             each costs that unit's values in memory.
+        optimizer_in_backward: update each unit as soon as its gradients are reduced, and free them: the gradients of
+            one or two units exist at a time, and offloaded state moves beside the backward. The same numbers; but
+            nothing can be done with all gradients before the update (clipping, fp16 loss scaling, means over an
+            accumulation window): that raises. The optimizer must be known before the first backward (``attach``,
+            ``prepare``).
         broadcast_buffers: send rank 0's buffers before each training forward, as DDP does.
         timeout: seconds a collective may wait before every rank ends with a report.
 
@@ -84,6 +89,7 @@ class Strategy:
     offload_buffers: int = 3
     offload_depth: int = 4
     offload_prefetch: int = 1
+    optimizer_in_backward: bool = False
     broadcast_buffers: bool = True
     timeout: float = 600.0
 

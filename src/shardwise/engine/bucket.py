@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -101,6 +102,7 @@ class Bucket:
         self.reduction: Reduction | None = None
         self._merge: torch.Tensor | None = None
         self._handles: list[torch.Tensor] | None = None
+        self.spent = [False] * n  # gradients that an update in the backward has used up, not yet zeroed
         self._take_values()
         self.pieces: list[list[Piece]] = [[] for _ in params]  # per parameter, those in the held shards
         for piece in self.layout.pieces:
@@ -308,7 +310,10 @@ class Bucket:
         """Before a backward: forget what the user has zeroed (``p.grad is None``), hide the rest from autograd."""
         for i, p in enumerate(self.params):
             self.shown[i] = p.grad is not None
-            if p.grad is None:
+            if p.grad is None or self.spent[i]:
+                if p.grad is not None:
+                    self._refuse_spent(i)
+                self.spent[i] = False
                 self.valid[i] = self.arrived[i] = self.seen[i] = False
             else:
                 if self._handles is None or p.grad is not self._handles[i]:
@@ -432,6 +437,9 @@ class Bucket:
 
     def show(self, index: int, param: nn.Parameter) -> None:
         """Put the gradient's public face into ``p.grad``."""
+        if self.spent[index]:
+            param.grad = ShardedGrad(self, index)
+            return
         if self._handles is None:
             grad = self._open_grad()
             if self.split_optimizer:
@@ -444,7 +452,7 @@ class Bucket:
         """What the optimizer sees for each held piece of a parameter; ``None`` if it has no gradient."""
         param = self.params[index]
         grad = param.grad
-        if grad is None:
+        if grad is None or (self.spent[index] and isinstance(grad, ShardedGrad)):
             return None
         self.require_reduced(index)
         if self._handles is None or grad is not self._handles[index]:
@@ -456,7 +464,12 @@ class Bucket:
         return self._held_grad(self._open_grad())
 
     def require_reduced(self, index: int) -> None:
-        """Raise if gradients wait for a reduce (inside ``no_sync``): a step now would let ranks diverge."""
+        """Raise if gradients wait for a reduce (inside ``no_sync``): a step now would let ranks diverge.
+
+        Or if there are none any more, because an update in the backward has used them up.
+        """
+        if self.spent[index]:
+            self._refuse_spent(index)
         if self.arrived[index]:
             raise GradientError(
                 "the gradient has not been reduced over the ranks yet: its last backward ran under no_sync()",
@@ -464,8 +477,28 @@ class Bucket:
                 fix="run the last micro-batch's backward outside no_sync() before clipping or stepping",
             )
 
+    def _refuse_spent(self, index: int) -> NoReturn:
+        raise GradientError(
+            "the gradient is gone: its update took place during the backward (optimizer_in_backward)",
+            where=f"parameter '{self.names[index]}'",
+            fix="clear gradients after each step; leave optimizer_in_backward out to clip, scale or read gradients, "
+            "or to let them add up",
+        )
+
+    def spend(self) -> None:
+        """An update has used the gradients up: free them, and let ``p.grad`` say so."""
+        assert self.grad is not None
+        self.ledger.drop(self.grad, "gradients")
+        self.grad = self._handles = None
+        self._piece_grads = []
+        n = len(self.params)
+        self.valid, self.spent = [False] * n, [True] * n
+
     def zero_grad(self, index: int) -> None:
         """Zero in place, as ``p.grad.zero_()`` asks."""
+        if self.spent[index]:
+            self.params[index].grad = None
+            return
         for piece in self.piece_grads(index):
             piece.zero_()
         if self.raw is not None and self.arrived[index]:

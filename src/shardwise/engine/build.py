@@ -14,8 +14,9 @@ from torch import nn
 
 from shardwise.comm import Mesh, World, init
 from shardwise.comm.group import Op
-from shardwise.engine import optimizer as _optimizer  # noqa: F401  (installs the optimizer hooks)
+from shardwise.engine import optimizer as _optimizer  # installs the optimizer hooks
 from shardwise.engine import state_dict
+from shardwise.engine.in_backward import InBackward
 from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit
@@ -41,6 +42,8 @@ def shard(module: M, chosen: Strategy, mesh: DeviceMesh | None = None, units: Un
     device = next((p.device for _, p in params), torch.device("cpu"))
     world = init(device, timeout=chosen.timeout)
     engine = Engine(module, chosen, _mesh(world, device, chosen, mesh))
+    if chosen.optimizer_in_backward:
+        engine.in_backward = InBackward(_optimizer.part)
     adopted = [
         (name, child, sub)
         for name, child in module.named_modules()

@@ -44,6 +44,8 @@ class ShardedGrad(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         name = self.bucket.layout.slots[self.slot].name
+        if self.bucket.spent[self.slot]:
+            return f"ShardedGrad({name}, shape={tuple(self.shape)}, used up by an update in the backward)"
         return f"ShardedGrad({name}, shape={tuple(self.shape)}, local={sum(t.numel() for t in self.local)} elements)"
 
     @classmethod

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from shardwise.engine.bucket import Bucket
 from shardwise.errors import OptimizerError
 from shardwise.tiers.aligned import padded
-from shardwise.tiers.home import SLOT, Loan, Shelf
+from shardwise.tiers.home import SLOT, Home, Loan, Shelf
 from shardwise.tiers.staged import Place, Staged, bring, fetch, send_away
 from shardwise.tiers.transfer import Transfer
 
@@ -64,13 +64,12 @@ class Part:
     """What one optimizer keeps of one bucket.
 
     Args:
-        bucket: one with a home.
+        bucket: if it has no home, an update is the optimizer's own and nothing moves.
         optimizer: its class's name, for reports.
     """
 
     def __init__(self, bucket: Bucket, optimizer: str) -> None:
-        assert bucket.home is not None
-        self.bucket, self.home, self.optimizer = bucket, bucket.home, optimizer
+        self.bucket, self.optimizer = bucket, optimizer
         self.slots: list[Slot] = []
         self.nbytes = 0  # of the state tensors; master values lie before them in a buffer
         self._values_bytes = 0 if bucket.values is None else bucket.values.nbytes
@@ -81,6 +80,7 @@ class Part:
         self._grad_bytes = padded(n * bucket.master_dtype.itemsize) if on_host else 0
         self._shelf: Shelf | None = None
         self._loan: Loan | None = None
+        self._crossed = False
         self._coming: list[Transfer] = []
 
     @property
@@ -89,20 +89,29 @@ class Part:
         return self._grad_bytes > 0
 
     # --- one update --------------------------------------------------------------------------
-    def begin(self, values: bool = True) -> None:
-        """Start to bring what is not on the host: state, and with ``values`` master values and gradients."""
-        low, crosses = values and self._low_bytes > 0, values and self.crosses
-        values = values and self._values_bytes > 0
-        if self._loan is not None or (self._shelf is None and not values and not low):
+    @property
+    def home(self) -> Home:
+        assert self.bucket.home is not None
+        return self.bucket.home
+
+    def begin(self, values: bool = True, grads: bool = True) -> None:
+        """Start to bring what is not on the host: state, and with ``values`` master values and gradients.
+
+        Args:
+            grads: they are reduced. Otherwise a second call, or :meth:`enter`, brings them.
+        """
+        if not (self._shelf is not None or (values and (self._values_bytes > 0 or self._low_bytes > 0))):
             return
-        self._loan = self._lend()
-        if crosses:
+        if self._loan is None:
+            self._loan = self._lend()
+            if values and self._values_bytes > 0:
+                assert self.bucket.values is not None
+                self._coming += self.bucket.values.read(self._loan.buffer)
+            if self._shelf is not None:
+                self._coming += self._shelf.read(self._mine)
+        if values and grads and self.crosses and not self._crossed:
+            self._crossed = True
             self._coming.append(self.home.link.to_host(self.bucket.held_grad(), self._low))
-        if values:
-            assert self.bucket.values is not None
-            self._coming += self.bucket.values.read(self._loan.buffer)
-        if self._shelf is not None:
-            self._coming += self._shelf.read(self._mine)
 
     def enter(self, state: State, values: bool = True) -> None:
         """Have state and master values in memory."""
@@ -172,6 +181,7 @@ class Part:
         self._release(writes)
 
     def _release(self, after: Sequence[Transfer] = ()) -> None:
+        self._crossed = False
         if self._loan is not None:
             loan, self._loan = self._loan, None
             loan.release(after)
@@ -300,36 +310,53 @@ def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], on_host: 
 
 def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, on_host: Set[int]) -> None:
     """Update part by part; what a step changes in the optimizer's groups is as if it had not."""
-    groups = optimizer.param_groups
-    update: Callable[[Optimizer], Any] = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
-    before = [_settings(group) for group in groups]
     after: list[dict[str, Any]] | None = None
     for k, part in enumerate(todo):
         part.begin()
         if k + 1 < len(todo) and part.home.buffers > 1:
             todo[k + 1].begin()
         _unit(part.bucket).settle()
-        part.enter(optimizer.state)
-        try:
-            if part.crosses:
-                part.give_grads(p for held in pieces for p, b in held if b is part.bucket and id(p) in on_host)
-            for group, held in zip(groups, pieces, strict=True):
-                group["params"] = [p for p, b in held if b is part.bucket]
-            update(optimizer)
-        finally:
-            part.leave(optimizer.state)
-        # What a step changes in its groups (some count there) it changes once, not once per part.
-        changed = [_settings(group) for group in groups]
-        for group, values in zip(groups, before, strict=True):
-            for key in [key for key in group if key != "params" and key not in values]:
-                del group[key]
-            group.update(values)
+        mine = [[p for p, b in held if b is part.bucket] for held in pieces]
+        changed = update(optimizer, part, mine, [p for held in mine for p in held if id(p) in on_host])
         if after is not None and not _equal(after, changed):
             raise OptimizerError(
                 f"{type(optimizer).__name__} keeps numbers in its groups that depend on all parameters together",
-                fix="it cannot be stepped unit by unit: leave offload_optimizer out",
+                fix="it cannot be stepped unit by unit: leave offloading and optimizer_in_backward out",
             )
         after = changed
+
+
+def update(
+    optimizer: Optimizer, part: Part, pieces: Sequence[list[torch.Tensor]], on_host: Sequence[torch.Tensor]
+) -> list[dict[str, Any]]:
+    """Run the optimizer's own step on the pieces of one part.
+
+    Args:
+        pieces: per parameter group, with their gradients set; left in ``param_groups``.
+        on_host: those on the host whose gradients are on the device.
+
+    Returns:
+        The groups' settings as the step left them. They are put back: what a step changes in its groups (some count
+        there) it changes once, not once per part.
+    """
+    groups = optimizer.param_groups
+    before = [_settings(group) for group in groups]
+    step: Callable[[Optimizer], Any] = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
+    part.enter(optimizer.state)
+    try:
+        if part.crosses:
+            part.give_grads(on_host)
+        for group, mine in zip(groups, pieces, strict=True):
+            group["params"] = mine
+        step(optimizer)
+    finally:
+        part.leave(optimizer.state)
+    changed = [_settings(group) for group in groups]
+    for group, values in zip(groups, before, strict=True):
+        for key in [key for key in group if key != "params" and key not in values]:
+            del group[key]
+        group.update(values)
+    return changed
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,9 @@ def attach(optimizer: Optimizer) -> bool:
         return False
     check(optimizer, [b for u in units for b in u.buckets])
     record = _attached[optimizer] = _Attachment()
+    for engine in {u.engine for u in units}:
+        if engine.in_backward is not None:
+            engine.in_backward.optimizers.add(optimizer)
     _slice_existing_state(optimizer)
     optimizer.register_state_dict_pre_hook(lambda o: _exchange(o, record))
     optimizer.register_state_dict_post_hook(lambda o, sd: _take_out(o, record, sd))
@@ -191,6 +194,11 @@ def _put_in(optimizer: Optimizer, record: _Attachment) -> None:
     _count_state(optimizer, record)
     _restore(optimizer, record)
     flush(optimizer)
+
+
+def part(optimizer: Optimizer, bucket: Bucket) -> Part:
+    """What an attached optimizer keeps of a bucket."""
+    return part_of(_attached[optimizer].parts, optimizer, bucket)
 
 
 def bare_state_dict(optimizer: Optimizer) -> dict[str, Any]:

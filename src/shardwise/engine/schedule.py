@@ -30,8 +30,9 @@ from shardwise.comm.mesh import Mesh
 from shardwise.comm.world import World
 from shardwise.engine.control import Message
 from shardwise.engine.gradmask import mask
+from shardwise.engine.in_backward import InBackward
 from shardwise.engine.unit import Call, Unit
-from shardwise.errors import UnitError
+from shardwise.errors import GradientError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 from shardwise.trees import map_tensors, tensors_in
@@ -96,6 +97,7 @@ class Engine:
         self._next = 0
         self.gather_log = 0
         self._keep_graph = False
+        self.in_backward: InBackward | None = None  # updates units as soon as their gradients are reduced
         self._ahead = 1 + (strategy.offload_prefetch if strategy.offload_params != "device" else 0)
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -265,10 +267,19 @@ class Engine:
         if self.sync:
             with self.told("backward", partial(mask, self)):
                 pass
+        if self.in_backward is not None:
+            self._check_in_backward(self.in_backward)
         self.start_backward()
         self._keep_graph = torch.is_grad_enabled()  # create_graph=True: a second backward needs the values
         self._backward.begin(self._forward.now[::-1])
         Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _check_in_backward(self, updates: InBackward) -> None:
+        for what, wrong in (
+            ("create_graph=True", torch.is_grad_enabled()), ("LocalSGD", self.local),
+        ):  # fmt: skip
+            if wrong:
+                raise UnitError(f"optimizer_in_backward does not work with {what}", fix="leave one of them out")
 
     def start_backward(self) -> None:
         """Nothing has arrived yet and nothing is launched."""
@@ -276,6 +287,8 @@ class Engine:
         self.forward_active = self._keep_graph = False
         self.backward_id += 1
         self._next = 0
+        if self.in_backward is not None:
+            self.in_backward.begin(self.units)
         self._ready.clear()
         self._launched.clear()
         self.fired.clear()
@@ -319,10 +332,12 @@ class Engine:
         while len(self._inflight) >= _IN_FLIGHT:
             oldest = self._inflight.popleft()
             for b in oldest.buckets:
-                if b.split_grads:
+                if b.split_grads or self.in_backward is not None:
                     b.finish_reduce()
                 elif b.reduction is not None:
                     b.reduction.advance()
+            if self.in_backward is not None:
+                self.in_backward.update(oldest)
         for b in unit.buckets:
             if any(p.requires_grad for p in b.params):
                 b.launch_reduce()
@@ -339,6 +354,8 @@ class Engine:
             if self.sync:
                 with self.told("backward_ends", self.gather_log):
                     self._show(self._reduce_rest())
+                    if self.in_backward is not None:
+                        self.in_backward.end(self.units)
             else:
                 self._show({id(p) for u in self.units for b, i, p in u.slots if b.arrived[i]})
                 if self.local:
@@ -372,6 +389,8 @@ class Engine:
                     b.abandon()
                 unit.kept_for.clear()
                 unit.release()
+                if self.in_backward is not None:
+                    self.in_backward.abandon()
                 if unit.backward_id == self.backward_id:
                     for b, i, p in unit.slots:
                         if b.shown[i]:
@@ -402,6 +421,9 @@ class Engine:
             for unit in self.units:
                 for b in unit.buckets:
                     b.finish_reduce()
+                if self.in_backward is not None:
+                    self.in_backward.update(unit, used)
+                for b in unit.buckets:
                     b.seen = [False] * len(b.params)
             self._order = [i for i in order if i in wanted] + [
                 i for i in self._default_order() if i in wanted and i not in order
@@ -413,6 +435,11 @@ class Engine:
     def scale_grads(self, factor: float) -> None:
         """Multiply every reduced gradient by ``factor``."""
         if factor != 1.0:
+            if self.in_backward is not None:
+                raise GradientError(
+                    f"gradients are to be multiplied by {factor:g} after optimizer_in_backward has used them up",
+                    fix="gradient_accumulation_steps=1 and no loss scaling, or leave optimizer_in_backward out",
+                )
             with self.told("scale", factor):
                 slots = [(b, i) for u in self.units for b, i, p in u.slots if p.grad is not None]
                 if pieces := [g for b, i in slots for g in b.step_grads(i) or ()]:

@@ -214,6 +214,8 @@ class Unit:
             fresh, param.grad = param.grad, None
             self.begin_backward(engine.backward_id)
             param.grad = fresh
+        if engine.in_backward is not None:
+            engine.in_backward.refuse_more(self, bucket.names[index])
         engine.launch_ready()
         grad = param.grad
         param.grad = None
