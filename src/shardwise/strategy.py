@@ -61,6 +61,11 @@ class Strategy:
         offload_buffers: host buffers before that disk, each as large as the largest unit's optimizer state: with 3,
             one unit is read and one is written while a third is updated.
         offload_depth: requests to the disk in flight, of reads and of writes each.
+        activation_checkpointing: compute each unit below the root again in backward instead of keeping what is inside:
+            only its inputs are kept, for one more forward of it (a third more arithmetic as a rule).
+        activation_offload: where what a forward saves for backward is kept: ``device`` or ``cpu``. Each saved byte then
+            crosses to the host and back once per micro-batch, on CUDA beside the computation. With
+            ``activation_checkpointing`` these are the units' inputs. On a CPU device nothing moves.
         broadcast_buffers: send rank 0's buffers before each training forward, as DDP does.
         timeout: seconds a collective may wait before every rank ends with a report.
 
@@ -81,6 +86,8 @@ class Strategy:
     pin_memory: bool = True
     offload_buffers: int = 3
     offload_depth: int = 4
+    activation_checkpointing: bool = False
+    activation_offload: str = "device"
     broadcast_buffers: bool = True
     timeout: float = 600.0
 
@@ -95,6 +102,8 @@ class Strategy:
             homes = HOMES if key != "offload_grads" else HOMES[:2]
             _choose(key, getattr(self, key), homes)
         _choose("layout", self.layout, LAYOUTS)
+        _choose("activation_checkpointing", self.activation_checkpointing, (True, False))
+        _choose("activation_offload", self.activation_offload, HOMES[:2])
         for key in ("param_dtype", "reduce_dtype"):
             if getattr(self, key) is not None:
                 _choose(key, getattr(self, key), DTYPES)
@@ -201,14 +210,18 @@ class Strategy:
             lines.append(f"  computes in {self.param_dtype}, with master values in the original dtype")
         if self.reduce_dtype:
             lines.append(f"  gradients cross the wire in {self.reduce_dtype}")
+        if self.activation_checkpointing:
+            lines.append("  activations: units below the root are computed again in backward; their inputs are kept")
+        if self.activation_offload == "cpu":
+            lines.append("  what a forward saves for backward is kept in host memory")
         if self.layout == "tensor":
             lines.append("  parameters are never cut: each belongs whole to one rank (for Muon, Adafactor, ...)")
         return "\n".join(lines)
 
 
-def _choose(key: str, value: object, allowed: tuple[str, ...]) -> None:
+def _choose(key: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise StrategyError(f"{key}={value!r} is not known", fix=f"one of {', '.join(allowed)}")
+        raise StrategyError(f"{key}={value!r} is not known", fix=f"one of {', '.join(str(a) for a in allowed)}")
 
 
 def _read(key: str, value: str, kind: str) -> object:

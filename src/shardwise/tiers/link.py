@@ -9,11 +9,15 @@ class Copy:
     """A copy on its way; a :class:`shardwise.tiers.transfer.Transfer`. ``wait()`` blocks the host until it is done."""
 
     def __init__(self, event: torch.cuda.Event | None = None) -> None:
-        self._event = event
+        self.event = event
 
     def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
+        if self.event is not None:
+            self.event.synchronize()
+
+    @property
+    def done(self) -> bool:
+        return self.event is None or self.event.query()
 
 
 class Link:
@@ -41,13 +45,22 @@ class Link:
 
     def to_device(self, host: torch.Tensor, target: torch.Tensor) -> Copy:
         """Start to copy into a device tensor of equal size and dtype. What the device does next waits for it there."""
+        copy = self.ahead(host, target)
+        self.join(copy)
+        return copy
+
+    def ahead(self, host: torch.Tensor, target: torch.Tensor) -> Copy:
+        """As :meth:`to_device`, but the device waits for it at :meth:`join`. Keep ``target`` until then."""
         self.to_device_bytes += host.nbytes
         if self.device.type != "cuda":
             target.copy_(host)
             return Copy()
-        event = self._beside(host, target)
-        torch.cuda.current_stream(self.device).wait_event(event)
-        return Copy(event)
+        return Copy(self._beside(host, target))
+
+    def join(self, copy: Copy) -> None:
+        """What the device does next waits for ``copy`` there."""
+        if copy.event is not None:
+            torch.cuda.current_stream(self.device).wait_event(copy.event)
 
     def _beside(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
         """Copy on the stream of our own, after what the device was told so far."""
