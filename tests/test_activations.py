@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from shardwise.errors import OffloadError, StrategyError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 from shardwise.tiers.saved import SavedOnHost
+from shardwise.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 D = 32
 ASK = {
@@ -43,14 +45,14 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.norm, self.down = nn.Linear(D, 2 * D), nn.BatchNorm1d(2 * D), nn.Linear(2 * D, D)
+        self.up, self.norm, self.down = nn.Linear(D, 2 * D), nn.BatchNorm1d(2 * D, affine=False), nn.Linear(2 * D, D)
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.forwards = 0
 
     def forward(self, x: torch.Tensor, *, others: list[torch.Tensor], scale: float = 1.0) -> dict[str, Any]:
         self.forwards += 1
         self.calls = self.calls + 1  # another object, not another value
-        h = F.dropout(self.norm(F.gelu(self.up(x))), 0.2, self.training)
+        h = F.dropout(self.norm(F.gelu(self.up(x)).float()).to(x.dtype), 0.2, self.training)
         x = x + self.down(h) * scale
         return {"x": x, "gates": (torch.tanh(x + others[0]), None), "note": "no tensor"}
 
@@ -117,13 +119,9 @@ def same_numbers(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("strategy", [*PRESETS, "zero3,param_dtype=bf16"])
+@pytest.mark.parametrize("strategy", [*PRESETS, "hsdp,shard_size=1", "zero3,param_dtype=bf16"])
 def test_same_numbers_and_each_unit_runs_once_more(strategy, size):
     run(size, same_numbers, strategy)
-
-
-def test_same_numbers_in_groups():
-    run(4, same_numbers, "hsdp,shard_size=2")
 
 
 # --- what is kept -------------------------------------------------------------------------------------
@@ -248,7 +246,7 @@ def test_a_tensor_that_is_changed_on_its_way_is_an_error():
         def wait(self) -> None: ...
 
     saved = store()
-    with mock.patch.object(saved.link, "to_host", lambda source, host: host.copy_(source) and None or Slow()) as _:
+    with mock.patch.object(saved.link, "to_host", return_value=Slow()):
         tensor = torch.randn(1000)
         saved._pack(tensor)
         tensor.add_(1)
@@ -266,8 +264,6 @@ def test_modules_stay_what_they_are():
     assert dict(model.named_modules()) == modules and all(type(b) is Block for b in model.blocks)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    import inspect
-
     assert tuple(inspect.signature(model.blocks[0].forward).parameters) == signatures[1:]
     seen = []
     model.blocks[1].register_forward_hook(lambda m, a, out: seen.append(out.shape))
@@ -430,7 +426,7 @@ def compiled(strategy: str) -> Any:
         loss.backward()
         losses.append(loss.item())
     with shardwise.gathered(model, grads=True):
-        return losses, {n: p.grad.clone() for n, p in model.named_parameters()}
+        return losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def test_compiled_units():
@@ -478,22 +474,31 @@ class Cached(Inner):
         return super().forward(x)
 
 
+class KeysAndValues:
+    def get_seq_length(self) -> int:
+        return 0
+
+
 class WithCache(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Cached() for _ in range(2))
+        self.by_name = True
 
     def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
         for layer in self.layers:
-            x = layer(x, past_key_values=cache)
+            x = layer(x, past_key_values=cache) if self.by_name else layer(x, cache)
         return x
 
 
 def test_what_cannot_be_recomputed_says_so():
     model = build("ddp" + ASK["checkpointing"], WithCache)
     model(rows(0, 0)).sum().backward()
-    with pytest.raises(UnitError, match="use_cache=False"):
+    with pytest.raises(UnitError, match="'past_key_values' is a cache(.|\n)*use_cache=False"):
         model(rows(0, 0), cache={})
+    model.by_name = False
+    with pytest.raises(UnitError, match="'KeysAndValues' is a cache"):
+        model(rows(0, 0), cache=KeysAndValues())
     with torch.no_grad():
         model(rows(0, 0), cache={})
     itself = Nest()
@@ -504,15 +509,13 @@ def test_what_cannot_be_recomputed_says_so():
 
 
 def test_accelerators_plugins_say_it():
-    both = shardwise.utils.FullyShardedDataParallelPlugin(
-        activation_checkpointing=True, activation_checkpointing_offload=True
-    )
+    both = FullyShardedDataParallelPlugin(activation_checkpointing=True, activation_checkpointing_offload=True)
     assert str(both.to_strategy()) == "zero3" + ASK["both"]
     accelerator = shardwise.Accelerator(
-        cpu=True, fsdp_plugin=shardwise.utils.FullyShardedDataParallelPlugin(activation_checkpointing=True)
+        cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(activation_checkpointing=True)
     )
     model = accelerator.prepare(Net())
     model(rows(0, 0)).sum().backward()
     assert [b.forwards for b in model.blocks] == [4, 2, 2]
-    plugin = shardwise.utils.DeepSpeedPlugin({"activation_checkpointing": {"cpu_checkpointing": True}})
+    plugin = DeepSpeedPlugin({"activation_checkpointing": {"cpu_checkpointing": True}})
     assert str(plugin.to_strategy()) == "ddp" + ASK["offload"]

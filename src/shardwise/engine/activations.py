@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from shardwise.errors import StrategyError, UnitError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from shardwise.engine.schedule import Engine
     from shardwise.engine.unit import Unit
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past")  # as transformers calls them
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")  # as transformers calls them
 
 
 class Forward:
@@ -51,7 +52,7 @@ class Forward:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.recompute:
             return self.own(*args, **kwargs)
-        if found := next((name for name in _CACHES if kwargs.get(name) is not None), None):
+        if found := _cache_in(args, kwargs):
             raise UnitError(
                 f"'{found}' is a cache, which the recomputation in backward would fill a second time",
                 where=f"unit {self.unit.label}" if self.unit is not None else type(self.module).__name__,
@@ -79,7 +80,7 @@ class Forward:
             return self.own(*second_args, **second_kwargs)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._recomputing(written)
+            return nullcontext(), _Reusable(functools.partial(self._recomputing, written))
 
         return checkpoint(call, *tensors.found, use_reentrant=False, context_fn=contexts)
 
@@ -92,6 +93,14 @@ class Forward:
                 self.unit.engine.pre_backward(self.unit, None)
         with written.kept():
             yield
+
+
+def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The name of an argument that a forward appends keys and values to."""
+    for name, value in kwargs.items():
+        if value is not None and (name in _CACHES or hasattr(value, "get_seq_length")):
+            return name
+    return next((type(value).__name__ for value in args if hasattr(value, "get_seq_length")), "")
 
 
 @functools.partial(torch.compiler.disable, recursive=False)
@@ -188,6 +197,22 @@ def _nothing_to_recompute(module: nn.Module, args: Any) -> None:
 
 
 # --- what a recomputation needs ---------------------------------------------------------------------
+class _Reusable(AbstractContextManager[None]):
+    """A context manager that is made anew each time: a graph that is kept is recomputed in each of its backwards."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self._make()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *exc: Any) -> None:
+        self._entered.pop().__exit__(*exc)
+
+
 class _Slot(NamedTuple):
     """Where a tensor was taken from."""
 
@@ -229,15 +254,18 @@ class _Written:
     """The buffers that a forward writes to, such as running means: its recomputation must leave them as they are."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._owners = [m._buffers for m in module.modules() if m._buffers]
+        owners = [m for m in module.modules() if m._buffers]
+        self._owners = [m._buffers for m in owners]
+        # torch's own kernels for norms write running statistics without counting a version.
+        self._silent = [isinstance(m, _NormBase) and m.training for m in owners]
         self._before = [[(key, b, b._version) for key, b in o.items() if b is not None] for o in self._owners]
         self._changed: list[tuple[dict[str, torch.Tensor | None], str]] = []
 
     def compare(self) -> None:
         """After the forward: which were written to, or replaced?"""
-        for owner, before in zip(self._owners, self._before, strict=True):
+        for owner, silent, before in zip(self._owners, self._silent, self._before, strict=True):
             self._changed += [
-                (owner, key) for key, b, version in before if owner.get(key) is not b or b._version != version
+                (owner, key) for key, b, version in before if silent or owner.get(key) is not b or b._version != version
             ]
         self._before.clear()
 

@@ -90,7 +90,7 @@ _OFFLOAD_REFUSED = {
 }
 _ACTIVATIONS_TUNING = {
     "partition_activations", "contiguous_memory_optimization", "number_checkpoints", "synchronize_checkpoint_boundary",
-    "profile", "num_checkpoints",
+    "profile",
 }  # fmt: skip
 _HALF_QUIET = {"enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window"}
 _HALF_TUNING = {
