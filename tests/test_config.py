@@ -276,6 +276,8 @@ def deepspeed(**config: Any) -> dict[str, Any]:
         (fsdp(fsdp_sharding_strategy="FULL_SHARD"), Settings(nproc=2, strategy="zero3")),
         (fsdp(fsdp_sharding_strategy="SHARD_GRAD_OP"), Settings(nproc=2, strategy="zero2")),
         (fsdp(fsdp_sharding_strategy=3), Settings(nproc=2, strategy="ddp")),
+        (fsdp(fsdp_activation_checkpointing=True, fsdp_activation_checkpointing_offload=True),
+         Settings(nproc=2, strategy="zero3,activation_checkpointing=true,activation_offload=cpu")),
         (fsdp(fsdp_sharding_strategy="HYBRID_SHARD"), Settings(nproc=2, strategy="hsdp")),
         (fsdp(fsdp_version=2, fsdp_reshard_after_forward=True), Settings(nproc=2, strategy="zero3")),
         (fsdp(fsdp_version=2, fsdp_reshard_after_forward=False), Settings(nproc=2, strategy="zero2")),
@@ -391,9 +393,9 @@ def test_launch_takes_an_accelerate_file(tmp_path: Path) -> None:
     assert code == 0, err
     lines = err.splitlines()
     assert lines[0] == f"shardwise: settings from {path.name}, Accelerate's format"
-    assert "note: fsdp_activation_checkpointing" in lines[1]
-    assert "of its keys change nothing here; 'shardwise config --from a.yaml' says why" in lines[2] and len(lines) == 3
-    assert [(e["WORLD_SIZE"], e["SHARDWISE_STRATEGY"]) for e, _ in said(tmp_path)] == [("2", "zero3")] * 2
+    assert "of its keys change nothing here; 'shardwise config --from a.yaml' says why" in lines[1] and len(lines) == 2
+    expected = ("2", "zero3,activation_checkpointing=true")
+    assert [(e["WORLD_SIZE"], e["SHARDWISE_STRATEGY"]) for e, _ in said(tmp_path)] == [expected] * 2
 
 
 def test_a_deepspeed_json_beside_the_file_is_read(tmp_path: Path) -> None:
@@ -402,12 +404,18 @@ def test_a_deepspeed_json_beside_the_file_is_read(tmp_path: Path) -> None:
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}, "overlap_comm": True},
         "bf16": {"enabled": True}, "fp16": {"enabled": "auto"}, "gradient_accumulation_steps": 2,
         "gradient_clipping": "auto", "train_batch_size": 8, "optimizer": {"type": "AdamW"},
+        "activation_checkpointing": {"cpu_checkpointing": True, "profile": True},
     }  # fmt: skip
     (tmp_path / "conf" / "ds.json").write_text(json.dumps(ds))
     found = files.read(accelerate_file(tmp_path / "conf" / "a.yaml", **deepspeed(deepspeed_config_file="ds.json")))
-    assert found.settings == Settings(nproc=2, strategy="zero3", mixed_precision="bf16", gradient_accumulation_steps=2)
+    strategy = "zero3,activation_offload=cpu"
+    assert found.settings == Settings(nproc=2, strategy=strategy, mixed_precision="bf16", gradient_accumulation_steps=2)
     assert [note for note in found.notes if "'optimizer' of ds.json" in note]
-    assert {"ds.json: overlap_comm", "ds.json: train_batch_size"} <= found.dropped.keys()
+    assert {
+        "ds.json: overlap_comm",
+        "ds.json: activation_checkpointing.profile",
+        "ds.json: train_batch_size",
+    } <= found.dropped.keys()
     (tmp_path / "conf" / "ds.json").write_text("{")
     with pytest.raises(ShardwiseError, match="not valid JSON"):
         files.read(tmp_path / "conf" / "a.yaml")

@@ -443,6 +443,11 @@ FSDP = utils.FullyShardedDataParallelPlugin
             "zero3,param_dtype=bf16",
         ),
         ({"cpu_offload": True}, "zero3,offload_params=cpu,offload_optimizer=cpu"),
+        ({"activation_checkpointing": True}, "zero3,activation_checkpointing=true"),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_offload": True},
+            "zero3,activation_checkpointing=true,activation_offload=cpu",
+        ),
         ({"cpu_offload": CPUOffload(offload_params=False), "use_orig_params": False}, "zero3"),
         ({"sync_module_states": True, "forward_prefetch": True, "state_dict_type": "SHARDED_STATE_DICT"}, "zero3"),
     ],
@@ -465,7 +470,7 @@ def test_fsdp_plugin_says_the_strategy(settings, expected):
         ({"cpu_offload": "yes"}, "cpu_offload"),
         ({"auto_wrap_policy": "WRAP"}, "WRAP"),
         ({"fsdp_version": 3}, "fsdp_version"),
-        ({"activation_checkpointing": True, "activation_checkpointing_offload": True}, "offload"),
+        ({"activation_checkpointing_offload": True}, "has nothing to offload"),
     ],
 )
 def test_fsdp_plugin_refuses_what_it_cannot_serve(settings, text):

@@ -68,6 +68,11 @@ class Strategy:
             nothing can be done with all gradients before the update (clipping, fp16 loss scaling, means over an
             accumulation window): that raises. The optimizer must be known before the first backward (``attach``,
             ``prepare``).
+        activation_checkpointing: compute each unit below the root again in backward instead of keeping what is inside:
+            only its inputs are kept, for one more forward of it (a third more arithmetic as a rule).
+        activation_offload: where what a forward saves for backward is kept: ``device`` or ``cpu``. Each saved byte then
+            crosses to the host and back once per micro-batch, on CUDA beside the computation. With
+            ``activation_checkpointing`` these are the units' inputs. On a CPU device nothing moves.
         broadcast_buffers: send rank 0's buffers before each training forward, as DDP does.
         timeout: seconds a collective may wait before every rank ends with a report.
 
@@ -90,6 +95,8 @@ class Strategy:
     offload_depth: int = 4
     offload_prefetch: int = 1
     optimizer_in_backward: bool = False
+    activation_checkpointing: bool = False
+    activation_offload: str = "device"
     broadcast_buffers: bool = True
     timeout: float = 600.0
 
@@ -104,6 +111,8 @@ class Strategy:
             homes = HOMES if key != "offload_grads" else HOMES[:2]
             _choose(key, getattr(self, key), homes)
         _choose("layout", self.layout, LAYOUTS)
+        _choose("activation_checkpointing", self.activation_checkpointing, (True, False))
+        _choose("activation_offload", self.activation_offload, HOMES[:2])
         for key in ("param_dtype", "reduce_dtype"):
             if getattr(self, key) is not None:
                 _choose(key, getattr(self, key), DTYPES)
@@ -212,14 +221,18 @@ class Strategy:
             lines.append(f"  computes in {self.param_dtype}, with master values in the original dtype")
         if self.reduce_dtype:
             lines.append(f"  gradients cross the wire in {self.reduce_dtype}")
+        if self.activation_checkpointing:
+            lines.append("  activations: units below the root are computed again in backward; their inputs are kept")
+        if self.activation_offload == "cpu":
+            lines.append("  what a forward saves for backward is kept in host memory")
         if self.layout == "tensor":
             lines.append("  parameters are never cut: each belongs whole to one rank (for Muon, Adafactor, ...)")
         return "\n".join(lines)
 
 
-def _choose(key: str, value: object, allowed: tuple[str, ...]) -> None:
+def _choose(key: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise StrategyError(f"{key}={value!r} is not known", fix=f"one of {', '.join(allowed)}")
+        raise StrategyError(f"{key}={value!r} is not known", fix=f"one of {', '.join(str(a) for a in allowed)}")
 
 
 def _read(key: str, value: str, kind: str) -> object:

@@ -41,7 +41,6 @@ class Base(ProcessControl):
 
     _steps: Steps
     _units: Any
-    _recompute: bool
     _compile: dict[str, Any] | None
     _scheduler_per_process: bool
     _sync_each_batch: bool

@@ -50,7 +50,6 @@ class Chosen:
     accumulation: int | None = None
     max_norm: float | None = None
     scaling: dict[str, Any] = field(default_factory=dict)  # arguments of the loss scaler
-    recompute: bool = False  # checkpoint the units' activations
 
 
 def choose_strategy(strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, precision: Any) -> Chosen:
@@ -82,8 +81,6 @@ def choose_strategy(strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, prec
         if isinstance(own, DeepSpeedPlugin):
             chosen.accumulation, chosen.max_norm = own.accumulation_steps, own.max_norm
             chosen.scaling = own.scaler_kwargs
-        else:
-            chosen.recompute = bool(own.activation_checkpointing)
     chosen.strategy = strategy_from_environment(chosen.strategy)
     wanted = mixed_precision_from_environment(
         None if precision is None else str(getattr(precision, "value", precision))

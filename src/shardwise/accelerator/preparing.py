@@ -21,7 +21,6 @@ from shardwise.scheduler import AcceleratedScheduler
 from shardwise.strategy import Strategy
 from shardwise.trees import map_tensors
 from shardwise.utils.memory import release_memory
-from shardwise.utils.modeling import checkpoint_activations
 from shardwise.utils.other import extract_model_from_parallel
 
 
@@ -129,8 +128,6 @@ class Preparing(Base):
             chosen = self.strategy if strategy is None else self._in_precision(Strategy.parse(strategy))
             if any(needs_whole_tensors(o) for o in holding):
                 chosen = chosen.replace(layout="tensor")
-            if self._recompute:
-                checkpoint_activations(model, self._units)
             if own:
                 shard(model, chosen, units=self._units)
                 engine = engine_of(model)

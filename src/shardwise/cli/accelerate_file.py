@@ -63,7 +63,6 @@ _DROPPED_FSDP = {
     "fsdp_sync_module_states": "rank 0's values are always sent to everyone",
     "fsdp_cpu_ram_efficient_loading": "rank 0's values are always sent to everyone; each rank builds the model first",
     "fsdp_state_dict_type": "state dicts hold whole tensors, and load under every strategy",
-    "fsdp_activation_checkpointing_offload": "",  # only with fsdp_activation_checkpointing, which has a note
 }
 _DROPPED_DEEPSPEED = {
     "zero3_init_flag": "each rank builds the model, then keeps its shard",
@@ -213,11 +212,8 @@ class _Translation:
         reshard = config.pop("fsdp_reshard_after_forward", None)
         preset = self.sharding(sharding if sharding is not None else reshard)
         offload = _truth(config.pop("fsdp_offload_params", False))
-        if _truth(config.pop("fsdp_activation_checkpointing", False)):
-            self.notes.append(
-                "fsdp_activation_checkpointing: switch it on in the script, with "
-                "model.gradient_checkpointing_enable() or torch.utils.checkpoint"
-            )
+        recompute = _truth(config.pop("fsdp_activation_checkpointing", False))
+        away = _truth(config.pop("fsdp_activation_checkpointing_offload", False)) and recompute
         if config.pop("fsdp_ignored_modules", None):
             self.cannot(
                 "fsdp_ignored_modules is not served", "shard the other submodules with fully_shard in the script"
@@ -226,7 +222,12 @@ class _Translation:
         size = self.parallelism(parallel)
         if size is not None:
             preset = "hsdp"
-        strategy = Strategy(preset, shard_size=size)
+        strategy = Strategy(
+            preset,
+            shard_size=size,
+            activation_checkpointing=recompute,
+            activation_offload="cpu" if away else "device",
+        )
         if offload:
             strategy = strategy.replace(offload_params="cpu", offload_grads="cpu", offload_optimizer="cpu")
         return Settings(strategy=str(strategy))
@@ -281,6 +282,8 @@ class _Translation:
             home = str(config.pop(key, None) or "none").lower()
             if home != "none":
                 homes[ours] = home
+        if config.pop("cpu_checkpointing", False) is True:  # of the JSON file
+            homes["activation_offload"] = "cpu"
         clip = config.pop("gradient_clipping", None)
         if clip not in (None, "auto", "none", "None", 0, 0.0):
             self.notes.append(

@@ -56,6 +56,10 @@ def flatten(path: Path, named_in: Path, notes: list[str], dropped: dict[str, str
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         if key in values:
             out[key] = values.pop(key)
+    saved = _part(values, "activation_checkpointing")
+    out["cpu_checkpointing"] = saved.pop("cpu_checkpointing", False)
+    for key in saved:
+        dropped[f"{path.name}: activation_checkpointing.{key}"] = "a setting of DeepSpeed's engine"
     for name in ("bf16", "fp16"):
         if _part(values, name).get("enabled") is True:
             out["mixed_precision"] = name

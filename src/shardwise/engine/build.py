@@ -14,8 +14,8 @@ from torch import nn
 
 from shardwise.comm import Mesh, World, init
 from shardwise.comm.group import Op
+from shardwise.engine import activations, state_dict
 from shardwise.engine import optimizer as _optimizer  # installs the optimizer hooks
-from shardwise.engine import state_dict
 from shardwise.engine.in_backward import InBackward
 from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
@@ -39,6 +39,7 @@ def shard(module: M, chosen: Strategy, mesh: DeviceMesh | None = None, units: Un
         raise UnitError(f"{type(module).__name__} is sharded already", fix="call fully_shard once per module")
     params = list(module.named_parameters(remove_duplicate=False))
     _check(module, params)
+    activations.check(module, chosen)
     device = next((p.device for _, p in params), torch.device("cpu"))
     world = init(device, timeout=chosen.timeout)
     engine = Engine(module, chosen, _mesh(world, device, chosen, mesh))
@@ -91,6 +92,7 @@ def shard(module: M, chosen: Strategy, mesh: DeviceMesh | None = None, units: Un
     for unit in made.values():
         state_dict.install(unit)
     engine.install()
+    activations.install(engine)
     object.__setattr__(module, _ATTRIBUTE, engine)
     engines.add(engine)
     return module

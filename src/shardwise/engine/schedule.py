@@ -35,6 +35,7 @@ from shardwise.engine.unit import Call, Unit
 from shardwise.errors import GradientError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
+from shardwise.tiers.saved import SavedOnHost
 from shardwise.trees import map_tensors, tensors_in
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -99,6 +100,7 @@ class Engine:
         self._keep_graph = False
         self.in_backward: InBackward | None = None  # updates units as soon as their gradients are reduced
         self._ahead = 1 + (strategy.offload_prefetch if strategy.offload_params != "device" else 0)
+        self.saved: SavedOnHost | None = None  # activations on the host
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise UnitError(
@@ -138,6 +140,10 @@ class Engine:
         # Until a backward has shown better: the reverse of registration, with parents after their children.
         self._order = self._default_order()
         self._choose_what_stays()
+
+    def before_forward(self, hook: Callable[[nn.Module, Any], None]) -> None:
+        """Call ``hook`` before each forward of the root, until a parent engine takes over."""
+        self._handles.append(self.module.register_forward_pre_hook(torch.compiler.disable(hook), prepend=True))
 
     def uninstall(self) -> None:
         """Remove the root's hooks: a parent engine has taken over the units."""

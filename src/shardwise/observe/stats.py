@@ -14,6 +14,7 @@ from shardwise.strategy import Strategy
 from shardwise.tiers import STATES
 from shardwise.tiers.disk import DiskStats
 from shardwise.tiers.home import Home
+from shardwise.tiers.link import Link
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Stats:
         comm: per kind (``gather``, ``reduce``, ``broadcast``, ``norm``, ``control``, ...): calls, bytes
             sent, and seconds blocked waiting. Of the whole process.
         live, peak: bytes by state (``parameters``, ``gradients``, ``optimizer``, ``gather_buffers``,
-            ``offload_buffers``).
+            ``offload_buffers``, ``host_activations``).
         peak_total: bytes of all states at their joint peak.
         to_host, to_device: bytes that offloading copied between the device and the host.
         disk: bytes read and written for states whose home is ``nvme``, seconds with I/O under way (``busy_s``), seconds
@@ -65,13 +66,17 @@ def stats(module: nn.Module | None = None) -> Stats:
         {s: sum(e.ledger.peak[s] for e in chosen) for s in STATES},
         sum(e.ledger.peak_total for e in chosen),
         _disk(chosen),
-        sum(home.link.to_host_bytes for home in _homes(chosen)),
-        sum(home.link.to_device_bytes for home in _homes(chosen)),
+        sum(link.to_host_bytes for link in _links(chosen)),
+        sum(link.to_device_bytes for link in _links(chosen)),
     )
 
 
 def _homes(engines: list[Engine]) -> list[Home]:
     return list({id(u.home): u.home for e in engines for u in e.units if u.home is not None}.values())
+
+
+def _links(engines: list[Engine]) -> list[Link]:
+    return [home.link for home in _homes(engines)] + [e.saved.link for e in engines if e.saved is not None]
 
 
 def _disk(engines: list[Engine]) -> DiskStats:
@@ -89,6 +94,8 @@ def reset_stats(module: nn.Module | None = None) -> None:
         engine.ledger.reset_peak()
     for home in _homes(chosen):
         home.reset_stats()
+    for link in _links(chosen):
+        link.to_host_bytes = link.to_device_bytes = 0
     World.current().stats.reset()
 
 

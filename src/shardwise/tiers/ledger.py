@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-STATES = ("parameters", "gradients", "optimizer", "gather_buffers", "offload_buffers")
+STATES = ("parameters", "gradients", "optimizer", "gather_buffers", "offload_buffers", "host_activations")
 
 
 class Observer(Protocol):
@@ -25,7 +25,7 @@ class Ledger:
     gradients, and whole ones that ``no_sync`` keeps. ``optimizer``: optimizer state, and master values where
     whole parameters are kept in another dtype. ``gather_buffers``: whatever comes and goes with a unit:
     its gathered values, its arriving gradients, what a reduce receives. ``offload_buffers``: host buffers that
-    state on a disk passes through.
+    state on a disk passes through. ``host_activations``: what autograd saved that was moved to the host.
     """
 
     def __init__(self) -> None:

@@ -15,6 +15,10 @@ class Copy:
         if self._event is not None:
             self._event.synchronize()
 
+    @property
+    def done(self) -> bool:
+        return self._event is None or self._event.query()
+
     def order(self) -> None:
         """What the device is told from here on waits for it there; the host does not."""
         if self._event is not None:

@@ -124,6 +124,7 @@ class DeepSpeedPlugin:
             offload_optimizer=facts.offload_optimizer,
             param_dtype=facts.param_dtype,
             reduce_dtype=facts.reduce_dtype,
+            activation_offload=facts.offload_activations,
         )
 
     @property

@@ -21,11 +21,12 @@ _STAGES = ("ddp", "zero1", "zero2", "zero3")
 _QUIET = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "zero_optimization", "fp16", "bf16", "bfloat16", "data_types", "communication_data_type", "gradient_allreduce_op",
-    "steps_per_print", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "managed_gradient_accumulation",
+    "steps_per_print", "activation_checkpointing",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "managed_gradient_accumulation",
 }  # fmt: skip
 # Change how fast DeepSpeed does something, or what it prints.
 _TUNING = {
-    "activation_checkpointing", "aio", "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_allgather",
+    "aio", "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_allgather",
     "prescale_gradients", "gradient_predivide_factor", "comms_logger", "checkpoint", "timers", "compile",
     "dataloader_drop_last", "disable_python_gc", "seq_parallel_communication_data_type", "log_level",
     "use_data_before_expert_parallelism",
@@ -87,6 +88,10 @@ _OFFLOAD_REFUSED = {
     "ratio": "all of it or nothing: give 1.0, or leave it out",
     "super_offload": "leave it out",
 }
+_ACTIVATIONS_TUNING = {
+    "partition_activations", "contiguous_memory_optimization", "number_checkpoints", "synchronize_checkpoint_boundary",
+    "profile",
+}  # fmt: skip
 _HALF_QUIET = {"enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window"}
 _HALF_TUNING = {
     "hysteresis", "consecutive_hysteresis", "min_loss_scale", "immediate_grad_update", "check_grad_overflow",
@@ -107,6 +112,7 @@ class DsFacts:
         shard_size: ranks of a MiCS group, or ``None``.
         offload_optimizer, offload_params: ``device``, ``cpu`` or ``nvme``.
         nvme_paths: by ``optimizer`` and ``param``, where one is given.
+        offload_activations: ``device`` or ``cpu``.
         param_dtype: ``fp16``, ``bf16`` or ``None``.
         reduce_dtype: the dtype of gradients on the wire, or ``None``.
         accumulation: micro-batches per step, or ``None``.
@@ -119,6 +125,7 @@ class DsFacts:
     shard_size: int | None = None
     offload_optimizer: str = "device"
     offload_params: str = "device"
+    offload_activations: str = "device"
     nvme_paths: dict[str, str] = field(default_factory=dict)
     param_dtype: str | None = None
     reduce_dtype: str | None = None
@@ -202,12 +209,15 @@ def read_ds_config(config: Mapping[str, Any], where: str = "DeepSpeed configurat
         raise ConfigError(f"communication_data_type={wire!r} is not known", where=where, fix="fp32, fp16 or bf16")
     if config.get("gradient_allreduce_op") not in (None, "auto", "mean"):
         raise ConfigError("gradient_allreduce_op: gradients are means over ranks", where=where, fix="leave it out")
+    saved = _section(config, "activation_checkpointing", where)
+    idle += _sort(saved, "activation_checkpointing.", {"cpu_checkpointing"}, _ACTIVATIONS_TUNING, {}, where)
     clipping = _number(config.get("gradient_clipping"), "gradient_clipping", float, where)
     return DsFacts(
         stage=stage,
         shard_size=mics,
         offload_optimizer=homes["optimizer"],
         offload_params=homes["param"],
+        offload_activations="cpu" if _said(saved.get("cpu_checkpointing")) else "device",
         nvme_paths=paths,
         param_dtype=halves,
         reduce_dtype=_DTYPES[str(wire)] if _said(wire) else None,

@@ -36,8 +36,9 @@ class FullyShardedDataParallelPlugin:
         auto_wrap_policy, transformer_cls_names_to_wrap, min_num_params: which modules are units: see ``units``.
         cpu_offload: parameters and optimizer state live on the CPU.
         ignored_modules: refused.
-        activation_checkpointing: units are computed again in backward; the Accelerator does it when it prepares.
-        activation_checkpointing_offload: refused.
+        activation_checkpointing: units are computed again in backward.
+        activation_checkpointing_offload: what is kept for that, and what else a forward saves, is on the CPU meanwhile.
+            Belongs to ``activation_checkpointing``.
         use_orig_params, sync_module_states, backward_prefetch, forward_prefetch, limit_all_gathers,
             state_dict_type, state_dict_config, optim_state_dict_config: accepted. Parameters are the module's
             own, rank 0's values go to everyone, gathers run ahead of their use, and state dicts hold whole tensors.
@@ -84,11 +85,13 @@ class FullyShardedDataParallelPlugin:
                 where=_WHERE,
                 fix="leave it out; frozen parameters cost no gradient, no optimizer state and no reduce",
             )
-        if self.activation_checkpointing_offload:
-            raise ConfigError(
-                "activation_checkpointing_offload is not supported", where=_WHERE, fix="use activation_checkpointing"
-            )
         self.activation_checkpointing = bool(self.activation_checkpointing)
+        if self.activation_checkpointing_offload and not self.activation_checkpointing:
+            raise ConfigError(
+                "activation_checkpointing_offload without activation_checkpointing has nothing to offload",
+                where=_WHERE,
+                fix="set activation_checkpointing too, or use strategy='zero3,activation_offload=cpu'",
+            )
         self.to_strategy()
         _ = self.units
         idle = self._idle()
@@ -131,6 +134,8 @@ class FullyShardedDataParallelPlugin:
             offload_optimizer=home,
             param_dtype=param,
             reduce_dtype=reduce,
+            activation_checkpointing=bool(self.activation_checkpointing),
+            activation_offload="cpu" if self.activation_checkpointing_offload else "device",
         )
 
     @property

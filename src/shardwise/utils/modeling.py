@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from shardwise.engine.activations import recompute
 from shardwise.engine.select import UnitRule, select_units
 from shardwise.errors import ConfigError
 from shardwise.utils.imports import is_peft_available
@@ -145,7 +144,8 @@ def is_peft_model(model: nn.Module) -> bool:
 def checkpoint_activations(model: nn.Module, units: UnitRule = None) -> list[str]:
     """Keep only the inputs of some modules for backward, and compute inside them again there.
 
-    Call it before the model is prepared.
+    What ``activation_checkpointing`` in a strategy does, for modules of one's choice. Call it before the model is
+    prepared.
 
     Args:
         units: which modules, as in :func:`shardwise.fully_shard`.
@@ -153,17 +153,4 @@ def checkpoint_activations(model: nn.Module, units: UnitRule = None) -> list[str
     Returns:
         Their names.
     """
-    chosen = [(name, m) for name, m in select_units(model, units) if not _is_checkpointed(m)]
-    for _, module in chosen:
-        module.forward = functools.partial(_checkpointed, module.forward)
-    return [name for name, _ in chosen]
-
-
-def _checkpointed(forward: Any, /, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def _is_checkpointed(module: nn.Module) -> bool:
-    return isinstance(module.forward, functools.partial) and module.forward.func is _checkpointed
+    return [name for name, module in select_units(model, units) if recompute(module)]
