@@ -284,16 +284,3 @@ def test_help_does_not_wait_for_torch(args: list[str], tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout and done.stderr == "[]\n"
-
-
-def test_the_launchers_accumulation_reaches_the_accelerator(tmp_path: Path) -> None:
-    text = (
-        "import shardwise\n"
-        "a = shardwise.Accelerator(gradient_accumulation_steps=2)\n"
-        "print(a.process_index, a.gradient_accumulation_steps)\n"
-    )
-    code, out, err = command(
-        "launch", "-n", 2, "--cpu", "--gradient-accumulation-steps", 5, script(tmp_path, text), cwd=tmp_path
-    )
-    assert code == 0, err
-    assert sorted(out.split("\n")) == ["", "0 5", "1 5"]
