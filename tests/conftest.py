@@ -9,6 +9,8 @@ import processes
 
 # With it, a print() is two writes, and the lines of several processes that share a pipe come out mixed.
 os.environ.pop("PYTHONUNBUFFERED", None)
+# Before torch is imported. The models are tiny: more threads only wait for each other, long on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
