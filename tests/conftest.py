@@ -1,6 +1,19 @@
 """What holds for every test."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
+
+import processes
 
 # With it, a print() is two writes, and the lines of several processes that share a pipe come out mixed.
 os.environ.pop("PYTHONUNBUFFERED", None)
+# Before torch is imported. The models are tiny: more threads only wait for each other, long on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left_behind() -> Iterator[None]:
+    yield
+    processes.end_all()

@@ -1,4 +1,4 @@
-"""A pool of rank processes that lives for the whole test session: one spawn per world size, not per test.
+"""A pool of rank processes that lives for the whole test session: one start per world size, not per test.
 
 ``run(world, function, *args)`` calls a module-level function on every rank of a gloo process group and
 returns the results by rank. A rank that raises, or does not answer in time, fails the test with every
@@ -8,15 +8,17 @@ rank's traceback; the pool of that size is then thrown away, since its ranks may
 from __future__ import annotations
 
 import atexit
-import multiprocessing as mp
 import os
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
-_TIMEOUT = 90.0
+import processes
+
+_TIMEOUT = 120.0
 _pools: dict[int, _Pool] = {}
 
 
@@ -30,40 +32,41 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 class _Pool:
     def __init__(self, world: int) -> None:
         self.world = world
-        context = mp.get_context("spawn")
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        self.pipes, self.processes = [], []
+        self.pipes: list[Any] = []
+        self.processes: list[processes.Process] = []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world, port), daemon=True)
-            process.start()
-            self.pipes.append(ours)
+            process, pipe = processes.fork(_serve, rank, world, port, number=rank, connected=True)
+            processes.keep(process)
+            self.pipes.append(pipe)
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send((function, args))
         results: list[Any] = [None] * self.world
         problems: list[str] = []
         until = time.monotonic() + _TIMEOUT
-        waiting = set(range(self.world))
+        waiting = dict(zip(self.pipes, range(self.world), strict=True))
+        for pipe in self.pipes:
+            try:
+                pipe.send((function, args))
+            except BrokenPipeError:  # it has ended, and is found to have below
+                continue
         while waiting and time.monotonic() < until:
-            for rank in sorted(waiting):
-                if self.pipes[rank].poll(0.002):
-                    waiting.discard(rank)
-                    try:
-                        ok, value = self.pipes[rank].recv()
-                    except EOFError:
-                        ok, value = False, "the process ended"
-                    if ok:
-                        results[rank] = value
-                    else:
-                        problems.append(f"--- rank {rank}\n{value}")
-                        until = min(until, time.monotonic() + 5)
+            for pipe in wait(list(waiting), timeout=0.5):
+                rank = waiting.pop(pipe)
+                try:
+                    ok, value = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    ok, value = False, f"the process ended\n{self.processes[rank].err[-3000:]}"
+                if ok:
+                    results[rank] = value
+                else:
+                    problems.append(f"--- rank {rank}\n{value}")
+                    until = min(until, time.monotonic() + 5)
         if waiting:
-            problems.append(f"--- no answer from ranks {sorted(waiting)}")
+            problems.append(f"--- no answer from ranks {sorted(waiting.values())}")
         if problems:
             self.close()
             raise AssertionError("\n".join(problems))
@@ -73,6 +76,8 @@ class _Pool:
         _pools.pop(self.world, None)
         for process in self.processes:
             process.kill()
+        for pipe in self.pipes:
+            pipe.close()
 
 
 @atexit.register
@@ -82,10 +87,7 @@ def close_all() -> None:
 
 
 def _serve(pipe: Any, rank: int, world: int, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-    )  # fmt: skip
+    os.environ.update(processes.rank_environment(rank, world, port))
     import torch
 
     import shardwise
@@ -97,7 +99,7 @@ def _serve(pipe: Any, rank: int, world: int, port: int) -> None:
         try:
             function, args = pipe.recv()
         except (EOFError, KeyboardInterrupt):
-            return
+            os._exit(0)
         try:
             torch.manual_seed(0)
             pipe.send((True, function(*args)))

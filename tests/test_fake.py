@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+import processes
 
 SCRIPT = """
 import json, sys
@@ -51,12 +51,9 @@ print(json.dumps({"n": n, "live": s.live, "peak": s.peak, "sent": {k: c.bytes_se
 def test_world_of_64(strategy, tmp_path):
     path = tmp_path / "fake.py"
     path.write_text(SCRIPT)
-    env = {"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, str(path), strategy, "64"], capture_output=True, text=True, env=env, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    facts = json.loads(done.stdout.splitlines()[-1])
+    code, out, err = processes.script(path, strategy, 64).finish()
+    assert code == 0, err[-3000:]
+    facts = json.loads(out.splitlines()[-1])
     live, expected = facts["live"], facts["expected"]
     assert live["parameters"] == expected["parameters"]
     assert live["gradients"] == expected["gradients"]

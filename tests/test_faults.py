@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
+
+import processes
 
 SCRIPT = """
 import os, signal, sys, time
@@ -18,11 +15,13 @@ import torch
 import shardwise
 from models import Block, adamw, batch, loss_of, make
 
-what, strategy, culprit = sys.argv[1], sys.argv[2], int(sys.argv[3])
+what, strategy, culprit, timeout = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 rank = int(os.environ["RANK"])
 torch.set_num_threads(1)
 shardwise.init("cpu")
-model = shardwise.fully_shard(make(), strategy=strategy + ",timeout=5", units=Block)
+first = shardwise.fully_shard(make(), strategy=strategy + ",timeout=100", units=Block)
+loss_of(first, batch(0, rank)).backward()  # what is slow once is slow here, where nobody loses patience
+model = shardwise.fully_shard(make(), strategy=strategy + f",timeout={timeout}", units=Block)
 opt = adamw(model.parameters())
 
 class Boom(torch.autograd.Function):
@@ -54,36 +53,44 @@ for step in range(4):
 """
 
 
-def start(tmp_path: Path, size: int, *args: str) -> tuple[list[int], list[str], float]:
-    """Run the script on ``size`` ranks; returns exit codes, error outputs and seconds."""
-    path = tmp_path / "script.py"
+LONG = 1000  # seconds: what ends sooner has not ended by its timeout
+SHORT = 5
+EXCEPTIONS = [f"{what} {strategy}" for strategy in ("ddp", "zero3") for what in ("forward-1", "backward-0", "backward-1")]
+KILLS = ["kill-2 zero1", "kill-2 zero3"]
+Outcome = tuple[list[int], list[str]]  # exit codes and error outputs, by rank
+
+
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list]]:
+    """The ranks of every scenario that a test here asks for, all started at once: most of the time they wait."""
+    path = tmp_path_factory.mktemp("faults") / "script.py"
     path.write_text(SCRIPT)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    begin = time.monotonic()
-    ranks = []
-    for r in range(size):
-        env = {
-            **os.environ, "RANK": str(r), "WORLD_SIZE": str(size), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        }  # fmt: skip
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(path), *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    outputs = [p.communicate(timeout=100)[1] for p in ranks]
-    return [p.returncode for p in ranks], outputs, time.monotonic() - begin
+    tests = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    running: dict[str, list[processes.Process]] = {}
+    for scenario in (test.callspec.params["scenario"] for test in tests):  # type: ignore[attr-defined]
+        what, culprit, strategy = re.split("[- ]", scenario)
+        timeout = SHORT if what in ("hang", "diverge") else LONG
+        size = 3 if what == "kill" else 2
+        running[scenario] = processes.ranks_of_a_script(path, size, what, strategy, culprit, timeout)
+        for process in running[scenario]:
+            processes.keep(process)
+    yield running
+    for process in sum(running.values(), []):
+        process.kill()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-@pytest.mark.parametrize(("what", "culprit"), [("forward", 1), ("backward", 0), ("backward", 1)])
-def test_exception_on_one_rank(what, culprit, strategy, tmp_path):
-    codes, errors, seconds = start(tmp_path, 2, what, strategy, str(culprit))
+@pytest.fixture
+def outcome(scenario: str, ranks: dict[str, list[processes.Process]]) -> Outcome:
+    ended = [process.finish(150) for process in ranks[scenario]]
+    return [code for code, _, _ in ended], [err for _, _, err in ended]
+
+
+@pytest.mark.parametrize("scenario", EXCEPTIONS)
+def test_exception_on_one_rank(scenario: str, outcome: Outcome) -> None:
+    codes, errors = outcome
+    what, culprit = re.match(r"(\w+)-(\d)", scenario).groups()
+    culprit = int(culprit)
     assert all(c not in (0, None) for c in codes)
-    assert seconds < 45
     assert f"boom in {what}" in errors[culprit], "the rank's own traceback"
     report = errors[1 - culprit]
     if culprit == 1:  # rank 0 hosts the store; when it goes, its words may go with it
@@ -94,27 +101,27 @@ def test_exception_on_one_rank(what, culprit, strategy, tmp_path):
     assert "Traceback" not in report, "only the culprit shows a traceback"
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
-def test_killed_rank(strategy, tmp_path):
-    codes, errors, seconds = start(tmp_path, 3, "kill", strategy, "2")
-    assert codes[2] == -9 and codes[0] == codes[1] == 1 and seconds < 45
+@pytest.mark.parametrize("scenario", [pytest.param(KILLS[0], marks=pytest.mark.slow), KILLS[1]])
+def test_killed_rank(scenario: str, outcome: Outcome) -> None:
+    codes, errors = outcome
+    assert codes[2] == -9 and codes[0] == codes[1] == 1
     reports = [e for e in errors[:2] if "shardwise report" in e]
     assert len(reports) == 1, "one rank speaks for all"
     assert "ended or lost its connection" in reports[0] and "was waiting for" in reports[0]
 
 
-def test_ranks_in_different_branches_under_zero3(tmp_path):
-    codes, errors, seconds = start(tmp_path, 2, "diverge", "zero3", "1")
-    assert codes == [1, 1] and seconds < 60
+@pytest.mark.parametrize("scenario", ["diverge-1 zero3"])
+def test_ranks_in_different_branches_under_zero3(scenario: str, outcome: Outcome) -> None:
+    codes, errors = outcome
+    assert codes == [1, 1]
     report = next(e for e in errors if "shardwise report" in e)
     assert "did not complete within its timeout" in report or "lost its connection" in report
     assert "unit 'blocks.1'" in report and "unit 'blocks.2'" in report, "names both sides"
 
 
-def test_a_hanging_rank_is_reported_within_the_timeout(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    codes, errors, _ = start(tmp_path, 2, "hang", "zero3", "1")
+@pytest.mark.parametrize("scenario", ["hang-1 zero3"])
+def test_a_hanging_rank_is_reported_within_the_timeout(scenario: str, outcome: Outcome) -> None:
+    codes, errors = outcome
     assert codes[0] == 1
     report = errors[0]
     assert "did not complete within its timeout" in report and "rank 1: not waiting in a collective" in report

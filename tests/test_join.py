@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+import processes
 import shardwise
 from models import PRESETS, assert_close, assert_same, make, rank, whole
 from models import batch as tokens
@@ -375,7 +371,7 @@ from test_join import loader_of, loss_of, tokens
 what, preset = sys.argv[1:]
 rank = int(os.environ["RANK"])
 torch.set_num_threads(1)
-accelerator = shardwise.Accelerator(strategy=preset + ",timeout=20", cpu=True)
+accelerator = shardwise.Accelerator(strategy=preset + ",timeout=1000", cpu=True)
 model = make()
 opt = torch.optim.SGD(model.parameters(), lr=0.1)
 if what == "optimizer":
@@ -395,35 +391,31 @@ with accelerator.join_uneven_inputs([model]):
 """
 
 
-def ended(tmp_path: Path, *args: str) -> tuple[list[int], list[str]]:
-    path = tmp_path / "script.py"
+ERRORS = {
+    "body": "ValueError: boom in the body",
+    "collective": "needs rank 0, which has no data left",
+    "optimizer": "does not know this SGD",
+}
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """Two ranks per kind of error, started at once: most of the time they wait."""
+    path = tmp_path_factory.mktemp("join") / "script.py"
     path.write_text(SCRIPT)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = []
-    for r in range(2):
-        env = {
-            **os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        }  # fmt: skip
-        ranks.append(subprocess.Popen([sys.executable, str(path), *args], env=env, stderr=subprocess.PIPE, text=True))
-    errors = [p.communicate(timeout=100)[1] for p in ranks]
-    return [p.returncode for p in ranks], errors
+    running = {what: processes.ranks_of_a_script(path, 2, what, "zero3") for what in ERRORS}
+    for process in sum(running.values(), []):
+        processes.keep(process)
+    yield running
+    for process in sum(running.values(), []):
+        process.kill()
 
 
-@pytest.mark.parametrize(
-    ("what", "says"),
-    [
-        ("body", "ValueError: boom in the body"),
-        ("collective", "needs rank 0, which has no data left"),
-        ("optimizer", "does not know this SGD"),
-    ],
-)
-def test_an_error_ends_all_ranks(tmp_path, what, says):
-    codes, errors = ended(tmp_path, what, "zero3")
-    assert codes == [1, 1] and says in errors[1] and "rank 1" in errors[0]
+@pytest.mark.parametrize("what", ERRORS)
+def test_an_error_ends_all_ranks(failing, what):
+    ended = [process.finish(150) for process in failing[what]]
+    assert [code for code, _, _ in ended] == [1, 1]
+    assert ERRORS[what] in ended[1][2] and "rank 1" in ended[0][2]
 
 
 # --- prepared dataloaders whose end is uneven by themselves ---------------------------------------------

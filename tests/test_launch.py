@@ -4,47 +4,32 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+import processes
+from processes import Process, alive
 from shardwise import ShardwiseError, Strategy, cli, environment
 
 SRC = str(Path(__file__).parent.parent / "src")
 
 
-def start(*args: object, cwd: Path, **variables: str) -> subprocess.Popen[str]:
+def start(*args: object, cwd: Path, **variables: str) -> Process:
+    """The command, in a process of its own that has imported torch already; the ranks it starts have not."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SHARDWISE_", "OMP_"))}
-    return subprocess.Popen(
-        [sys.executable, "-m", "shardwise", *map(str, args)],
-        cwd=cwd, env={**inherited, "PYTHONPATH": SRC, "XDG_CONFIG_HOME": str(cwd), **variables}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    environment = {**inherited, "PYTHONPATH": SRC, "XDG_CONFIG_HOME": str(cwd), **variables}
+    return processes.module("shardwise", *args, cwd=cwd, environment=environment)
 
 
 def command(*args: object, cwd: Path, **variables: str) -> tuple[int, str, str]:
-    return finish(start(*args, cwd=cwd, **variables))
+    return start(*args, cwd=cwd, **variables).finish()
 
 
 def script(folder: Path, text: str, name: str = "job.py") -> str:
     (folder / name).write_text(text)
     return name
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -138,16 +123,13 @@ def test_a_killed_rank_is_named_with_its_signal_and_the_others_report_where_they
 def test_ctrl_c_ends_every_rank_with_one_message(tmp_path: Path) -> None:
     sleeps = "import os, time\nopen('pid-' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
     process = start("launch", "--nproc", 2, "--cpu", script(tmp_path, sleeps), cwd=tmp_path)
-    until = time.monotonic() + 60
-    pids: list[int] = []
-    while len(pids) < 2 and time.monotonic() < until and process.poll() is None:
-        time.sleep(0.1)
-        pids = [int(text) for p in tmp_path.glob("pid-*") if (text := p.read_text())]
+    process.until(lambda: len([p for p in tmp_path.glob("pid-*") if p.read_text()]) == 2)
+    pids = [int(p.read_text()) for p in tmp_path.glob("pid-*")]
     process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
+    code, _, err = process.finish()
     assert code == 130
     assert err == "\nshardwise: stopped by Ctrl-C; all 2 ranks have ended\n"
-    assert len(pids) == 2 and not any(alive(pid) for pid in pids)
+    assert not any(alive(pid) for pid in pids)
 
 
 def test_restarts_are_said_and_can_succeed(tmp_path: Path) -> None:
@@ -173,7 +155,7 @@ def test_two_hosts_meet(tmp_path: Path, numbered: bool) -> None:
         for host in range(2)
     ]  # fmt: skip
     for launcher in launchers:
-        code, _, err = finish(launcher)
+        code, _, err = launcher.finish()
         assert code == 0, err
     assert [(e["RANK"], e["WORLD_SIZE"]) for e, _ in said(tmp_path)] == [("0", "2"), ("1", "2")]
 
@@ -270,30 +252,15 @@ def test_named_devices_reach_the_ranks_as_what_this_process_sees(
         choose_nproc(None, False, devices=["4"])
 
 
-@pytest.mark.parametrize("args", [["--help"], ["launch", "--help"], ["config", "--help"], ["doctor", "--help"]])
-def test_help_does_not_wait_for_torch(args: list[str], tmp_path: Path) -> None:
-    program = (
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    commands = [["--help"], ["launch", "--help"], ["config", "--help"], ["doctor", "--help"], ["demo", "--help"]]
+    text = (
         "import sys\nfrom shardwise import cli\n"
-        f"sys.argv = ['shardwise', *{args!r}]\n"
-        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"for args in {commands}:\n"
+        "    sys.argv = ['shardwise', *args]\n"
+        "    try:\n        cli.main()\n    except SystemExit as end:\n        assert not end.code\n"
         "print(sorted(m for m in ('torch', 'numpy') if m in sys.modules), file=sys.stderr)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": SRC},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Usage" in done.stdout and done.stderr == "[]\n"
-
-
-def test_the_launchers_accumulation_reaches_the_accelerator(tmp_path: Path) -> None:
-    text = (
-        "import shardwise\n"
-        "a = shardwise.Accelerator(gradient_accumulation_steps=2)\n"
-        "print(a.process_index, a.gradient_accumulation_steps)\n"
-    )
-    code, out, err = command(
-        "launch", "-n", 2, "--cpu", "--gradient-accumulation-steps", 5, script(tmp_path, text), cwd=tmp_path
-    )
+    code, out, err = processes.program("-c", text, cwd=tmp_path, environment={**os.environ, "PYTHONPATH": SRC}).finish()
     assert code == 0, err
-    assert sorted(out.split("\n")) == ["", "0 5", "1 5"]
+    assert out.count("Usage") == len(commands) and err == "[]\n"

@@ -1,0 +1,355 @@
+"""Processes for the tests: started in the middle of an interpreter's life, or anew, and ended with the test.
+
+Most of what starting a rank costs is importing torch, some five seconds of a core each time. ``fork`` and ``script``
+skip it: a process that has done the imports, and nothing else, forks. What is forked runs its function or script as
+the main module, with an environment and a working directory of its own, and ends as any interpreter ends: excepthook,
+threads, atexit, destructors. There are two such servers, so that ranks differ in their hash seed, as they do when
+they are started one by one: what iterates over a set in different orders on different ranks must fail here.
+
+``program`` starts a new interpreter, for what is about the start itself.
+
+Whatever a test leaves running is killed at its end (``end_all``, called from conftest.py), with all it has started.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import multiprocessing
+import multiprocessing.util
+import os
+import runpy
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+_PRELOAD = ("torch", "torch._dynamo", "torch.distributed.checkpoint", "shardwise.accelerator", "shardwise.cli.ranks")
+_START_S = 150.0  # the imports, on a machine that does much else
+_REQUEST = struct.Struct("=cq")  # b"f": fork (three file descriptors come along), b"p": how did this process end?
+_REPLY = struct.Struct("=q")
+_RUNNING = 1 << 32  # no exit code
+_started: list[Process] = []
+_servers: list[_Server] = []
+
+
+class _Handle(Protocol):
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+
+class Process:
+    """A running process whose output goes to files: it cannot block on a pipe, and nobody blocks on it."""
+
+    def __init__(self, handle: _Handle, out: Path | None = None, err: Path | None = None) -> None:
+        self._handle, self._out, self._err = handle, out, err
+        self.pid = handle.pid
+        _started.append(self)
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, minus the signal's number where one ended it, or ``None`` while it runs."""
+        return self._handle.poll()
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text() if self._out else ""
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text() if self._err else ""
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def until(self, condition: Callable[[], Any], timeout: float = 100.0) -> Any:
+        """The condition's value once it is true, checked while this process runs.
+
+        Raises:
+            AssertionError: the process ended before, or the time is over.
+        """
+        end = time.monotonic() + timeout
+        while not (value := condition()):
+            assert self.returncode is None, f"ended with {self.returncode} before\n{self.out}\n{self.err}"
+            assert time.monotonic() < end, f"not within {timeout} s\n{self.out}\n{self.err}"
+            time.sleep(0.05)
+        return value
+
+    def finish(self, timeout: float = 120.0) -> tuple[int, str, str]:
+        """Exit code and output, once it has ended.
+
+        Raises:
+            AssertionError: it has not within ``timeout`` seconds; it is then killed.
+        """
+        end = time.monotonic() + timeout
+        while (code := self.returncode) is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"did not end within {timeout} s\n{self.out}\n{self.err}")
+            time.sleep(0.02)
+        return code, self.out, self.err
+
+    def kill(self) -> None:
+        """End it and everything it has started, also in other sessions."""
+        if self._handle.poll() is None:
+            os.kill(self.pid, signal.SIGSTOP)  # starts nothing more
+            for pid in [self.pid, *_descendants(self.pid)]:
+                for end in (os.killpg, os.kill):  # descendants lead groups of their own, or are in another's
+                    try:
+                        end(pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        continue
+        if self in _started:
+            _started.remove(self)
+
+
+def keep(process: Process) -> None:
+    """Let it live after the test that started it."""
+    _started.remove(process)
+
+
+def end_all() -> None:
+    """Kill what the tests have left running, but for the ranks of the pools."""
+    for process in list(_started):
+        process.kill()
+
+
+def fork(
+    function: Callable[..., Any],
+    *args: Any,
+    number: int = 0,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    connected: bool = False,
+) -> tuple[Process, Connection]:
+    """Call a module-level function in a new process.
+
+    Args:
+        function: by reference; a ``connected`` one is given the other end of the returned connection first.
+        args: picklable.
+        number: even and odd ones come from interpreters with different hash seeds.
+        environment: all of its variables; ``None`` for this process's.
+        cwd: its working directory.
+        connected: whether the connection stays open after the start.
+
+    Returns:
+        The process, and our end of a connection to it.
+    """
+    if not _servers:
+        _servers.extend(_Server() for _ in range(2))
+    folder = Path(multiprocessing.util.get_temp_dir())  # of the session, and removed with it
+    out, err = (Path(_new_file(folder, name)) for name in ("out", "err"))
+    ours, theirs = multiprocessing.Pipe()
+    with theirs, out.open("wb") as out_file, err.open("wb") as err_file:
+        handle = _servers[number % 2].fork([theirs.fileno(), out_file.fileno(), err_file.fileno()])
+    process = Process(handle, out, err)
+    ours.send((bytes(multiprocessing.current_process().authkey), str(folder), dict(environment or os.environ), cwd))
+    ours.send((function, args, connected))
+    return process, ours
+
+
+def script(path: Path, *args: object, **options: Any) -> Process:
+    """Run a script as the main module of a forked interpreter; ``options`` are ``fork``'s."""
+    return fork(_script, path, [str(a) for a in args], **options)[0]
+
+
+def module(name: str, *args: object, **options: Any) -> Process:
+    """The same for ``python -m name``."""
+    return fork(_module, name, [str(a) for a in args], **options)[0]
+
+
+def program(*command: object, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> Process:
+    """Start ``python`` anew with these arguments."""
+    folder = Path(multiprocessing.util.get_temp_dir())
+    out, err = (Path(_new_file(folder, name)) for name in ("out", "err"))
+    with out.open("wb") as out_file, err.open("wb") as err_file:
+        popen = subprocess.Popen(
+            [sys.executable, *map(str, command)], env=environment, cwd=cwd, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=out_file, stderr=err_file,
+        )  # fmt: skip
+    return Process(popen, out, err)
+
+
+def ranks_of_a_script(path: Path, size: int, *args: object) -> list[Process]:
+    """Run a script on ``size`` ranks without a launcher, which would have its own word at the end."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [
+        script(path, *args, number=rank, environment=os.environ | rank_environment(rank, size, port))
+        for rank in range(size)
+    ]
+
+
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process that has not ended; one whose parent has not yet asked for its end has."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def _new_file(folder: Path, name: str) -> str:
+    handle, path = tempfile.mkstemp(prefix=name, dir=folder)
+    os.close(handle)
+    return path
+
+
+def _descendants(root: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):  # it has ended meanwhile
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, waiting = [], [root]
+    while waiting:
+        waiting += children.get(waiting[0], [])
+        found += children.get(waiting.pop(0), [])
+    return found
+
+
+# --- the servers --------------------------------------------------------------------------------
+class _Server:
+    """A process that has done the imports. It ends, with all it has forked, when this one does."""
+
+    def __init__(self) -> None:
+        self.control, theirs = socket.socketpair()
+        self.control.settimeout(_START_S)
+        path = os.pathsep.join(p for p in sys.path if p)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", f"import processes; processes._serve({theirs.fileno()})"],
+                pass_fds=[theirs.fileno()], start_new_session=True, stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path},
+            )  # fmt: skip
+        atexit.register(self.close)
+
+    def fork(self, files: list[int]) -> _Forked:
+        socket.send_fds(self.control, [_REQUEST.pack(b"f", 0)], files)
+        return _Forked(self, self._reply())
+
+    def ask(self, pid: int) -> int | None:
+        if self.control.fileno() < 0:
+            return -signal.SIGKILL  # all of them ended with the server
+        self.control.sendall(_REQUEST.pack(b"p", pid))
+        code = self._reply()
+        return None if code == _RUNNING else code
+
+    def _reply(self) -> int:
+        data = self.control.recv(_REPLY.size)
+        assert data, "the server of the tests' processes has ended"
+        return int(_REPLY.unpack(data)[0])
+
+    def close(self) -> None:
+        self.control.close()
+        self.process.wait(timeout=30)
+
+
+class _Forked:
+    def __init__(self, server: _Server, pid: int) -> None:
+        self.pid, self._server = pid, server
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            self._code = self._server.ask(self.pid)
+        return self._code
+
+
+def _serve(control: int) -> None:
+    """The life of a server. Returns in what it has forked only, when that has done its work."""
+    for name in _PRELOAD:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # collections in the children leave these pages shared
+    requests = socket.socket(fileno=control)
+    running: set[int] = set()
+    while True:
+        data, files, _, _ = socket.recv_fds(requests, _REQUEST.size, 3)
+        if not data:
+            for pid in running:
+                try:
+                    os.killpg(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            os._exit(0)
+        kind, pid = _REQUEST.unpack(data)
+        if kind == b"f":
+            pid = os.fork()
+            if not pid:
+                requests.close()
+                _forked(*files)
+                return
+            for file in files:
+                os.close(file)
+            running.add(pid)
+            requests.sendall(_REPLY.pack(pid))
+        else:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            running -= {done}
+            requests.sendall(_REPLY.pack(os.waitstatus_to_exitcode(status) if done else _RUNNING))
+
+
+def _forked(connection_file: int, out: int, err: int) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for file, number in ((out, 1), (err, 2)):
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115  (a pipe's or file's buffering)
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
+    _unlike_others()
+    connection = Connection(connection_file)
+    key, folder, environment, cwd = connection.recv()
+    process: Any = multiprocessing.current_process()
+    process.authkey = key  # tensors travel as shared memory between processes that have it in common
+    process._config["tempdir"] = folder
+    os.environ.clear()
+    os.environ.update(environment)
+    if cwd is not None:
+        os.chdir(cwd)
+    function, args, connected = connection.recv()
+    if connected:
+        function(connection, *args)
+    else:
+        connection.close()
+        function(*args)
+
+
+def _unlike_others() -> None:
+    import numpy as np
+
+    np.random.seed()  # as after a start of its own; Python's random does so by itself
+
+
+def _script(path: Path, args: list[str]) -> None:
+    sys.argv = [str(path), *args]
+    sys.path[0] = str(path.parent)
+    main = vars(sys.modules["__main__"])
+    main["__file__"] = str(path)
+    exec(compile(path.read_text(), str(path), "exec"), main)
+
+
+def _module(name: str, args: list[str]) -> None:
+    sys.argv = [name, *args]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
