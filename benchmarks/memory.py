@@ -104,3 +104,31 @@ def written_bytes() -> int | None:
     if not counters.exists():
         return None
     return next(int(line.split()[1]) for line in counters.read_text().splitlines() if line.startswith("wchar"))
+
+
+class ResidentMeter:
+    """The most memory of any kind that this process has occupied, beyond what it had when the meter was made.
+
+    Unlike :class:`MemoryMeter` it sees pages that did not come from the C allocator (host buffers for direct I/O,
+    pinned memory), and freed blocks that the allocator keeps. So large blocks are mapped on their own, as there.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        count_large_blocks()
+        self._base = _status("VmRSS")
+
+    def reset(self) -> None:
+        """Forget the peak: it is what is occupied now."""
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+
+    @property
+    def peak(self) -> int:
+        """Bytes, since the last :meth:`reset`."""
+        return _status("VmHWM") - self._base
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) << 10
