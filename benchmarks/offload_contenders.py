@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,12 +124,12 @@ CONTENDERS = (
 )
 
 
-def available(strategy: str, folder: Path) -> str:
+def available(strategy: str) -> str:
     """Why this version cannot do it; empty if it can."""
     import shardwise
 
     try:
-        shardwise.Strategy.parse(f"{strategy},nvme_path={folder}").require_available()
+        shardwise.Strategy.parse(strategy).require_available()
     except shardwise.ShardwiseError as error:
         return " ".join(str(error).split())
     return ""

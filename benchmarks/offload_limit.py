@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         **run, "parameters": shape.parameters, "state_bytes": state, "limit_bytes": nbytes, "arms": {}
     }  # fmt: skip
     for strategy in [WITHOUT, *(args.strategies or [WITH])]:
-        reason = available(strategy, args.folder)
+        reason = available(strategy)
         if reason:
             result["notes"].append(f"'{strategy}' skipped: {reason}")
             print(f"note: {result['notes'][-1]}")

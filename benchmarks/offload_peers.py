@@ -13,7 +13,6 @@ import importlib.util
 import shutil
 import statistics
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -21,7 +20,7 @@ import torch.distributed as dist
 import ranks
 from contenders import Contender
 from gpt import Shape, batch
-from memory import ResidentMeter
+from memory import ResidentMeter, disk_bytes
 from offload_contenders import CONTENDERS, STRATEGIES, OffloadSetting, available
 from peers import FIRST_TOLERANCE, TOLERANCE, WARM_UP, race
 from report import head, paired, quartiles, save, told
@@ -49,12 +48,15 @@ def alone(rank: int, key: str, setting: OffloadSetting, turns: int) -> dict[str,
         import shardwise
 
         shardwise.reset_stats(trainer.model)
+    before = disk_bytes()
     losses += [trainer.turn(ids) for ids in data[WARM_UP:]]
+    after = disk_bytes()
     out |= {"peak": meter.peak, "losses": losses}
+    if before is not None and after is not None:
+        out |= {f"disk_{k}": (b - a) / turns for k, a, b in zip(("read", "written"), before, after, strict=True)}
     if contender.library == "Shardwise":
         stats = shardwise.stats(trainer.model)
-        out |= {"ledger": stats.peak_total, "read": stats.disk.bytes_read / turns}
-        out["written"] = stats.disk.bytes_written / turns
+        out["ledger"] = stats.peak_total
     dist.barrier()
     return out
 
@@ -80,7 +82,12 @@ def trial(field: list[Contender], setting: OffloadSetting, nproc: int, turns: in
         entry = {k: max(r[k] for r in by_rank) for k in by_rank[0] if k != "losses"}
         out[c.key] = entry
         ledger = f", by its own ledger {entry['ledger'] / 1e6:.0f} MB" if "ledger" in entry else ""
-        print(f"  {c.key}: peak {entry['peak'] / 1e6:.0f} MB{ledger}", flush=True)
+        disk = (
+            f", disk {entry['disk_read'] / 1e6:.0f} + {entry['disk_written'] / 1e6:.0f}" if "disk_read" in entry else ""
+        )
+        print(f"  {c.key}: peak {entry['peak'] / 1e6:.0f} MB{ledger}{disk} MB per step", flush=True)
+        if "nvme" in c.key and entry.get("disk_written") == 0:
+            notes.append(f"{c.library} with {c.stage} ({c.key}) wrote nothing to the disk: its times are memory's")
     return out, notes
 
 
@@ -100,7 +107,7 @@ def measure_time(field: list[Contender], setting: OffloadSetting, nproc: int, ro
     return out
 
 
-def choose(keys: list[str] | None, clip: float, folder: Path) -> tuple[list[Contender], list[str]]:
+def choose(keys: list[str] | None, clip: float) -> tuple[list[Contender], list[str]]:
     """Who can take part, and a note on each one that cannot."""
     unknown = set(keys or ()) - {c.key for c in CONTENDERS}
     if unknown:
@@ -116,7 +123,7 @@ def choose(keys: list[str] | None, clip: float, folder: Path) -> tuple[list[Cont
         elif c.key.endswith("backward") and clip:
             reason = "an update in backward cannot clip by the norm of all gradients; see --clip 0"
         else:
-            reason = available(STRATEGIES[c.key], folder)
+            reason = available(STRATEGIES[c.key])
         if reason:
             notes.append(f"{c.library} with {c.stage} ({c.key}) skipped: {reason}")
         else:
@@ -126,7 +133,7 @@ def choose(keys: list[str] | None, clip: float, folder: Path) -> tuple[list[Cont
 
 def main(args: argparse.Namespace) -> None:
     keys = args.contenders.split(",") if args.contenders else None
-    field, notes = choose(keys, args.clip, args.folder)
+    field, notes = choose(keys, args.clip)
     for nproc in args.nproc:
         run = head(["deepspeed"])
         run["notes"] += notes
