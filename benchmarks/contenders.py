@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gpt import Block, loss_of, make_model
+from gpt import Block, Setting, loss_of, make_model
 
 LEARNING_RATE = 3e-4
 
@@ -72,7 +72,7 @@ class Contender:
     key: str
     label: str
     stage: str
-    build: Callable[[int], Trainer]
+    build: Callable[[Setting], Trainer]
 
     @property
     def library(self) -> str:
@@ -89,31 +89,31 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=LEARNING_RATE, fused=True)
 
 
-def _ddp(views: bool) -> Callable[[int], Trainer]:
-    def build(rows: int) -> Trainer:
-        model = nn.parallel.DistributedDataParallel(make_model(), gradient_as_bucket_view=views)
+def _ddp(views: bool) -> Callable[[Setting], Trainer]:
+    def build(setting: Setting) -> Trainer:
+        model = nn.parallel.DistributedDataParallel(make_model(setting.shape), gradient_as_bucket_view=views)
         return Trainer(model, adamw(model.parameters()))
 
     return build
 
 
-def _zero_redundancy(rows: int) -> Trainer:
+def _zero_redundancy(setting: Setting) -> Trainer:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    model = nn.parallel.DistributedDataParallel(make_model(), gradient_as_bucket_view=True)
+    model = nn.parallel.DistributedDataParallel(make_model(setting.shape), gradient_as_bucket_view=True)
     optimizer = ZeroRedundancyOptimizer(
         model.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, lr=LEARNING_RATE, fused=True
     )
     return Trainer(model, optimizer)
 
 
-def _fsdp1(strategy: str) -> Callable[[int], Trainer]:
-    def build(rows: int) -> Trainer:
+def _fsdp1(strategy: str) -> Callable[[Setting], Trainer]:
+    def build(setting: Setting) -> Trainer:
         from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
         from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
         model = FullyShardedDataParallel(
-            make_model(),
+            make_model(setting.shape),
             auto_wrap_policy=ModuleWrapPolicy({Block}),
             sharding_strategy=ShardingStrategy[strategy],
             use_orig_params=True,
@@ -124,8 +124,8 @@ def _fsdp1(strategy: str) -> Callable[[int], Trainer]:
     return build
 
 
-def _fsdp2(reshard: bool, hybrid: bool = False) -> Callable[[int], Trainer]:
-    def build(rows: int) -> Trainer:
+def _fsdp2(reshard: bool, hybrid: bool = False) -> Callable[[Setting], Trainer]:
+    def build(setting: Setting) -> Trainer:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -135,7 +135,7 @@ def _fsdp2(reshard: bool, hybrid: bool = False) -> Callable[[int], Trainer]:
             if hybrid
             else init_device_mesh("cpu", (size,))
         )
-        model = make_model()
+        model = make_model(setting.shape)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
@@ -144,42 +144,62 @@ def _fsdp2(reshard: bool, hybrid: bool = False) -> Callable[[int], Trainer]:
     return build
 
 
-def _deepspeed(stage: int) -> Callable[[int], Trainer]:
-    def build(rows: int) -> Trainer:
-        import deepspeed
-        from deepspeed.utils import logger
+def deepspeed_trainer(
+    setting: Setting,
+    stage: int,
+    *,
+    adam: Callable[[Any], torch.optim.Optimizer] = adamw,
+    zero: dict[str, Any] | None = None,
+    **more: Any,
+) -> Trainer:
+    """DeepSpeed at a ZeRO stage over gloo.
 
-        logger.setLevel("ERROR")
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-        model = make_model()
-        block = sum(p.numel() for p in model.blocks[0].parameters())
-        config = {
-            "train_micro_batch_size_per_gpu": rows,
-            "steps_per_print": 1 << 30,
-            "gradient_clipping": 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {
-                "stage": stage,
-                "reduce_bucket_size": block,
-                "allgather_bucket_size": block,
-                # Stage 3 by default keeps a billion gathered elements alive, which is this whole model.
-                "stage3_prefetch_bucket_size": block,
-                "stage3_max_live_parameters": 2 * block,
-                "stage3_max_reuse_distance": block,
-            },
-        }
-        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adamw(model.parameters()), config=config)
-        return DeepSpeedTrainer(engine, optimizer)
+    Args:
+        adam: makes the optimizer.
+        zero: more keys of the section ``zero_optimization``.
+        more: more keys of the configuration.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    model = make_model(setting.shape)
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    config = {
+        "train_micro_batch_size_per_gpu": setting.rows,
+        "steps_per_print": 1 << 30,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": block,
+            "allgather_bucket_size": block,
+            # Stage 3 by default keeps a billion gathered elements alive, which is this whole model.
+            "stage3_prefetch_bucket_size": block,
+            "stage3_max_live_parameters": 2 * block,
+            "stage3_max_reuse_distance": block,
+            **(zero or {}),
+        },
+        **more,
+    }
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam(model.parameters()), config=config)
+    return DeepSpeedTrainer(engine, optimizer)
+
+
+def _deepspeed(stage: int) -> Callable[[Setting], Trainer]:
+    def build(setting: Setting) -> Trainer:
+        return deepspeed_trainer(setting, stage)
 
     return build
 
 
-def _shardwise(strategy: str) -> Callable[[int], Trainer]:
-    def build(rows: int) -> Trainer:
+def _shardwise(strategy: str) -> Callable[[Setting], Trainer]:
+    def build(setting: Setting) -> Trainer:
         import shardwise
 
-        model = shardwise.fully_shard(make_model(), strategy=strategy)
+        model = shardwise.fully_shard(make_model(setting.shape), strategy=strategy)
         return Trainer(model, adamw(model.parameters()))
 
     return build

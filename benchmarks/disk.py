@@ -11,10 +11,6 @@ and each ratio is taken within one round, so that a disk that other programs use
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 from pathlib import Path
 from time import perf_counter
@@ -22,15 +18,14 @@ from typing import Any
 
 import torch
 
+from report import RESULTS, head, paired, quartiles, save, told
 from shardwise.tiers.aligned import BufferPool
 from shardwise.tiers.disk import CHUNK, DEPTH, DiskStore, DiskTransfer
 from shardwise.tiers.mounts import file_system
 from shardwise.tiers.probe import Probe
 
-RESULTS = Path(__file__).resolve().parent / "results"
 GRID = [(1 << 20, 4), (1 << 20, 8), (4 << 20, 2), (4 << 20, 4), (8 << 20, 4)]
 BUFFERS = 3
-BUSY = 0.5  # load per core before the start that makes absolute figures doubtful
 
 
 class Pipeline:
@@ -92,11 +87,6 @@ def best_of_grid(folder: Path, nbytes: int) -> tuple[int, int]:
     return max(seen, key=lambda key: statistics.median(seen[key]))
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "q1": q1, "q3": q3}
-
-
 def measure(folder: Path, args: argparse.Namespace, raw_shape: tuple[int, int]) -> dict[str, Any]:
     unit_bytes, nbytes = args.unit_mib << 20, args.units * args.unit_mib << 20
     chunk, depth = raw_shape
@@ -116,11 +106,10 @@ def measure(folder: Path, args: argparse.Namespace, raw_shape: tuple[int, int]) 
         stats, peak = store.stats, pipeline.pool.peak_bytes
     result: dict[str, Any] = {"buffers_bytes": peak, "store_stats": vars(stats)}
     for kind, by_side in speeds.items():
-        ratios = [s / r for s, r in zip(by_side["store"], by_side["raw"], strict=True)]
         result[kind] = {
             "raw_bytes_per_s": quartiles(by_side["raw"]),
             "store_bytes_per_s": quartiles(by_side["store"]),
-            "store_over_raw": quartiles(ratios),
+            "store_over_raw": paired(by_side["store"], by_side["raw"]),
         }
     return result
 
@@ -138,37 +127,25 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 2:
         raise SystemExit("quartiles need at least 2 rounds")
-    load = [round(x, 2) for x in os.getloadavg()]
-    notes = []
-    if load[0] > BUSY * (os.cpu_count() or 1):
-        notes.append("the machine was busy: ratios are paired by round, but absolute figures are not to be relied on")
-    print("\n".join(f"note: {n}" for n in notes))
+    run = head()
+    print("\n".join(f"note: {n}" for n in run["notes"]))
     chunk, depth = best_of_grid(args.folder, min(args.units * args.unit_mib << 20, 256 << 20))
     result = {
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **run,
         "file_system": file_system(args.folder),
-        "load_before": load,
-        "notes": notes,
         "rounds": args.rounds,
         "units": args.units,
         "unit_bytes": args.unit_mib << 20,
         "raw": {"chunk": chunk, "depth": depth},
         "store": {"chunk": args.chunk_kib << 10, "depth": args.depth, "checksum": args.checksum},
-    } | measure(args.folder, args, (chunk, depth))
+        **measure(args.folder, args, (chunk, depth)),
+    }
     print(f"{'':6} {'raw MB/s':>9} {'store MB/s':>11}  store / raw (quartiles)")
     for kind in ("read", "write", "mixed"):
         row = result[kind]
         raw, own, ratio = row["raw_bytes_per_s"], row["store_bytes_per_s"], row["store_over_raw"]
-        print(
-            f"{kind:6} {raw['median'] / 1e6:9.0f} {own['median'] / 1e6:11.0f}"
-            f"  {ratio['median']:.2f} ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
-        )
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / ("disk-checksum.json" if args.checksum else "disk.json")
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path}")
+        print(f"{kind:6} {raw['median'] / 1e6:9.0f} {own['median'] / 1e6:11.0f}  {told(ratio)}")
+    save(result, args.out / ("disk-checksum.json" if args.checksum else "disk.json"))
 
 
 if __name__ == "__main__":

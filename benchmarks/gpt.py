@@ -1,4 +1,4 @@
-"""The model that every contender of the peer comparison trains, its data and its two settings."""
+"""The model that the benchmarks on a CPU train, its data, and the two settings of the peer comparison."""
 
 from __future__ import annotations
 
@@ -8,17 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-VOCAB, WIDTH, HEADS, LAYERS, CONTEXT = 6144, 512, 8, 6, 128
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a :class:`GPT`."""
+
+    layers: int = 6
+    width: int = 512
+    heads: int = 8
+    vocab: int = 6144
+    context: int = 128
+
+    @property
+    def parameters(self) -> int:
+        """How many elements; norms and biases included."""
+        block = 12 * self.width**2 + 13 * self.width
+        return self.layers * block + (2 * self.vocab + self.context + 2) * self.width
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How much each rank computes per step; the bytes on the wire are the same in all settings."""
+    """The model, and how much each rank computes per step; the bytes on the wire do not depend on ``rows`` and
+    ``length``."""
 
     name: str
     rows: int
     length: int
     about: str
+    shape: Shape = Shape()
 
 
 SETTINGS = {
@@ -51,15 +68,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """25 M parameters: six blocks between an embedding and an untied head."""
+    """Blocks between an embedding and an untied head; 25 M parameters in the default shape."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.place = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.ModuleList(Block(WIDTH, HEADS) for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.embed = nn.Embedding(shape.vocab, shape.width)
+        self.place = nn.Embedding(shape.context, shape.width)
+        self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.width)
+        self.head = nn.Linear(shape.width, shape.vocab, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids) + self.place(torch.arange(ids.shape[1], device=ids.device))
@@ -68,16 +85,16 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def make_model() -> GPT:
+def make_model(shape: Shape) -> GPT:
     """The same initial values on every rank and for every contender."""
     torch.manual_seed(0)
-    return GPT()
+    return GPT(shape)
 
 
 def batch(setting: Setting, step: int, rank: int) -> torch.Tensor:
     """Token ids of one micro-batch, the same for every contender."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randint(0, VOCAB, (setting.rows, setting.length + 1), generator=generator)
+    return torch.randint(0, setting.shape.vocab, (setting.rows, setting.length + 1), generator=generator)
 
 
 def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

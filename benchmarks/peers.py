@@ -12,36 +12,44 @@ in fresh processes, measured from outside with the same meters for all. Losses m
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 import ranks
 from contenders import CONTENDERS, Contender, choose
 from gpt import SETTINGS, Setting, batch, make_model
 from memory import MemoryMeter, check_meter, written_bytes
+from report import RESULTS, head, paired, quartiles, save
 
-RESULTS = Path(__file__).resolve().parent / "results"
 WARM_UP = 3  # rounds and, alone, turns
 PASSES = 4  # batches, which come again and again: a contender that does not learn them does not train
 FIRST_TOLERANCE, TOLERANCE = 1e-5, 1e-3  # relative, on losses: after the warm-up, and after all rounds
-BUSY = 0.5  # load per core before the start that makes absolute times doubtful
 
 
 # --- on the ranks --------------------------------------------------------------------------------
-def race(rank: int, keys: list[str], setting: Setting, rounds: int) -> dict[str, Any]:
+def race(
+    rank: int,
+    keys: list[str],
+    setting: Setting,
+    rounds: int,
+    source: str = "contenders",
+    tolerances: tuple[float, float] = (FIRST_TOLERANCE, TOLERANCE),
+) -> dict[str, Any]:
     """Every contender's turns on this rank, without the warm-up: seconds, seconds of CPU time of all the
-    process's threads, and the largest spread of losses."""
-    field = {c.key: c.build(setting.rows) for c in CONTENDERS if c.key in keys}
+    process's threads, and the largest spread of losses.
+
+    Args:
+        source: the module whose ``CONTENDERS`` the keys are of.
+        tolerances: relative, on losses: after the warm-up, and after all rounds.
+    """
+    field = {c.key: c.build(setting) for c in importlib.import_module(source).CONTENDERS if c.key in keys}
     times: dict[str, list[float]] = {k: [] for k in field}
     cpu: dict[str, list[float]] = {k: [] for k in field}
     spread = 0.0
@@ -60,7 +68,7 @@ def race(rank: int, keys: list[str], setting: Setting, rounds: int) -> dict[str,
         first = first or losses
         middle = statistics.median(losses.values())
         spread = max(spread, max(abs(v - middle) for v in losses.values()) / abs(middle))
-        allowed = FIRST_TOLERANCE if step <= WARM_UP else TOLERANCE
+        allowed = tolerances[0] if step <= WARM_UP else tolerances[1]
         if spread > allowed or not spread < 1:
             told = ", ".join(f"{k} {v:.6f}" for k, v in losses.items())
             raise AssertionError(f"the contenders' losses differ by {spread:.1e} in round {step}: {told}")
@@ -78,7 +86,7 @@ def alone(rank: int, key: str, setting: Setting, turns: int) -> dict[str, float 
     check_meter()
     data = [batch(setting, step, rank) for step in range(WARM_UP + 2 * turns)]
     meter = MemoryMeter()
-    trainer = contender.build(setting.rows)
+    trainer = contender.build(setting)
     for ids in data[:WARM_UP]:
         trainer.turn(ids)
     with meter:
@@ -102,15 +110,6 @@ def alone(rank: int, key: str, setting: Setting, turns: int) -> dict[str, float 
 
 
 # --- figures -------------------------------------------------------------------------------------
-def quartiles(values: list[float]) -> dict[str, float]:
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": median, "q1": q1, "q3": q3}
-
-
-def ratios(times: dict[str, list[float]], key: str, base: str) -> dict[str, float]:
-    return quartiles([a / b for a, b in zip(times[key], times[base], strict=True)])
-
-
 def measure_time(field: list[Contender], setting: Setting, nproc: int, rounds: int) -> dict[str, Any]:
     keys = [c.key for c in field]
     by_rank = ranks.run(nproc, race, keys, setting, rounds)
@@ -118,11 +117,11 @@ def measure_time(field: list[Contender], setting: Setting, nproc: int, rounds: i
     out: dict[str, Any] = {"loss_spread": max(r["spread"] for r in by_rank), "contenders": {}}
     for c in field:
         cpu = statistics.median(s for r in by_rank for s in r["cpu"][c.key])
-        entry = {"step_s": quartiles(times[c.key]), "cpu_s_per_rank": cpu, "to_ddp": ratios(times, c.key, "ddp")}
+        entry = {"step_s": quartiles(times[c.key]), "cpu_s_per_rank": cpu, "to_ddp": paired(times[c.key], times["ddp"])}
         peers = [p.key for p in field if p.stage == c.stage and p.library != "Shardwise"]
         if c.library == "Shardwise" and peers:
             best = min(peers, key=lambda k: statistics.median(times[k]))
-            entry["to_best_peer"] = {"peer": best, **ratios(times, c.key, best)}
+            entry["to_best_peer"] = {"peer": best, **paired(times[c.key], times[best])}
         out["contenders"][c.key] = entry
     return out
 
@@ -184,41 +183,28 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"peers-{setting.name}-{args.nproc}ranks.json"
     result: dict[str, Any] = json.loads(path.read_text()) if args.only and path.exists() else {}
-    load = [round(x, 2) for x in os.getloadavg()]
-    busy = load[0] > BUSY * (os.cpu_count() or 1)
+    told = head(["deepspeed"] if any(c.library == "DeepSpeed" for c in field) else [])
+    told["notes"] += notes
     threads = max(1, (os.cpu_count() or 1) // args.nproc)
-    print(f"{setting.about}; {args.nproc} gloo ranks, {threads} thread(s) each; load before the start {load}")
-    if busy:
-        notes.append("the machine was busy: ratios are paired by round, but absolute times are not to be relied on")
-    print("\n".join(f"note: {n}" for n in notes))
+    print(f"{setting.about}; {args.nproc} gloo ranks, {threads} thread(s) each")
+    print("\n".join(f"note: {n}" for n in told["notes"]))
     kinds = [args.only] if args.only else ["memory", "time"]
-    head = {
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "load_before": load,
-        "notes": notes,
-    }
-    if any(c.library == "DeepSpeed" for c in field):
-        from importlib.metadata import version
-
-        head["deepspeed"] = version("deepspeed")
     result |= {
         "setting": setting.name, "about": setting.about, "ranks": args.nproc, "threads_per_rank": threads,
-        "parameters": sum(p.numel() for p in make_model().parameters()), "dtype": "fp32",
+        "parameters": sum(p.numel() for p in make_model(setting.shape).parameters()), "dtype": "fp32",
         "optimizer": "AdamW(fused=True)",
     }  # fmt: skip
     result.setdefault("labels", {}).update({c.key: c.label for c in field})
     result.setdefault("stages", {}).update({c.key: c.stage for c in field})
     if "memory" in kinds:
         result.setdefault("memory", {}).update(measure_memory(field, setting, args.nproc, args.turns))
-        result["memory_run"] = head
+        result["memory_run"] = told
     if "time" in kinds:
         result["time"] = measure_time(field, setting, args.nproc, args.rounds)
-        result["time_run"] = head | {"rounds": args.rounds, "warm_up": WARM_UP}
+        result["time_run"] = told | {"rounds": args.rounds, "warm_up": WARM_UP}
         print(f"largest relative difference of losses: {result['time']['loss_spread']:.1e}")
     print(table(field, result))
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, path)
     try:
         import plot
     except ImportError:

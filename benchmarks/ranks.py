@@ -1,10 +1,11 @@
-"""Rank processes for the benchmarks: started fresh, joined over gloo on this machine, results by rank."""
+"""Rank processes for the benchmarks: started fresh, joined on this machine, results by rank."""
 
 from __future__ import annotations
 
 import multiprocessing as mp
 import os
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -12,12 +13,18 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
-def run(nproc: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run(
+    nproc: int, function: Callable[..., Any], *args: Any, backend: str = "gloo", timeout: float | None = None
+) -> list[Any]:
     """Call a module-level function as ``function(rank, *args)`` on ``nproc`` new ranks.
 
+    Args:
+        timeout: seconds until all must have answered.
+
     Raises:
-        RuntimeError: a rank raised or ended; carries that rank's traceback. The others are ended too.
+        RuntimeError: a rank raised, ended or did not answer in time; carries its traceback. The others are ended too.
     """
+    end = None if timeout is None else time.monotonic() + timeout
     context = mp.get_context("spawn")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -26,7 +33,8 @@ def run(nproc: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     processes = []
     for rank in range(nproc):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, rank, nproc, port, function, args), daemon=True)
+        told = (theirs, rank, nproc, port, backend, function, args)
+        process = context.Process(target=_rank, args=told, daemon=True)
         process.start()
         theirs.close()  # so that a rank that dies is read as an end of file
         pipes.append(ours)
@@ -35,7 +43,10 @@ def run(nproc: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     try:
         waiting = list(pipes)
         while waiting:
-            for pipe in wait(waiting):
+            answered = wait(waiting, None if end is None else max(0.0, end - time.monotonic()))
+            if not answered:
+                raise RuntimeError(f"{len(waiting)} of {nproc} ranks had not answered after {timeout:g} s")
+            for pipe in answered:
                 rank = pipes.index(pipe)  # type: ignore[arg-type]
                 waiting.remove(pipe)  # type: ignore[arg-type]
                 try:
@@ -53,7 +64,9 @@ def run(nproc: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     return results
 
 
-def _rank(pipe: Connection, rank: int, nproc: int, port: int, function: Callable[..., Any], args: Any) -> None:
+def _rank(
+    pipe: Connection, rank: int, nproc: int, port: int, backend: str, function: Callable[..., Any], args: Any
+) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -65,8 +78,10 @@ def _rank(pipe: Connection, rank: int, nproc: int, port: int, function: Callable
     import torch.distributed as dist
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // nproc))
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=nproc)
+        dist.init_process_group(backend, rank=rank, world_size=nproc)
         value = function(rank, *args)
         dist.barrier()  # nobody closes connections that others still read
         pipe.send((True, value))
