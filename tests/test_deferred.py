@@ -161,7 +161,7 @@ def test_a_transformers_model():
     shardwise.fully_shard(there)
     assert there.lm_head.weight is there.model.embed_tokens.weight
     buffers = dict(there.named_buffers())
-    assert_same({n: b for n, b in here.named_buffers()}, buffers)  # rotary frequencies
+    assert_same(dict(here.named_buffers()), buffers)  # rotary frequencies
     for name, value in whole(here).items():
         mine = whole(there)[name]
         torch.testing.assert_close(mine.std(), value.std(), rtol=0.2, atol=1e-6)
