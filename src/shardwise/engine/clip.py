@@ -95,6 +95,7 @@ def _settled(params: Sequence[nn.Parameter]) -> list[Settled]:
             out.append((None, 0, [p.grad]))
         else:
             bucket, index = unit.places[id(p)]
+            bucket.require_reduced(index)
             out.append((bucket, index, bucket.step_grads(index) or []))
     return out
 

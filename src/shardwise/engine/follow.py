@@ -69,7 +69,7 @@ def whole(engine: Engine) -> list[Bucket]:
 def adopt(bucket: Bucket) -> None:
     """Take over gradients that were put into ``p.grad`` by hand."""
     for i, p in enumerate(bucket.params):
-        if p.grad is not None and (bucket._handles is None or p.grad is not bucket._handles[i]):
+        if p.grad is not None and not bucket.spent[i] and (bucket._handles is None or p.grad is not bucket._handles[i]):
             bucket._adopt(i, p.grad)
             bucket.show(i, p)
 
@@ -87,8 +87,9 @@ def _buffers(join: Join, engine: Engine) -> None:
     engine.send_buffers(join.leader)
 
 
-def _backward(join: Join, engine: Engine, gradients: tuple[bytes, bool]) -> None:
+def _backward(join: Join, engine: Engine, gradients: tuple[bytes, bool], settings: dict[int, Any]) -> None:
     take_mask(engine, gradients)
+    take_settings(join.optimizers, settings)
     engine.start_backward()
     for unit in engine.units:
         unit.begin_backward(engine.backward_id)

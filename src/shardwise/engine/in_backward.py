@@ -153,8 +153,17 @@ class InBackward:
                 unit.publish(buckets)
 
     def abandon(self) -> None:
-        """The backward failed."""
+        """The backward failed.
+
+        Raises:
+            UnitError: when some units had been updated: the model is neither that of this step nor of the next.
+        """
         for jobs in self._jobs.values():
             for job in jobs:
                 job.part.cancel()
-        self._done = []
+        done, self._done = self._done, []
+        if done:
+            raise UnitError(
+                f"the last backward failed when {len(done)} of its updates had taken place (optimizer_in_backward)",
+                fix="load the last checkpoint before going on",
+            )

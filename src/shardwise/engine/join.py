@@ -179,7 +179,7 @@ class Join:
         if self.has_followers and self.world.rank == self.leader:
             self._send_changed()
             summaries = [follow.summary(e) for e in self.engines]
-            self._tell("round", None, (summaries, self._settings(), self.loop.shared()))
+            self._tell("round", None, (summaries, self.settings(), self.loop.shared()))
         self._agree(level, last)
         if self.world.rank not in self.live:
             self._follow()
@@ -261,7 +261,7 @@ class Join:
             )
         engines = [k for k, e in enumerate(self.engines) if follow.holds(e, optimizer)]
         masks = [(k, mask(self.engines[k])) for k in engines]
-        self.event("step", None, index, masks, lambda: self._settings(index).get(index))
+        self.event("step", None, index, masks, lambda: self.settings(index).get(index))
 
     def told_already(self) -> _Inside:
         """Around what belongs to an event that was told before."""
@@ -299,7 +299,7 @@ class Join:
             fix="prepare the model before the block, or list it in join_uneven_inputs([...])",
         )
 
-    def _settings(self, only: int | None = None) -> dict[int, Any]:
+    def settings(self, only: int | None = None) -> dict[int, Any]:
         """Learning rates and other settings of the optimizers that followers do not have yet."""
         out = {}
         for k, optimizer in enumerate(self.optimizers):

@@ -248,7 +248,7 @@ class Engine:
                 unit.stage()
 
     def _log_gather(self, unit: Unit) -> None:
-        if unit.split and not unit.gathered and unit.gathering is None:
+        if unit.split and unit.mesh.shard.size > 1 and not unit.gathered and unit.gathering is None:
             self.gather_log = zlib.crc32(unit.name.encode(), self.gather_log)
 
     def send_buffers(self, source: int) -> None:
@@ -271,7 +271,7 @@ class Engine:
         if self.backward_active:
             return
         if self.sync:
-            with self.told("backward", partial(mask, self)):
+            with self.told("backward", partial(mask, self), self._settings):
                 pass
         if self.in_backward is not None:
             self._check_in_backward(self.in_backward)
@@ -279,6 +279,11 @@ class Engine:
         self._keep_graph = torch.is_grad_enabled()  # create_graph=True: a second backward needs the values
         self._backward.begin(self._forward.now[::-1])
         Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _settings(self) -> dict[int, Any]:
+        """What ranks that have run out of data do not know yet of the optimizers that this backward will step."""
+        join = self.world.join
+        return {} if self.in_backward is None or join is None else join.settings()
 
     def _check_in_backward(self, updates: InBackward) -> None:
         for what, wrong in (
@@ -395,14 +400,14 @@ class Engine:
                     b.abandon()
                 unit.kept_for.clear()
                 unit.release()
-                if self.in_backward is not None:
-                    self.in_backward.abandon()
                 if unit.backward_id == self.backward_id:
                     for b, i, p in unit.slots:
-                        if b.shown[i]:
+                        if b.shown[i] and not b.spent[i]:
                             b.show(i, p)
         self._inflight.clear()
         self.backward_active = False
+        if self.in_backward is not None:
+            self.in_backward.abandon()
 
     def _reduce_rest(self) -> set[int]:
         with torch.no_grad():
