@@ -186,8 +186,8 @@ def test_gradients_of_two_units_exist_at_a_time(strategy):
 
 
 # --- what cannot be had --------------------------------------------------------------------------------
-def sharded(strategy: str = "zero3" + ASK) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = shardwise.fully_shard(make(), strategy=strategy)
+def sharded(strategy: str = "zero3" + ASK, **kw: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = shardwise.fully_shard(make(**kw), strategy=strategy)
     opt = adamw(model.parameters())
     shardwise.attach(opt)
     return model, opt
@@ -284,7 +284,7 @@ class Boom(torch.autograd.Function):
 
 
 def test_a_backward_that_fails_half_way_is_not_passed_over_in_silence(tmp_path):
-    model, opt = sharded(at("zero3" + ASK, AWAY[-1], str(tmp_path)))
+    model, opt = sharded(at("zero3" + ASK, AWAY[-1], str(tmp_path)), layers=6)
     loss_of(model, batch(0, 0)).backward()  # shows the order of the units
     opt.step()
     opt.zero_grad()
