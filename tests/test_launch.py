@@ -167,7 +167,7 @@ def test_two_hosts_meet(tmp_path: Path, numbered: bool) -> None:
         (["-m", "no_such_module_here"], "there is no module"),
         (["--nproc", "0", "x.py"], "--nproc 0 is not a number of ranks"),
         (["--strategy", "zerro", "x.py"], "one of ddp, zero1"),
-        (["--strategy", "zero3,offload_params=nvme", "x.py"], "fix:"),
+        (["--strategy", "zero3,offload_params=disk", "x.py"], "fix:"),
         (["--mixed-precision", "fp8", "x.py"], "one of no, fp16, bf16"),
         (["--nnodes", "2", "--nproc", "1", "x.py"], "--rdzv-endpoint"),
         (["--node-rank", "1", "--nproc", "1", "x.py"], "--node-rank 1"),

@@ -576,3 +576,85 @@ def counting(path: str) -> None:
 
 def test_optimizers_that_count_in_their_groups(tmp_path):
     run(2, counting, str(tmp_path))
+
+
+# --- gradients on the host -------------------------------------------------------------------------------
+GRADS = [
+    "offload_grads=cpu", "offload_grads=cpu,offload_optimizer=cpu", "offload_grads=cpu,offload_optimizer=nvme",
+    "offload_grads=cpu,offload_optimizer=cpu,offload_params=cpu", "offload_grads=cpu,offload_params=nvme",
+    "offload_grads=cpu,offload_optimizer=nvme,offload_params=nvme",
+]  # fmt: skip
+
+
+def grads_on_the_host(path: str, world: int) -> None:
+    for strategy in ON[world]:
+        plain = train(strategy, steps=3)
+        with separate_memory():
+            for homes in GRADS:
+                losses, norms, weights = train(at(strategy, homes, path), steps=3)
+                assert (losses, norms) == plain[:2], (strategy, homes)
+                assert_same(weights, plain[2])
+    if world == 2:
+        with separate_memory():
+            stories(path, ["ddp", "zero3"], GRADS[1:3])
+            doors(path, GRADS[2:3])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_same_bits_with_gradients_on_the_host(world, tmp_path):
+    run(world, grads_on_the_host, str(tmp_path), world)
+
+
+def grads_of_a_device(path: str) -> Any:
+    """On a CPU device the host is the device."""
+    return train(at("zero2", GRADS[1], path), steps=2), train("zero2", steps=2)
+
+
+def test_on_a_cpu_gradients_stay_where_they_are(tmp_path):
+    for mine, plain in run(2, grads_of_a_device, str(tmp_path)):
+        assert mine[:2] == plain[:2]
+        assert_same(mine[2], plain[2])
+
+
+def grad_traffic(path: str, homes: str, micro_batches: int) -> Any:
+    with separate_memory():
+        model = shardwise.fully_shard(make(**SIZES), strategy=at("zero2,param_dtype=bf16", homes, path))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    for k in range(3):
+        shardwise.reset_stats(model)
+        for m in range(micro_batches):
+            loss_of(model, batch(10 * k + m, rank())).backward()
+        norm = shardwise.clip_grad_norm_(model, 0.1)
+        shown = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(shown, torch.clamp(norm, max=0.1), rtol=1e-4, atol=1e-6)
+        opt.step()
+        opt.zero_grad()
+    return shardwise.stats(model), shardwise.expected(model), sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients_cross_once_per_reduce_in_the_compute_dtype(micro_batches, tmp_path):
+    for stats, formula, numel in run(2, grad_traffic, str(tmp_path), GRADS[1], micro_batches):
+        held = 2 * numel / 2
+        assert micro_batches * held <= stats.to_host <= 1.02 * micro_batches * held
+        assert held <= stats.to_device <= 1.02 * held
+        assert stats.live["gradients"] == formula.gradients
+
+
+def part_on_the_device(path: str, ratio: float) -> Any:
+    strategy = at(f"zero3,offload_ratio={ratio}", "cpu", path)
+    plain = train("zero3", steps=3)
+    with separate_memory():
+        losses, norms, weights = train(strategy, steps=3)
+        model = shardwise.fully_shard(make(layers=12, **SIZES), strategy=strategy)
+    assert (losses, norms) == plain[:2]
+    assert_same(weights, plain[2])
+    buckets = [b for u in shardwise.engine.build.require_engine(model).units for b in u.buckets]
+    away = sum(b.master.numel() for b in buckets if b.on_host)
+    return away / sum(b.master.numel() for b in buckets), max(b.master.numel() for b in buckets)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.6])
+def test_a_part_of_the_units_stays_on_the_device(ratio, tmp_path):
+    for part, _ in run(2, part_on_the_device, str(tmp_path), ratio):
+        assert abs(part - ratio) <= 0.06

@@ -53,8 +53,9 @@ class Strategy:
             original dtype as master values. ``None`` computes in each parameter's own dtype.
         reduce_dtype: dtype in which gradients cross the wire. gloo's ranks sum them in the master dtype,
             NCCL in this one. ``None`` sends the dtype of the master values (fp32 as a rule).
-        offload_ratio: the part of the optimizer state, in bytes, that goes to its home; the rest stays on the device.
-            On a CPU device, home ``cpu`` is the device.
+        offload_ratio: the part of the optimizer state, in bytes, that goes to its home. With home ``cpu`` the states of
+            some units stay on the device, and their updates too; with ``nvme`` the end of each unit's state stays in
+            host memory, where the update is. On a CPU device, home ``cpu`` is the device.
         nvme_path: an existing folder on the disk that home ``nvme`` uses; ``None`` takes the first of ``$TMPDIR``,
             ``/var/tmp`` and the current folder that is on a disk. Must have no comma in it.
         pin_memory: with a CUDA device, page-lock the host buffers.
@@ -111,7 +112,8 @@ class Strategy:
             homes = HOMES if key != "offload_grads" else HOMES[:2]
             _choose(key, getattr(self, key), homes)
         _choose("layout", self.layout, LAYOUTS)
-        _choose("activation_checkpointing", self.activation_checkpointing, (True, False))
+        for key in ("pin_memory", "optimizer_in_backward", "activation_checkpointing", "broadcast_buffers"):
+            _choose(key, getattr(self, key), (True, False))
         _choose("activation_offload", self.activation_offload, HOMES[:2])
         for key in ("param_dtype", "reduce_dtype"):
             if getattr(self, key) is not None:
@@ -187,17 +189,6 @@ class Strategy:
             if f.name != "preset" and value != f.default:
                 parts.append(f"{f.name}={str(value).lower() if isinstance(value, bool) else value}")
         return ",".join(parts)
-
-    def require_available(self) -> None:
-        """Raise :class:`NotAvailableYet` for homes that this version cannot serve."""
-        asked = [k for k in ("offload_grads",) if getattr(self, k) != "device"]
-        if asked:
-            raise NotAvailableYet(
-                f"{', '.join(f'{k}={getattr(self, k)}' for k in asked)} is not available yet: "
-                "this version keeps gradients on the device",
-                where=f"strategy '{self}'",
-                fix=f"leave it out: '{self.replace(**dict.fromkeys(asked, 'device'))}'",
-            )
 
     def explain(self) -> str:
         """The table row in words, with what it costs per step (Ψ = parameter elements, N = ranks)."""

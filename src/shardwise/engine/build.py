@@ -42,7 +42,6 @@ def shard(
     param_init_fn: InitFn | None = None,
 ) -> M:
     """:func:`shardwise.fully_shard`, with exactly this strategy whatever the launcher said."""
-    chosen.require_available()
     if engine_of(module) is not None:
         raise UnitError(f"{type(module).__name__} is sharded already", fix="call fully_shard once per module")
     params = list(module.named_parameters(remove_duplicate=False))
@@ -180,9 +179,9 @@ def gathered(module: nn.Module, *, write: bool = False, grads: bool = False) -> 
         unit.kept_for.add("reading")
         if grads:
             for bucket in unit.buckets:
-                if not bucket.split_optimizer or all(p.grad is None for p in bucket.params):
+                if not bucket.grads.sharded or all(p.grad is None for p in bucket.params):
                     continue
-                full = bucket.full_grads()
+                full = bucket.grads.full()
                 for slot, p in zip(bucket.layout.slots, bucket.params, strict=True):
                     if p.grad is not None:
                         shown.append((p, p.grad))
@@ -265,7 +264,8 @@ def _mesh(world: World, device: torch.device, strategy: Strategy, mesh: DeviceMe
 def _home(engine: Engine, device: torch.device) -> Home | None:
     """Where what the strategy offloads goes, if anything. All ranks have one, or all raise."""
     strategy, world = engine.strategy, engine.world
-    homes = {strategy.offload_params, strategy.offload_optimizer if strategy.offload_ratio > 0 else "device"}
+    homes = {strategy.offload_params, strategy.offload_grads}
+    homes.add(strategy.offload_optimizer if strategy.offload_ratio > 0 else "device")
     if homes == {"device"}:
         return None
     home, error = None, None

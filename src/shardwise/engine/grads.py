@@ -40,11 +40,11 @@ class ShardedGrad(torch.Tensor):
     @property
     def local(self) -> list[torch.Tensor]:
         """This rank's pieces, 1-D (whole-shaped under ``layout=tensor``)."""
-        return self.bucket.piece_grads(self.slot)
+        return self.bucket.grads.pieces(self.slot)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         name = self.bucket.layout.slots[self.slot].name
-        if self.bucket.spent[self.slot]:
+        if self.bucket.grads.spent[self.slot]:
             return f"ShardedGrad({name}, shape={tuple(self.shape)}, used up by an update in the backward)"
         return f"ShardedGrad({name}, shape={tuple(self.shape)}, local={sum(t.numel() for t in self.local)} elements)"
 
@@ -77,16 +77,23 @@ def _local(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     out: list[torch.Tensor] = []
     for g in grads:
         if isinstance(g, ShardedGrad):
-            g.bucket.require_reduced(g.slot)
+            g.bucket.grads.require_reduced(g.slot)
             out += g.local
         else:
             out.append(g)
     return out
 
 
+def _beside(pieces: Sequence[torch.Tensor], args: Any) -> Any:
+    """The other operands where the pieces are, which may be the host."""
+    return map_tensors(args, lambda t: t.to(pieces[0].device)) if pieces else args
+
+
 def _each(inplace: Callable[..., Any]) -> Callable[..., Any]:
     def one(grad: ShardedGrad, *args: Any, **kwargs: Any) -> ShardedGrad:
-        for piece in _local([grad]):
+        pieces = _local([grad])
+        args = _beside(pieces, args)
+        for piece in pieces:
             inplace(piece, *args, **kwargs)
         return grad
 
@@ -97,13 +104,13 @@ def _many(inplace: Callable[..., Any]) -> Callable[..., None]:
     def all_(grads: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> None:
         pieces = _local(grads)
         if pieces:
-            inplace(pieces, *args, **kwargs)
+            inplace(pieces, *_beside(pieces, args), **kwargs)
 
     return all_
 
 
 def _zero(grad: ShardedGrad) -> ShardedGrad:
-    grad.bucket.zero_grad(grad.slot)
+    grad.bucket.grads.zero(grad.slot)
     return grad
 
 
@@ -135,7 +142,9 @@ def _unscale(grads: Sequence[torch.Tensor], found_inf: torch.Tensor, inv_scale: 
     """GradScaler's check: every rank must see an overflow that any rank's pieces have."""
     pieces = _local(grads)
     if pieces:
-        torch._amp_foreach_non_finite_check_and_unscale_(pieces, found_inf, inv_scale)
+        found, inverse = _beside(pieces, (found_inf, inv_scale))
+        torch._amp_foreach_non_finite_check_and_unscale_(pieces, found, inverse)
+        found_inf.copy_(found)
     first = next(g for g in grads if isinstance(g, ShardedGrad))
     mesh = first.bucket.mesh
     votes = torch.zeros(mesh.shard.size, dtype=torch.float32, device=found_inf.device)

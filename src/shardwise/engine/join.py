@@ -335,7 +335,7 @@ class Join:
         if self.has_followers and not self.following:
             for engine in self.engines:
                 for bucket in follow.whole(engine):
-                    self._versions[id(bucket)] = -1 if bucket.grad is None else bucket.grad._version
+                    self._versions[id(bucket)] = -1 if bucket.grads.reduced is None else bucket.grads.reduced._version
 
     def _send_changed(self) -> None:
         for engine in self.engines:
@@ -343,8 +343,8 @@ class Join:
                 continue
             for place, bucket in enumerate(follow.whole(engine)):
                 follow.adopt(bucket)
-                grad = bucket.grad
-                if grad is None or bucket.raw is grad or grad._version == self._versions.get(id(bucket), -1):
+                grad = bucket.grads.reduced
+                if grad is None or bucket.grads.raw is grad or grad._version == self._versions.get(id(bucket), -1):
                     continue
                 self._versions[id(bucket)] = grad._version
                 self._tell("grads", engine, (place,))
@@ -353,7 +353,7 @@ class Join:
     def take_grads(self, engine: Engine, place: int) -> None:
         """A follower's side of it."""
         bucket = follow.whole(engine)[place]
-        grad = bucket._open_grad()
+        grad = bucket.grads.open()
         data = torch.empty(grad.numel(), dtype=grad.dtype)
         self._line.receive(data.view(torch.uint8), self.leader)
         grad.copy_(data)

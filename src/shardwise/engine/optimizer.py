@@ -47,7 +47,7 @@ class _Attachment:
     def __init__(self) -> None:
         self.originals: list[list[nn.Parameter]] | None = None  # while exchanged
         self.pieces: list[list[tuple[torch.Tensor, Bucket | None]]] = []  # what they are exchanged for
-        self.on_host: set[int] = set()  # pieces (by id) that have a gradient, on the device
+        self.crossing: set[int] = set()  # pieces (by id) whose gradients are on the other side of the link
         self.bare = False  # state_dict() leaves what is on a disk there
         self.parts: dict[int, Part] = {}  # by id of the bucket, where state has another home than the device
         self.states = 0
@@ -156,12 +156,12 @@ def _exchange(optimizer: Optimizer, record: _Attachment, grads: bool = False) ->
             bucket, index = place
             held = bucket.piece_params[index]
             if grads:
-                found = bucket.step_grads(index) if p.requires_grad else None
+                found = bucket.grads.for_step(index) if p.requires_grad else None
                 for k, piece in enumerate(held):
-                    # Master values on the host get their gradients there, when their turn comes.
-                    piece.grad = None if found is None or bucket.on_host else found[k]
-                if found is not None and bucket.on_host:
-                    record.on_host.update(id(piece) for piece in held)
+                    # Gradients on the other side of the link come when it is their turn.
+                    piece.grad = None if found is None or bucket.grads_cross else found[k]
+                if found is not None and bucket.grads_cross:
+                    record.crossing.update(id(piece) for piece in held)
             pieces += [(piece, bucket) for piece in held]
         group["params"] = [piece for piece, _ in pieces]
 
@@ -174,7 +174,7 @@ def _restore(optimizer: Optimizer, record: _Attachment) -> None:
             if bucket is not None:
                 piece.grad = None
         record.originals, record.pieces = None, []
-        record.on_host.clear()
+        record.crossing.clear()
 
 
 def _take_out(optimizer: Optimizer, record: _Attachment, state_dict: dict[str, Any]) -> None:
@@ -322,7 +322,7 @@ def _put_pieces(optimizer: Optimizer, record: _Attachment) -> None:
     """Pieces in, with gradients; those whose state has another home are stepped here and now."""
     _exchange(optimizer, record, grads=True)
     if any(b is not None and b.home is not None for pieces in record.pieces for _, b in pieces):
-        offload.step(optimizer, record.pieces, record.parts, record.on_host)
+        offload.step(optimizer, record.pieces, record.parts, record.crossing)
 
 
 def _tell(optimizer: Optimizer) -> None:

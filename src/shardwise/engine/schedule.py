@@ -343,15 +343,15 @@ class Engine:
         while len(self._inflight) >= _IN_FLIGHT:
             oldest = self._inflight.popleft()
             for b in oldest.buckets:
-                if b.split_grads or self.in_backward is not None:
-                    b.finish_reduce()
-                elif b.reduction is not None:
-                    b.reduction.advance()
+                if b.grads.split or self.in_backward is not None:
+                    b.grads.finish_reduce()
+                else:
+                    b.grads.advance_reduce()
             if self.in_backward is not None:
                 self.in_backward.update(oldest)
         for b in unit.buckets:
             if any(p.requires_grad for p in b.params):
-                b.launch_reduce()
+                b.grads.launch_reduce()
         self._inflight.append(unit)
         self._launched.append(unit)
 
@@ -368,7 +368,7 @@ class Engine:
                     if self.in_backward is not None:
                         self.in_backward.end(self.units)
             else:
-                self._show({id(p) for u in self.units for b, i, p in u.slots if b.arrived[i]})
+                self._show({id(p) for u in self.units for b, i, p in u.slots if b.grads.arrived[i]})
                 if self.local:
                     self._keep()
             if not self._keep_graph:
@@ -384,26 +384,26 @@ class Engine:
     def _keep(self) -> None:
         for unit in self.units:
             for b in unit.buckets:
-                b.keep()
+                b.grads.keep()
 
     def _show(self, used: set[int]) -> None:
         for unit in self.units:
             for b, i, p in unit.slots:
-                if id(p) in used or b.shown[i]:
-                    b.show(i, p)
+                if id(p) in used or b.grads.shown[i]:
+                    b.grads.show(i, p)
 
     def _abandon_backward(self) -> None:
         """The last backward ended in an exception that the caller survived: forget what it left half done."""
         with torch.no_grad(), self.told("abandon"):
             for unit in self.units:
                 for b in unit.buckets:
-                    b.abandon()
+                    b.grads.abandon()
                 unit.kept_for.clear()
                 unit.release()
                 if unit.backward_id == self.backward_id:
                     for b, i, p in unit.slots:
-                        if b.shown[i] and not b.spent[i]:
-                            b.show(i, p)
+                        if b.grads.shown[i] and not b.grads.spent[i]:
+                            b.grads.show(i, p)
         self._inflight.clear()
         self.backward_active = False
         if self.in_backward is not None:
@@ -416,12 +416,12 @@ class Engine:
                 self._launch(self.units[index])
             launched = {u.index for u in self._launched}
             # 2. Which parameters got a gradient, and where more arrived after their unit's reduce?
-            arrived = {id(p) for u in self.units for b, i, p in u.slots if b.seen[i]}
+            arrived = {id(p) for u in self.units for b, i, p in u.slots if b.grads.seen[i]}
             message = Message(self, arrived, [u.index for u in self.units if u.any_arrived])
             transfer = message.start()
             for unit in self._launched:
                 for b in unit.buckets:
-                    b.finish_reduce()
+                    b.grads.finish_reduce()
             self._inflight.clear()
             used, again, order = message.finish(transfer)
             # 3. What nobody expected: units used for the first time, or a second arrival in one backward.
@@ -431,11 +431,11 @@ class Engine:
                     self._launch(unit)
             for unit in self.units:
                 for b in unit.buckets:
-                    b.finish_reduce()
+                    b.grads.finish_reduce()
                 if self.in_backward is not None:
                     self.in_backward.update(unit, used)
                 for b in unit.buckets:
-                    b.seen = [False] * len(b.params)
+                    b.grads.seen = [False] * len(b.params)
             self._order = [i for i in order if i in wanted] + [
                 i for i in self._default_order() if i in wanted and i not in order
             ]
@@ -453,7 +453,7 @@ class Engine:
                 )
             with self.told("scale", factor):
                 slots = [(b, i) for u in self.units for b, i, p in u.slots if p.grad is not None]
-                if pieces := [g for b, i in slots for g in b.step_grads(i) or ()]:
+                if pieces := [g for b, i in slots for g in b.grads.for_step(i) or ()]:
                     torch._foreach_mul_(pieces, factor)
 
     def told(self, kind: str, *args: Any) -> AbstractContextManager[None]:

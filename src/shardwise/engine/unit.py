@@ -204,7 +204,7 @@ class Unit:
             self.calls.clear()
             self.pending = sum(1 for _, _, p in self.slots if p.requires_grad)
             for b in self.buckets:
-                b.read_flags()
+                b.grads.read_flags()
 
     def _arrived(self, bucket: Bucket, index: int, param: nn.Parameter) -> None:
         engine = self.engine
@@ -227,7 +227,7 @@ class Unit:
                 fix="build the embedding with sparse=False",
             )
         with torch.no_grad():
-            bucket.arrive(index, grad.detach())
+            bucket.grads.arrive(index, grad.detach())
         self.pending -= 1
         if self.pending == 0:
             self.check_complete()
@@ -240,7 +240,7 @@ class Unit:
 
     @property
     def any_arrived(self) -> bool:
-        return any(any(b.arrived) for b in self.buckets)
+        return any(any(b.grads.arrived) for b in self.buckets)
 
 
 def _arrived(unit: weakref.ref[Unit], slot: int, param: nn.Parameter) -> None:

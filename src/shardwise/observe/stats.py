@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.comm import CommCount, World
+from shardwise.engine.bucket import Bucket
 from shardwise.engine.build import engines, require_engine
 from shardwise.engine.schedule import Engine
 from shardwise.strategy import Strategy
@@ -169,7 +170,7 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
             sent += gathers * (shard - 1) * (n // shard) * value
             if trainable:
                 sent += (size - 1) * (n // size) * wire + (copies - 1) * (n // size) * master
-                gradients += (n // shard if row.split_grads else n) * master
+                gradients += (n // shard if row.split_grads or _grads_on_host(b, row) else n) * master
                 held = n // shard if row.split_optimizer else n
                 optimizer += round(kept * tensors * held * master)
                 through = (tensors + apart if home == "nvme" else 0) + (params_home == "nvme" and not apart)
@@ -181,6 +182,11 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
     if row.split_grads and shard > 1:
         buffers += _root_and(2, arriving)
     return Expected(sent, parameters, gradients, optimizer, buffers, row.offload_buffers * largest)
+
+
+def _grads_on_host(bucket: Bucket, row: Strategy) -> bool:
+    separate = bucket.device.type != "cpu" if bucket.home is None else bucket.home.separate
+    return row.offload_grads == "cpu" and separate
 
 
 def _root_and(count: int, sizes: list[int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,9 +83,11 @@ class Home:
         self.separate = self.link.device.type != "cpu" if separate is None else separate
         self.ahead = ahead
         self.under_way: deque[Any] = deque()  # values that are being read ahead
+        self.landing: deque[Callable[[], None]] = deque()  # waits for gradients on their way here
         self._pools: dict[str, BufferPool] = {}
         self._dropped: list[Extent] = []
         self._total = self._placed = 0  # bytes of all shelves, and of them on the disk
+        self._asked = self._taken = 0  # bytes of units, and of those whose state comes here
 
     @property
     def store(self) -> DiskStore:
@@ -123,6 +125,13 @@ class Home:
 
     def count(self, nbytes: int) -> None:
         self.ledger.add("offload_buffers", nbytes)
+
+    def takes(self, nbytes: int) -> bool:
+        """Does a unit's state of a size that goes with ``nbytes`` belong to the ``ratio`` that comes here?"""
+        self._asked += nbytes
+        taken = self.ratio * self._asked - self._taken >= nbytes / 2
+        self._taken += nbytes * taken
+        return taken
 
     def share(self, nbytes: int) -> int:
         """How many of ``nbytes`` more bytes go to the disk, so that all that do are ``ratio`` of all there are."""

@@ -34,7 +34,7 @@ class FullyShardedDataParallelPlugin:
         mixed_precision_policy: ``bf16``, ``fp16`` or ``fp32``, or an object or dict with ``param_dtype`` and
             ``reduce_dtype``. Without a ``reduce_dtype`` gradients are reduced in the dtype of the master values.
         auto_wrap_policy, transformer_cls_names_to_wrap, min_num_params: which modules are units: see ``units``.
-        cpu_offload: parameters and optimizer state live on the CPU.
+        cpu_offload: parameters, gradients and optimizer state live on the CPU.
         ignored_modules: refused.
         activation_checkpointing: units are computed again in backward.
         activation_checkpointing_offload: what is kept for that, and what else a forward saves, is on the CPU meanwhile.
@@ -130,6 +130,7 @@ class FullyShardedDataParallelPlugin:
         return Strategy(
             next(iter(told.values()), "zero3"),
             offload_params=home,
+            offload_grads=home,
             offload_optimizer=home,
             param_dtype=param,
             reduce_dtype=reduce,
