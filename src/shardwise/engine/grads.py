@@ -7,6 +7,7 @@ because a silent rank-local answer is how clipping quietly stops working elsewhe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +25,28 @@ aten = torch.ops.aten
 class ShardedGrad(torch.Tensor):
     """A handle of logical shape on one parameter's reduced gradient."""
 
-    bucket: Bucket
+    _bucket: weakref.ref[Bucket]
     slot: int
 
     @staticmethod
     def __new__(cls, bucket: Bucket, index: int) -> ShardedGrad:
         slot = bucket.layout.slots[index]
         self = torch.Tensor._make_wrapper_subclass(cls, slot.shape, dtype=bucket.master_dtype, device=bucket.device)
-        self.bucket, self.slot = bucket, index
+        # By a weak reference: p.grad is kept by C++, where the collector cannot look for cycles.
+        self._bucket, self.slot = weakref.ref(bucket), index
         return self
 
     def __init__(self, bucket: Bucket, index: int) -> None:
         super().__init__()
+
+    @property
+    def bucket(self) -> Bucket:
+        found = self._bucket()
+        if found is None:
+            raise GradientError(
+                "the gradient's model is gone", fix="keep the model as long as its gradients are needed"
+            )
+        return found
 
     @property
     def local(self) -> list[torch.Tensor]:
