@@ -26,10 +26,11 @@ ERRORS = {"ecolor": INK, "elinewidth": 0.8, "capsize": 2}
 def draw_all(folder: Path, suffix: str = ".svg") -> list[Path]:
     """Draw every result of the offload benchmarks in ``folder``; returns the pictures."""
     out: list[Path] = []
-    for path in sorted(folder.glob("offload-*.json")):
+    for path in sorted([*folder.glob("offload-*.json"), *folder.glob("gpu-*.json")]):
         result = json.loads(path.read_text())
-        draw = step if "runs" in result else limit if "arms" in result else peers if "time" in result else None
-        if draw is None:
+        kinds = {"runs": step, "time": peers, "limit_bytes": limit, "tokens_per_step": tokens}
+        draw = next((draw for key, draw in kinds.items() if key in result), None)
+        if draw is None or result.get("arms") == {}:
             continue
         plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.hashsalt": "shardwise"})
         plt.rcParams.update({"text.color": INK, "axes.titlesize": 9.5, "axes.titleweight": "bold"})
@@ -134,6 +135,24 @@ def limit(result: dict[str, Any]) -> Figure:
     right.xaxis.get_major_locator().set_params(integer=True)
     return _finish(figure, f"GPT, {result['parameters'] / 1e6:.0f} M parameters, fp32, AdamW; one process.",
                    keep=right)  # fmt: skip
+
+
+def tokens(result: dict[str, Any]) -> Figure:
+    """Tokens per second by home and library, and the device's peak memory (the host's, where there is no device)."""
+    arms = result["arms"]
+    rows = [float(i) for i in range(len(arms))]
+    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(10.5, 0.32 * len(arms) + 1.4))
+    colors = [OURS if k.startswith("sw-") else OTHERS for k in arms]
+    _bars(left, rows, [a["tokens_per_s"] for a in arms.values()], colors, 0.76, "{:.0f}")
+    where = "device" if all("device_peak" in a for a in arms.values()) else "host"
+    peaks = [a[f"{where}_peak"] / 2**30 for a in arms.values()]
+    _bars(right, rows, [dict.fromkeys(("median", "q1", "q3"), p) for p in peaks], colors, 0.76, "{:.2f}")
+    left.set_yticks(rows, [result["labels"][k] for k in arms])
+    left.set_ylim(rows[-1] + 0.6, -0.6)
+    left.set_title("tokens/s (median, quartiles)", loc="left")
+    right.set_title(f"peak {where} memory per rank, GiB", loc="left")
+    return _finish(figure, f"Llama shape, {result['parameters'] / 1e9:.2f} B parameters, bf16 with fp32 master "
+                           f"values, AdamW; {result['tokens_per_step']} tokens per step; {result['ranks']} rank(s).")  # fmt: skip
 
 
 def _bars(
