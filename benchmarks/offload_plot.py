@@ -151,8 +151,11 @@ def tokens(result: dict[str, Any]) -> Figure:
     left.set_ylim(rows[-1] + 0.6, -0.6)
     left.set_title("tokens/s (median, quartiles)", loc="left")
     right.set_title(f"peak {where} memory per rank, GiB", loc="left")
-    return _finish(figure, f"Llama shape, {result['parameters'] / 1e9:.2f} B parameters, bf16 with fp32 master "
-                           f"values, AdamW; {result['tokens_per_step']} tokens per step; {result['ranks']} rank(s).")  # fmt: skip
+    caption = (
+        f"Llama shape, {result['parameters'] / 1e9:.2f} B parameters, bf16 with fp32 master values, AdamW; "
+        f"{result['tokens_per_step']} tokens per step; {result['ranks']} rank(s)."
+    )
+    return _finish(figure, caption)
 
 
 def _bars(
