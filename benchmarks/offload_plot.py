@@ -133,8 +133,9 @@ def limit(result: dict[str, Any]) -> Figure:
     right.set_title("loss by step", loc="left")
     right.spines["left"].set_color(OTHERS)
     right.xaxis.get_major_locator().set_params(integer=True)
-    return _finish(figure, f"GPT, {result['parameters'] / 1e6:.0f} M parameters, fp32, AdamW; one process.",
-                   keep=right)  # fmt: skip
+    given = ", ".join(f"{k}={v}" for k, v in result.get("environment", {}).items())
+    caption = f"GPT, {result['parameters'] / 1e6:.0f} M parameters, fp32, AdamW; one process"
+    return _finish(figure, f"{caption}; {given}." if given else f"{caption}.", keep=right)
 
 
 def tokens(result: dict[str, Any]) -> Figure:
