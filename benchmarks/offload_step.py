@@ -49,6 +49,7 @@ def share(rank: int, setting: Setting, strategy: str, folder: str, raw: tuple[in
     model = sides["nvme"][0]
     shardwise.reset_stats(model)
     sides["nvme"][1].step()
+    _drain(model)
     disk = shardwise.stats(model).disk
     counted = torch.tensor([disk.bytes_read, disk.bytes_written])
     dist.all_reduce(counted)

@@ -266,7 +266,8 @@ class Bucket:
         base = self.master if base is None else base
         at = piece.offset - (self.held.start if origin is None else origin)
         view = base.detach()[at : at + piece.numel]
-        return view.view(self.layout.slots[piece.slot].shape) if self.granularity == "tensor" else view
+        view = view.view(self.layout.slots[piece.slot].shape) if self.granularity == "tensor" else view
+        return view.data  # not a view to autograd: its base would keep the bytes of values that are away
 
     def ranges(self, index: int) -> list[tuple[int, int]]:
         """The ``start:stop`` of parameter ``index`` (flattened) that each of its held pieces covers."""
