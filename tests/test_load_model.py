@@ -1,4 +1,4 @@
-"""load_model: weights that others wrote, straight into shards; every rank reads only what it holds, and runs nothing."""
+"""load_model: weights that others wrote, straight into shards. Each rank reads what it holds only, and runs nothing."""
 
 from __future__ import annotations
 

@@ -105,12 +105,17 @@ def load_model(
             found.leave_out(name, f"the names of '{name}' are tied in the model, and there they are different tensors")
         if found.lines and strict:
             raise CheckpointError(_says(found.lines, source), where=str(given), fix=_advice(found))
-    for unit in units_of(state.module):
-        unit.settle()
-    with Together(doing, slow=True):
-        nbytes = _load(state, found, progress)
-    publish(state.module)
-    return LoadedModel(given, source.kind, found.missing, found.unexpected, found.mismatched, nbytes)
+    total = sum((hi - lo) * stored.dtype.itemsize for stored, lo, hi in _wanted(state, found))
+    with Progress("loading", total, progress) as bar, Reader(bar.add) as reader:
+        with Together(doing, slow=True):
+            for stored, lo, hi in _wanted(state, found):
+                reader.prepare(stored, lo, hi)
+        for unit in units_of(state.module):
+            unit.settle()
+        with Together(doing, slow=True):
+            _load(state, found, reader)
+        publish(state.module)
+    return LoadedModel(given, source.kind, found.missing, found.unexpected, found.mismatched, reader.nbytes)
 
 
 def _says(lines: Sequence[str], source: Source) -> str:
@@ -146,37 +151,34 @@ def _equal(stored: Sequence[Stored]) -> bool:
     return True
 
 
-def _load(state: ModelState, found: Fit, progress: bool) -> int:
-    names = {id(p): name for name, p in state.parameters.items()}
-    total = sum(t.numel() * stored.dtype.itemsize for t, stored in _targets(state, found))
-    with Progress("loading", total, progress) as bar, Reader(bar.add) as reader:
-        for unit in units_of(state.module):
-            for bucket in unit.buckets:
-                mine = [(i, found.tensors.get(names.get(id(p), ""))) for i, p in enumerate(bucket.params)]
-                if not any(stored for _, stored in mine):
-                    continue
-                with bucket.master_here(write=True):
-                    for i, stored in mine:
-                        for (lo, hi), piece in zip(bucket.ranges(i), bucket.piece_params[i], strict=True):
-                            if stored is not None:
-                                reader.read(stored, lo, hi, piece)
-        for name, tensor in {**state.parameters, **state.buffers}.items():
-            stored = found.tensors.get(name)
-            if stored is None or (isinstance(tensor, nn.Parameter) and held(tensor) is not None):
-                continue
-            if tensor.is_contiguous():
-                reader.read(stored, 0, stored.numel, tensor.detach())
-            else:
-                tensor.copy_(reader.values(stored).view(stored.shape))
-        return reader.nbytes
-
-
-def _targets(state: ModelState, found: Fit) -> Iterator[tuple[torch.Tensor, Stored]]:
+def _wanted(state: ModelState, found: Fit) -> Iterator[tuple[Stored, int, int]]:
+    """What this rank reads of which tensor."""
     for name, stored in found.tensors.items():
-        tensor = state.parameters.get(name, state.buffers.get(name))
-        assert tensor is not None
-        mine = held(tensor) if isinstance(tensor, nn.Parameter) else None
+        p = state.parameters.get(name)
+        mine = None if p is None else held(p)
         if mine is None:
-            yield tensor, stored
+            yield stored, 0, stored.numel
         else:
-            yield from ((piece, stored) for _, _, piece in mine.pieces)
+            yield from ((stored, lo, hi) for lo, hi, _ in mine.pieces)
+
+
+def _load(state: ModelState, found: Fit, reader: Reader) -> None:
+    names = {id(p): name for name, p in state.parameters.items()}
+    for unit in units_of(state.module):
+        for bucket in unit.buckets:
+            mine = {i: found.tensors.get(names.get(id(p), "")) for i, p in enumerate(bucket.params)}
+            if not any(mine.values()):
+                continue
+            with bucket.master_here(write=True):
+                for i, stored in mine.items():
+                    for (lo, hi), piece in zip(bucket.ranges(i), bucket.piece_params[i], strict=True):
+                        if stored is not None:
+                            reader.read(stored, lo, hi, piece)
+    for name, tensor in {**state.parameters, **state.buffers}.items():
+        stored = found.tensors.get(name)
+        if stored is None or (isinstance(tensor, nn.Parameter) and held(tensor) is not None):
+            continue
+        if tensor.is_contiguous():
+            reader.read(stored, 0, stored.numel, tensor.detach())
+        else:
+            tensor.copy_(reader.values(stored).view(stored.shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -63,13 +63,21 @@ class Reader:
         if stored.values is not None:
             flat.copy_(stored.values.detach().reshape(-1)[start:stop])
             return
-        for part in stored.parts:
+        for part in _overlapping(stored, start, stop):
             if part.count == 1:
                 lo, hi = max(start, part.start), min(stop, part.start + part.length)
-                if lo < hi:
-                    self._run(stored, part, part.skip + lo - part.start, flat[lo - start : hi - start])
-            elif part.start < stop and start < part.start + (part.count - 1) * part.step + part.length:
+                self._run(stored, part, part.skip + lo - part.start, flat[lo - start : hi - start])
+            else:
                 self._rows(stored, part, start, stop, flat)
+
+    def prepare(self, stored: Stored, start: int, stop: int) -> None:
+        """Find out whether what :meth:`read` would read is there, so that it does not fail on what can be known.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        for part in _overlapping(stored, start, stop):
+            self._origin(stored, part)
 
     def values(self, stored: Stored, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements ``start:stop`` of the flattened tensor (all of them), new, on the CPU, in the stored dtype."""
@@ -175,3 +183,9 @@ class Reader:
             file = self._files[path] = path.open("rb", buffering=0)
         self._files.move_to_end(path)
         return file
+
+
+def _overlapping(stored: Stored, start: int, stop: int) -> Iterator[Part]:
+    for part in stored.parts:
+        if part.start < stop and start < part.start + (part.count - 1) * part.step + part.length:
+            yield part

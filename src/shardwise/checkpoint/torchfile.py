@@ -84,9 +84,10 @@ def read_nest(
         window: Any = file if length is None else io.BufferedReader(_Window(file, at, length))
         start = 0 if length is None else at
         if not zipfile.is_zipfile(window):
-            if length is None:
+            window.seek(0)
+            if length is None and window.read(2) != b"PK":
                 return _old(path)
-            raise _damaged(path, "not what torch.save writes")
+            raise _damaged(path, "cut off, or not what torch.save writes")
         try:
             with zipfile.ZipFile(window) as archive:
                 return _Unpickler(path, file, start, archive, also).load()
