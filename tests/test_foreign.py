@@ -411,6 +411,6 @@ def test_bad_files_are_refused_on_every_rank_and_run_nothing(tmp_path):
             assert word in text and "fix:" in text, f"{harm.__name__}: {text}"
     assert not list(Path(tmp_path).rglob("ran"))
     text = failure(open_source, tmp_path / "nowhere")
-    assert "no such file" in text
-    with pytest.raises(CheckpointError, match="no such file"):
+    assert "no such checkpoint" in text
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
         checkpoint.load_model(make(1), tmp_path / "nowhere")

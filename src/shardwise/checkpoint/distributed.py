@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from shardwise.checkpoint.files import MANIFEST, read_manifest
 from shardwise.checkpoint.storage import _CANNOT_READ, METADATA, _IndexUnpickler, read_metadata
 from shardwise.checkpoint.stored import Part, Source, Stored, box_parts
-from shardwise.checkpoint.torchfile import StandIn, _Dict
+from shardwise.checkpoint.torchfile import PlainDict, StandIn
 from shardwise.errors import CheckpointError
 
 _PATHS = frozenset((m, n) for m in ("pathlib", "pathlib._local") for n in ("PosixPath", "WindowsPath"))
@@ -57,7 +57,7 @@ class _ForeignIndex(_IndexUnpickler):
         if (module, name) in _PATHS:
             return type(name, (StandIn,), {})
         if (module, name) == ("collections", "OrderedDict"):
-            return _Dict
+            return PlainDict
         return super().find_class(module, name)
 
 

@@ -85,7 +85,7 @@ def load_model(
     with Together(doing):
         (state,) = model_states([model])
         _check(state)
-        own = (given / MANIFEST).is_file()
+        own = not given.exists() or (given / MANIFEST).is_file()
     if from_first(str(own)) == "True":
         given, _ = files.opened(given)
     with Together(doing, slow=True):

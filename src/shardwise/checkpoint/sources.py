@@ -38,7 +38,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     elif path.is_dir():
         source = _open_folder(path)
     else:
-        raise CheckpointError("there is no such file or folder", where=str(path), fix="check the path")
+        source = distributed.open_shardwise(resolve(path))  # what a killed save left, or an error that says so
     for tensors in source.sections.values():
         for name, stored in tensors.items():
             if not stored.complete:
@@ -87,17 +87,17 @@ def _open_folder(path: Path) -> Source:
             raise CheckpointError(
                 f"holds several files of tensors and no index: {listed}", where=str(path), fix="give one of the files"
             )
-    return distributed.open_shardwise(resolve(path))  # what a killed save left, or an error that says so
+    return distributed.open_shardwise(resolve(path))  # an error that says what is missing
 
 
 def _with_config(source: Source, folder: Path) -> Source:
+    source.path = folder
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return source
     if isinstance(config, dict):
         source.facts |= {k: config[k] for k in ("architectures", "model_type") if k in config}
-    source.path = folder
     return source
 
 

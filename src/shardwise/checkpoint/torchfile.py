@@ -58,7 +58,7 @@ class StandIn:
         """Items of a list, which it may have been."""
 
 
-class _Dict(dict):
+class PlainDict(dict):
     """A dict of any kind. What such an object has beside its entries is left out."""
 
     def __setstate__(self, state: Any) -> None:
@@ -206,7 +206,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_parameter"): _first,
             ("torch._utils", "_rebuild_parameter_with_state"): _first,
             ("torch._tensor", "_rebuild_from_type_v2"): self._from_type,
-            ("collections", "OrderedDict"): _Dict,
+            ("collections", "OrderedDict"): PlainDict,
             ("torch", "Size"): tuple,
             ("torch", "Tensor"): torch.Tensor,
             ("torch.nn.parameter", "Parameter"): torch.nn.Parameter,
