@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pickle
+import random
 import shutil
 import zipfile
 from pathlib import Path
@@ -26,6 +27,7 @@ import shardwise
 from models import Block, adamw, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
 from shardwise import checkpoint
+from shardwise.checkpoint.reading import Reader
 from shardwise.checkpoint.sources import open_source
 from shardwise.errors import CheckpointError
 from test_load_model import failure
@@ -128,8 +130,6 @@ def test_tensors_that_are_cut_in_any_way(tmp_path):
     state = run(4, other_shards, tmp_path / "dcp")[0]
     source = open_source(tmp_path / "dcp")
     found = source.sections[source.section()]
-    from shardwise.checkpoint.reading import Reader
-
     with Reader() as reader:
         for name, value in state.items():
             assert any(part.count > 1 for part in found[name].parts)
@@ -414,3 +414,27 @@ def test_bad_files_are_refused_on_every_rank_and_run_nothing(tmp_path):
     assert "no such checkpoint" in text
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         checkpoint.load_model(make(1), tmp_path / "nowhere")
+
+
+def test_damaged_bytes_raise_and_do_nothing_else(tmp_path):
+    state = {k: v for k, v in whole(make(2)).items() if k.startswith("blocks.0")}
+    torch.save({"model": state, "words": [1, {"a"}]}, tmp_path / "a.pt")
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    dcp.save({"model": state, "step": 3}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    draw, refused = random.Random(0), 0
+    for file in (tmp_path / "a.pt", tmp_path / "a.safetensors", tmp_path / "dcp" / ".metadata"):
+        good = file.read_bytes()
+        first = good.find(b"\x80\x02", 0) if file.suffix == ".pt" else 0  # where the pickle begins
+        for _ in range(150):
+            data = bytearray(good)
+            data[first + draw.randrange(min(1500, len(data) - first))] = draw.randrange(256)
+            file.write_bytes(data)
+            try:
+                source = open_source(file if file.parent == tmp_path else file.parent)
+                with Reader() as reader:
+                    for stored in source.everything().values():
+                        reader.values(stored)
+            except CheckpointError:
+                refused += 1
+        file.write_bytes(good)
+    assert refused > 100

@@ -265,6 +265,25 @@ def test_transformers_models(tmp_path):
     assert_same(whole(model), whole(saved))
 
 
+def elsewhere(folder):
+    model = shardwise.fully_shard(make(5), strategy="zero2")
+    before = whole(model)
+    texts = [failure(checkpoint.load_model, model, folder / f"{what}{rank()}") for what in ("other", "missing")]
+    assert_same(whole(model), before)
+    return texts
+
+
+def test_ranks_that_see_different_files(tmp_path):
+    for r in range(2):
+        (tmp_path / f"other{r}").mkdir()
+        as_one_file(tmp_path / f"other{r}", whole(make(0).to(torch.bfloat16 if r else torch.float32)), None)
+    (tmp_path / "missing0").mkdir()
+    as_one_file(tmp_path / "missing0", whole(make(0)), None)
+    for other, missing in run(2, elsewhere, tmp_path):
+        assert "rank 0 sees other files" in other
+        assert "rank 1" in missing or "missing1" in missing
+
+
 # --- memory and bytes ---------------------------------------------------------------------------------
 class Deep(nn.Module):
     def __init__(self, seed, width, depth):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -240,15 +241,16 @@ def _largest(reader: Reader, a: Stored, b: Stored) -> float:
     largest = 0.0
     for lo, hi in _blocks(a.numel, 8):
         x, y = reader.values(a, lo, hi), reader.values(b, lo, hi)
-        whole = x.dtype == y.dtype and not (x.dtype.is_floating_point or x.dtype.is_complex)
-        if whole and torch.equal(x, y):
+        if x.dtype == y.dtype and torch.equal(x, y):
             continue
+        whole = not (x.dtype.is_floating_point or x.dtype.is_complex) and x.dtype == y.dtype
         wide = torch.complex128 if x.dtype.is_complex or y.dtype.is_complex else torch.float64
         x, y = x.to(wide), y.to(wide)
-        # Two infinities of one sign have no difference to speak of, nor do two nans.
-        apart = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs().double())
-        most = apart.max().item()
-        if most != most:
+        most = (x - y).abs().max().item()
+        if not math.isfinite(most):
+            # Two infinities of one sign have no difference to speak of, nor do two nans.
+            most = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs()).max().item()
+        if math.isnan(most):
             return most
         largest = max(largest, most, 1.0 if whole else 0.0)  # large whole numbers differ by less than fp64 can say
     return largest

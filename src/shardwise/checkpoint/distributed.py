@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from shardwise.checkpoint.files import MANIFEST, read_manifest
-from shardwise.checkpoint.storage import _CANNOT_READ, METADATA, _IndexUnpickler, read_metadata
+from shardwise.checkpoint.storage import METADATA, _IndexUnpickler, read_metadata
 from shardwise.checkpoint.stored import Part, Source, Stored, box_parts
-from shardwise.checkpoint.torchfile import PlainDict, StandIn
+from shardwise.checkpoint.torchfile import DAMAGED, PlainDict, StandIn
 from shardwise.errors import CheckpointError
 
 _PATHS = frozenset((m, n) for m in ("pathlib", "pathlib._local") for n in ("PosixPath", "WindowsPath"))
@@ -38,7 +39,7 @@ def open_plain(path: Path) -> Source:
         if not isinstance(metadata, Metadata):
             raise _bad(file, "it is not an index of tensors")
         sections = _sections(path, metadata)
-    except _CANNOT_READ as error:
+    except DAMAGED as error:
         if isinstance(error, CheckpointError):
             raise
         raise _bad(file, f"the index of the tensors is damaged ({type(error).__name__}: {error})") from error
@@ -70,6 +71,8 @@ def _sections(path: Path, metadata: Metadata) -> dict[tuple[str, ...], dict[str,
             continue
         keys = nested.get(name)
         keys = tuple(map(str, keys)) if isinstance(keys, (tuple, list)) and keys else (name,)
+        if not isinstance(entry.properties.dtype, torch.dtype) or min(entry.size, default=0) < 0:
+            raise _bad(path / METADATA, f"'{name}' has no dtype or impossible sizes")
         parts: list[Part] = []
         for chunk in entry.chunks:
             info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
@@ -78,6 +81,8 @@ def _sections(path: Path, metadata: Metadata) -> dict[tuple[str, ...], dict[str,
             file = path / info.relative_path
             if Path(info.relative_path).name != info.relative_path:
                 raise _bad(path / METADATA, f"'{name}' is not in the folder's own files")
+            if min(info.offset, info.length, *chunk.offsets, *chunk.sizes) < 0:
+                raise _bad(path / METADATA, f"'{name}' has impossible offsets")
             if not file.is_file() or file.stat().st_size < info.offset + info.length:
                 raise _bad(file, "the file is missing or cut off")
             parts += box_parts(entry.size, chunk.offsets, chunk.sizes, file, info.offset, info.length)

@@ -77,8 +77,16 @@ class Stored:
 
     @property
     def complete(self) -> bool:
-        """Whether the parts have as many elements as the tensor."""
-        return self.values is not None or sum(part.length * part.count for part in self.parts) == self.numel
+        """Whether the parts have every element, and nothing beyond."""
+        if self.values is not None:
+            return True
+        at, single = 0, all(part.count == 1 for part in self.parts)
+        for part in sorted(self.parts, key=lambda part: part.start):
+            end = part.start + (part.count - 1) * part.step + part.length
+            if min(part.start, part.length, part.count) < 0 or end > self.numel or (single and part.start != at):
+                return False
+            at = end
+        return sum(part.length * part.count for part in self.parts) == self.numel
 
 
 @dataclass

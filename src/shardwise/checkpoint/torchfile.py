@@ -18,10 +18,11 @@ import torch
 from shardwise.checkpoint.stored import Part, Stored, row_major
 from shardwise.errors import CheckpointError
 
-_DAMAGED = (
+DAMAGED = (
     pickle.PickleError, zipfile.BadZipFile, AttributeError, TypeError, ValueError, RuntimeError, EOFError, KeyError,
-    IndexError, NotImplementedError, RecursionError,
+    IndexError, NotImplementedError, RecursionError, OverflowError, MemoryError,
 )  # fmt: skip
+"""What readers of files raise about damaged ones. Lengths are in the files, so memory may run out as well."""
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -83,15 +84,14 @@ def read_nest(
     with path.open("rb") as file:
         window: Any = file if length is None else io.BufferedReader(_Window(file, at, length))
         start = 0 if length is None else at
-        if not zipfile.is_zipfile(window):
-            window.seek(0)
-            if length is None and window.read(2) != b"PK":
+        if window.read(2) != b"PK":
+            if length is None:
                 return _old(path)
-            raise _damaged(path, "cut off, or not what torch.save writes")
+            raise _damaged(path, "not what torch.save writes")
         try:
             with zipfile.ZipFile(window) as archive:
                 return _Unpickler(path, file, start, archive, also).load()
-        except _DAMAGED as error:
+        except DAMAGED as error:
             if isinstance(error, CheckpointError):
                 raise
             raise _damaged(path, f"damaged ({type(error).__name__}: {_line(error)})") from error
@@ -121,7 +121,7 @@ def _old(path: Path) -> Any:
     """A file without an index, through torch's own weights-only reader."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         what = f"not a file of tensors, or one that holds other things ({_line(error)})"
         raise _damaged(path, what) from error
     known: dict[Any, Stored] = {}
