@@ -30,7 +30,13 @@ def trained(folder, strategy, seed=0, **kw):
     loss_of(model, batch(0, rank())).backward()
     optimizer.step()
     second = nn.Linear(3, 2)
-    checkpoint.save(folder, models=[model, second], optimizers=[optimizer], info={"step": 12, "epoch": 1})
+    checkpoint.save(
+        folder,
+        models=[model, second],
+        optimizers=[optimizer],
+        info={"step": 12, "epoch": 1},
+        state={"schedulers": [], "rate": torch.ones(1)},
+    )
     return whole(model)
 
 
@@ -203,6 +209,7 @@ def test_the_commands(folders, tmp_path):
     text = said["inspect"][0]
     for word in (
         "a checkpoint of Shardwise", "LM (zero3), Linear (not sharded)", "AdamW", "world size", "step", "12",
+        "schedulers, rate",
         "blocks.0.up.weight", "(39, 13)", "float32", "exp_avg, exp_avg_sq", "tied to embed.weight", "model_1",
     ):  # fmt: skip
         assert word in text, text

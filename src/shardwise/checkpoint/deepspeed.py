@@ -120,8 +120,8 @@ class _Folder:
         if self.stage == 3:
             buffers = {str(name) for name in first.get("buffer_names") or ()}
             known = {name: value for name, value in known.items() if name in buffers}
-        order = [str(name) for name in module]
-        return dict(sorted({**known, **out}.items(), key=lambda item: _place(order, item[0])))
+        order = {str(name): i for i, name in enumerate(module)}
+        return dict(sorted({**known, **out}.items(), key=lambda item: order.get(item[0], len(order))))
 
     def _shapes(self, groups: Any) -> list[list[tuple[str, tuple[int, ...]]]]:
         return [[(str(name), tuple(map(int, shape))) for name, shape in group.items()] for group in groups]
@@ -177,10 +177,6 @@ class _Folder:
             raise CheckpointError(f"parts of '{name}' are missing", where=str(self.path), fix="use a complete copy")
         dtype = pieces[0][0].dtype if pieces else next(iter(self._groups(self.optims[0], "fp32_flat_groups"))).dtype
         return Stored(dtype, shape, tuple(parts))
-
-
-def _place(order: list[str], name: str) -> int:
-    return order.index(name) if name in order else len(order)
 
 
 def _cut(line: Sequence[tuple[Stored, int, int]], at: int, length: int) -> list[tuple[Stored, int, int]]:

@@ -66,6 +66,7 @@ def _sections(path: Path, metadata: Metadata) -> dict[tuple[str, ...], dict[str,
     nested: Mapping[str, Any] = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
     sections: dict[tuple[str, ...], dict[str, Stored]] = {}
     known: dict[Any, Stored] = {}
+    sizes: dict[Path, int] = {}
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
@@ -83,7 +84,9 @@ def _sections(path: Path, metadata: Metadata) -> dict[tuple[str, ...], dict[str,
                 raise _bad(path / METADATA, f"'{name}' is not in the folder's own files")
             if min(info.offset, info.length, *chunk.offsets, *chunk.sizes) < 0:
                 raise _bad(path / METADATA, f"'{name}' has impossible offsets")
-            if not file.is_file() or file.stat().st_size < info.offset + info.length:
+            if file not in sizes:
+                sizes[file] = file.stat().st_size if file.is_file() else 0
+            if sizes[file] < info.offset + info.length:
                 raise _bad(file, "the file is missing or cut off")
             parts += box_parts(entry.size, chunk.offsets, chunk.sizes, file, info.offset, info.length)
         stored = Stored(entry.properties.dtype, tuple(entry.size), tuple(parts))

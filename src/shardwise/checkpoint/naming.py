@@ -86,9 +86,16 @@ def find_section(names: Sequence[str], source: Source, part: str | None) -> tupl
     if part is not None or len(source.sections) == 1:
         section = source.section(part)
         return section, match_names(names, source.sections[section])
-    matches = {section: match_names(names, tensors) for section, tensors in source.sections.items()}
-    most = max(len(m.found) for m in matches.values())
-    best = {section: m for section, m in matches.items() if len(m.found) == most}
+    best: dict[Section, Match] = {}
+    most = 0
+    for section, tensors in sorted(source.sections.items(), key=lambda item: -len(item[1])):
+        if len(tensors) < most:  # nor can any of the rest, such as the state of single parameters
+            break
+        match = match_names(names, tensors)
+        if len(match.found) > most:
+            best, most = {}, len(match.found)
+        if len(match.found) == most:
+            best[section] = match
     if len(best) == 1:
         return next(iter(best.items()))
     section = Source(source.path, source.kind, {s: source.sections[s] for s in best}).section()

@@ -222,6 +222,11 @@ def _facts(source: Source) -> dict[str, Any]:
     manifest: Manifest | None = source.facts.get("manifest")
     rest = _of_manifest(manifest) if manifest is not None else source.facts
     facts |= {key: value for key, value in rest.items() if key != "bytes" and value not in ("", [])}
+    if manifest is not None:
+        from shardwise.checkpoint import safe
+
+        small = safe.read(source.path / "state.pt").get("state", {})
+        facts |= {"also": [str(key) for key in small]} if small else {}
     return {**facts, "files": len(source.files), "bytes": sum(source.files.values())}
 
 
