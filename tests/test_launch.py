@@ -253,7 +253,8 @@ def test_named_devices_reach_the_ranks_as_what_this_process_sees(
 
 
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
-    commands = [["--help"], ["launch", "--help"], ["config", "--help"], ["doctor", "--help"], ["demo", "--help"]]
+    commands = [["--help"], *([name, "--help"] for name in ("launch", "config", "doctor", "demo", "checkpoint"))]
+    commands += [["checkpoint", name, "--help"] for name in ("inspect", "verify", "export", "diff")]
     text = (
         "import sys\nfrom shardwise import cli\n"
         f"for args in {commands}:\n"

@@ -32,6 +32,9 @@ raise. All errors are :class:`~shardwise.errors.CheckpointError` and name the fi
 ``prune(directory, total_limit)``        collective; deletes the oldest, never the newest complete one
 ``rng_state()``, ``set_rng_state()``     Python, NumPy, torch CPU, current CUDA device
 ``save_model(model, directory, ...)``    collective; safetensors files as transformers reads them
+``load_model(model, path, ...)``         collective; weights from what others wrote, straight into the shards
+``export(path, directory, ...)``         any checkpoint's weights as safetensors files, without a model. One process
+``compare(a, b, ...)``                   what differs between two checkpoints, tensor by tensor. One process
 ``full_state_dict(model, ...)``          collective; whole tensors on the CPU, on every rank or rank 0 only
 =======================================  =====================================================================
 
@@ -67,8 +70,10 @@ from typing import TYPE_CHECKING
 from shardwise.lazy import importing
 
 if TYPE_CHECKING:  # torch.distributed.checkpoint takes most of a second to import: only those who save wait for it
+    from shardwise.checkpoint.converting import compare, export
     from shardwise.checkpoint.export import full_state_dict, save_model
     from shardwise.checkpoint.files import Manifest, read_manifest, verify
+    from shardwise.checkpoint.importing import LoadedModel, load_model
     from shardwise.checkpoint.loading import Loaded, load
     from shardwise.checkpoint.rng import rng_state, set_rng_state
     from shardwise.checkpoint.saving import save
@@ -76,10 +81,14 @@ if TYPE_CHECKING:  # torch.distributed.checkpoint takes most of a second to impo
 
 _HOME = {
     "Loaded": "loading",
+    "LoadedModel": "importing",
     "Manifest": "files",
+    "compare": "converting",
+    "export": "converting",
     "full_state_dict": "export",
     "latest": "series",
     "load": "loading",
+    "load_model": "importing",
     "next_path": "series",
     "prune": "series",
     "read_manifest": "files",

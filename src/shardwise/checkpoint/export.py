@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.checkpoint.files import sync_directory
 from shardwise.checkpoint.models import ModelState, entries, model_states
 from shardwise.checkpoint.ranks import Together, from_first
+from shardwise.checkpoint.writers import DTYPES, BinWriter, SafeWriter, Writer, bytes_of, shards_of
 from shardwise.comm import World
 from shardwise.engine.state_dict import held, units_of
 from shardwise.errors import CheckpointError
-
-_TYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-"""The names of dtypes in safetensors files."""
 
 
 @torch.no_grad()
@@ -74,15 +62,6 @@ def _stream(state: ModelState) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, b.detach()
 
 
-# --- files ---------------------------------------------------------------------------------------
-@dataclass
-class _Shard:
-    """The tensors of one file: name, dtype and shape of each."""
-
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
-    size: int = 0
-
-
 @torch.no_grad()
 def save_model(
     model: nn.Module,
@@ -115,13 +94,13 @@ def save_model(
     (state,) = model_states([model])
     first = World.current().rank == 0
     doing = f"writing the model to {root}"
-    writer: _Writer | None = None
+    writer: Writer | None = None
     with Together(doing):
-        shards = _plan(state, _bytes_of(max_shard_size))
+        shards = shards_of(_tensors(state), bytes_of(max_shard_size))
         _check_types(state, safe_serialization)
         if first:
             root.mkdir(parents=True, exist_ok=True)
-            writer = (_SafeWriter if safe_serialization else _BinWriter)(root, shards, state)
+            writer = (SafeWriter if safe_serialization else BinWriter)(root, shards, state.aliases, state.extra)
     failure: Exception | None = None
     try:
         for name, value in _stream(state):
@@ -141,17 +120,8 @@ def save_model(
     return root
 
 
-def _bytes_of(text: int | str) -> int:
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if match is None or match[2].upper() not in units or float(match[1]) <= 0:
-        raise CheckpointError(f"max_shard_size={text!r} is not a size", fix="write it like '500MB' or '10GB'")
-    return int(float(match[1]) * units[match[2].upper()])
-
-
-def _plan(state: ModelState, limit: int) -> list[_Shard]:
-    """Which file each tensor goes into: in the order they are gathered in, so that files fill one by one."""
+def _tensors(state: ModelState) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What is written, in the order in which it is gathered."""
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     names = {id(p): name for name, p in state.parameters.items()}
     for unit in units_of(state.module):
@@ -161,21 +131,14 @@ def _plan(state: ModelState, limit: int) -> list[_Shard]:
                     tensors[names[id(p)]] = (bucket.master_dtype, slot.shape)
     for name, tensor in {**state.parameters, **state.buffers}.items():
         tensors.setdefault(name, (tensor.dtype, tuple(tensor.shape)))
-    shards = [_Shard()]
-    for name, (dtype, shape) in tensors.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if shards[-1].tensors and shards[-1].size + size > limit:
-            shards.append(_Shard())
-        shards[-1].tensors[name] = (dtype, shape)
-        shards[-1].size += size
-    return shards
+    return tensors
 
 
 def _check_types(state: ModelState, safe: bool) -> None:
     if not safe:
         return
     for name, tensor in {**state.parameters, **state.buffers}.items():
-        if tensor.dtype not in _TYPES:
+        if tensor.dtype not in DTYPES:
             raise CheckpointError(
                 f"has dtype {tensor.dtype}, which safetensors lacks", where=f"'{name}'", fix="safe_serialization=False"
             )
@@ -184,150 +147,3 @@ def _check_types(state: ModelState, safe: bool) -> None:
             f"the module '{next(iter(state.extra))}' is extra state, which safetensors has no place for",
             fix="safe_serialization=False",
         )
-
-
-class _Writer:
-    """Rank 0's side: takes tensors one by one, and puts the finished files in place of older ones."""
-
-    stem, ending = "", ""
-
-    def __init__(self, root: Path, shards: list[_Shard], state: ModelState) -> None:
-        self.root, self.shards, self.state = root, shards, state
-        self.mark = uuid.uuid4().hex[:8]
-        count = len(shards)
-        self.names = [
-            f"{self.stem}{self.ending}" if count == 1 else f"{self.stem}-{i + 1:05d}-of-{count:05d}{self.ending}"
-            for i in range(count)
-        ]
-        self.shard_of = {name: i for i, shard in enumerate(shards) for name in shard.tensors}
-        self.left = [len(shard.tensors) for shard in shards]
-
-    def temporary(self, name: str) -> Path:
-        return self.root / f".{name}.tmp-{self.mark}"
-
-    def write(self, name: str, fill: Callable[[BinaryIO], None]) -> None:
-        with self.temporary(name).open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def aliases(self, shard: _Shard) -> dict[str, str]:
-        return {alias: name for alias, name in self.state.aliases.items() if name in shard.tensors}
-
-    def add(self, name: str, value: torch.Tensor) -> None:
-        raise NotImplementedError
-
-    def weight_map(self) -> dict[str, str]:
-        return {name: self.names[i] for name, i in sorted(self.shard_of.items())}
-
-    def finish(self) -> None:
-        names = list(self.names)
-        if len(names) > 1:
-            total = sum(shard.size for shard in self.shards)
-            index = {"metadata": {"total_size": total}, "weight_map": self.weight_map()}
-            names.append(f"{self.stem}{self.ending}.index.json")
-            self.write(names[-1], lambda file: _write_all(file, json.dumps(index, indent=2).encode() + b"\n"))
-        for name in names:
-            self.temporary(name).replace(self.root / name)
-        pattern = rf"{self.stem}(-\d{{5}}-of-\d{{5}})?{re.escape(self.ending)}(\.index\.json)?"
-        for path in self.root.iterdir():
-            if re.fullmatch(pattern, path.name) and path.name not in names:
-                path.unlink()
-        sync_directory(self.root)
-
-    def clean(self) -> None:
-        """Leave no half-written file behind."""
-        for path in self.root.glob(f".*.tmp-{self.mark}"):
-            path.unlink()
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
-
-
-class _SafeWriter(_Writer):
-    """Writes each tensor to its place as it comes: the header is known beforehand."""
-
-    stem, ending = "model", ".safetensors"
-
-    def __init__(self, root: Path, shards: list[_Shard], state: ModelState) -> None:
-        super().__init__(root, shards, state)
-        self.places: dict[str, int] = {}
-        self.files: dict[int, BinaryIO] = {}
-
-    def _open(self, i: int) -> BinaryIO:
-        shard = self.shards[i]
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **self.aliases(shard)}}
-        at = 0
-        # Wide elements first, as the safetensors library does, so that every tensor is aligned.
-        for name, (dtype, shape) in sorted(shard.tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
-            stop = at + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [at, stop]}
-            self.places[name], at = at, stop
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file = self.files[i] = self.temporary(self.names[i]).open("wb")
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in shard.tensors:
-            self.places[name] += 8 + len(text)
-        return file
-
-    def add(self, name: str, value: torch.Tensor) -> None:
-        i = self.shard_of[name]
-        file = self.files.get(i) or self._open(i)
-        file.seek(self.places[name])
-        if value.numel():
-            file.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self.left[i] -= 1
-        if not self.left[i]:
-            file.flush()
-            os.fsync(file.fileno())
-            self.files.pop(i).close()
-
-    def finish(self) -> None:
-        if not self.shard_of:
-            self._open(0)
-        self._close()
-        super().finish()
-
-    def _close(self) -> None:
-        for file in self.files.values():
-            file.close()
-        self.files.clear()
-
-    def clean(self) -> None:
-        self._close()
-        super().clean()
-
-
-class _BinWriter(_Writer):
-    """Keeps the tensors of a file until it is complete."""
-
-    stem, ending = "pytorch_model", ".bin"
-
-    def __init__(self, root: Path, shards: list[_Shard], state: ModelState) -> None:
-        super().__init__(root, shards, state)
-        self.kept: dict[int, dict[str, Any]] = {i: {} for i in range(len(shards))}
-
-    def add(self, name: str, value: torch.Tensor) -> None:
-        i = self.shard_of[name]
-        self.kept[i][name] = value.to("cpu", copy=True)
-        self.left[i] -= 1
-        if not self.left[i] and i < len(self.shards) - 1:
-            self._save(i)
-
-    def _save(self, i: int) -> None:
-        kept = self.kept.pop(i)
-        aliases = {alias: kept[name] for alias, name in self.aliases(self.shards[i]).items()}
-        extra: Mapping[str, Any] = {}
-        if i == len(self.shards) - 1:
-            extra = {name: owner.get_extra_state() for name, owner in self.state.extra.items()}
-        self.write(self.names[i], lambda file: torch.save({**kept, **aliases, **extra}, file))
-
-    def weight_map(self) -> dict[str, str]:
-        tied = {alias: self.names[self.shard_of[name]] for alias, name in self.state.aliases.items()}
-        return dict(sorted({**super().weight_map(), **tied}.items()))
-
-    def finish(self) -> None:
-        self._save(len(self.shards) - 1)
-        super().finish()

@@ -10,7 +10,7 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,12 +228,14 @@ def _sync_directories(root: Path) -> None:
         sync_directory(Path(folder))
 
 
-def checksum(path: Path) -> FileEntry:
-    """Length and crc32 of a file, read in parts."""
+def checksum(path: Path, seen: Callable[[int], None] | None = None) -> FileEntry:
+    """Length and crc32 of a file, read in parts. ``seen`` is told the bytes of each."""
     crc, size = 0, 0
     with path.open("rb") as file:
         while part := file.read(_CHUNK):
             crc, size = zlib.crc32(part, crc), size + len(part)
+            if seen is not None:
+                seen(len(part))
     return FileEntry(size, crc)
 
 
