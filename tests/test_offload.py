@@ -256,6 +256,7 @@ def test_gradients_cross_the_link_once_in_the_compute_dtype(home, tmp_path):
 
 
 def traffic(path: str, strategy: str, layers: int) -> Any:
+    strategy += ",offload_overlap=false"  # so that a step's traffic is over when it is
     model = shardwise.fully_shard(make(layers=layers, **SIZES), strategy=at(strategy, "nvme", path))
     opt = adamw(model.parameters())
     for step in range(3):

@@ -64,6 +64,9 @@ class Strategy:
         offload_depth: requests to the disk in flight, of reads and of writes each.
         offload_prefetch: units whose parameters are brought from their home ahead of the one that is gathered next;
             each costs that unit's values in memory.
+        offload_overlap: updates of offloaded state take place during the next forward, which waits unit by unit. The
+            same numbers. Where it would hide nothing (home ``cpu`` on a CPU device) or values are gathered in the step
+            (``zero1`` and ``zero2`` on several ranks, unless parameters are offloaded too), they take place at once.
         optimizer_in_backward: update each unit as soon as its gradients are reduced, and free them: the gradients of
             one or two units exist at a time, and offloaded state moves beside the backward. The same numbers; but
             nothing can be done with all gradients before the update (clipping, fp16 loss scaling, means over an
@@ -95,6 +98,7 @@ class Strategy:
     offload_buffers: int = 3
     offload_depth: int = 4
     offload_prefetch: int = 1
+    offload_overlap: bool = True
     optimizer_in_backward: bool = False
     activation_checkpointing: bool = False
     activation_offload: str = "device"
@@ -112,7 +116,13 @@ class Strategy:
             homes = HOMES if key != "offload_grads" else HOMES[:2]
             _choose(key, getattr(self, key), homes)
         _choose("layout", self.layout, LAYOUTS)
-        for key in ("pin_memory", "optimizer_in_backward", "activation_checkpointing", "broadcast_buffers"):
+        for key in (
+            "pin_memory",
+            "offload_overlap",
+            "optimizer_in_backward",
+            "activation_checkpointing",
+            "broadcast_buffers",
+        ):
             _choose(key, getattr(self, key), (True, False))
         _choose("activation_offload", self.activation_offload, HOMES[:2])
         for key in ("param_dtype", "reduce_dtype"):

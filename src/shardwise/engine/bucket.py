@@ -91,6 +91,7 @@ class Bucket:
         self.apart = self.home is not None and (self.dtype != self.master_dtype or self.on_host != self._read_on_host)
         self.split = (strategy.split_params and mesh.shard.size > 1) or self.params_away
         self.split_optimizer = strategy.split_optimizer and mesh.shard.size > 1
+        self.overlap = strategy.offload_overlap
         self.tag = mesh.new_tag()
         self._ops = {kind: Op(kind, f"unit {label}", 8 * self.tag + i) for i, kind in enumerate(_KINDS)}
         self.held = slice(mesh.held.start * self.layout.shard_numel, mesh.held.stop * self.layout.shard_numel)
@@ -226,7 +227,7 @@ class Bucket:
         if self.source is not None:
             return self.source.write(low.view(torch.uint8))
         assert self.home is not None
-        copy = self.home.link.to_device(low, self.follower)
+        copy = self.home.step_link.to_device(low, self.follower)
         copy.order()
         return [copy]
 
@@ -238,6 +239,7 @@ class Bucket:
     @contextmanager
     def master_here(self, *, write: bool = False) -> Iterator[torch.Tensor]:
         """The held master values, in memory inside the block. With ``write`` they may be changed; the values follow."""
+        self.catch_up()
         if self.values is None:
             yield self.master
             return
@@ -248,6 +250,10 @@ class Bucket:
             All(self.follow_master()).wait()
         if opened:
             self.values.settle()
+
+    def catch_up(self) -> None:
+        """Wait for an update that was asked for."""
+        self.params[0]._shardwise_unit.catch_up()  # type: ignore[attr-defined]
 
     def full_values(self) -> torch.Tensor:
         """All values in the master dtype, in a new flat tensor (collective where values are split)."""

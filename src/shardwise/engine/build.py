@@ -126,8 +126,7 @@ def _finish_transfers() -> None:
     for engine in list(engines):
         with suppress(CommError):  # the rank we owed it to has ended itself
             for unit in engine.units:
-                if unit.gathering is not None:
-                    unit.gather()
+                unit.settle()
 
 
 def engine_of(module: nn.Module) -> Engine | None:

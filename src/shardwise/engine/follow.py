@@ -63,7 +63,7 @@ def rest(engine: Engine) -> None:
 
 def whole(engine: Engine) -> list[Bucket]:
     """Buckets whose ``p.grad`` are plain tensors."""
-    return [b for u in engine.units for b in u.buckets if not b.grads.sharded]
+    return [b for u in engine.units for b in u.buckets if not b.split_optimizer and not b.grads.on_host]
 
 
 def adopt(bucket: Bucket) -> None:

@@ -43,7 +43,8 @@ class Gradients:
 
     def __init__(self, bucket: Bucket, *, split: bool, on_host: bool) -> None:
         self.bucket, self.split, self.on_host = bucket, split, on_host
-        self.sharded = bucket.split_optimizer or on_host  # does ``p.grad`` show a ShardedGrad?
+        # Does ``p.grad`` show a ShardedGrad? Also where an update may still need what it shows.
+        self.sharded = bucket.split_optimizer or on_host or bucket.home is not None
         n = len(bucket.params)
         self.valid, self.arrived, self.seen = [False] * n, [False] * n, [False] * n
         self.shown, self.spent = [False] * n, [False] * n
@@ -59,6 +60,7 @@ class Gradients:
     # --- where they are -------------------------------------------------------------------------
     def open(self) -> torch.Tensor:
         """The reduced gradients; zeros if there are none yet."""
+        self.bucket.catch_up()
         self._land()
         if self.reduced is None:
             b = self.bucket
@@ -83,6 +85,11 @@ class Gradients:
         """Views of the reduced gradient of parameter ``index``, one per held piece."""
         self.open()
         return self._pieces[index]
+
+    def whole(self, index: int) -> torch.Tensor:
+        """The reduced gradient of parameter ``index``, where this rank holds all of it."""
+        slot = self.bucket.layout.slots[index]
+        return self.open()[slot.offset : slot.stop].view(slot.shape)
 
     def full(self) -> torch.Tensor:
         """All reduced gradients in a new flat tensor (collective where they are split)."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shardwise.errors import GradientError
-from shardwise.trees import map_tensors
+from shardwise.trees import leaves, map_tensors
 
 if TYPE_CHECKING:
     from shardwise.engine.bucket import Bucket
@@ -62,6 +62,12 @@ class ShardedGrad(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         rule = _RULES.get(func)
+        whole = [a for a in leaves(args) if isinstance(a, ShardedGrad) and not a.bucket.split_optimizer]
+        if whole and (rule is None or func in _LOOKS):
+            for handle in whole:
+                handle.bucket.grads.require_reduced(handle.slot)
+            plain = map_tensors((args, kwargs or {}), _unwrapped)
+            return func(*plain[0], **plain[1])
         if rule is None:
             grad = next((a for a in args if isinstance(a, ShardedGrad)), None)
             raise GradientError(
@@ -82,6 +88,10 @@ class ShardedGrad(torch.Tensor):
             "operation", None, str(func), many, places, lambda: map_tensors(rest, torch.Tensor.cpu), kwargs
         ):
             return rule(*args, **kwargs)
+
+
+def _unwrapped(t: torch.Tensor) -> torch.Tensor:
+    return t.bucket.grads.whole(t.slot) if isinstance(t, ShardedGrad) and not t.bucket.split_optimizer else t
 
 
 def _local(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -184,5 +194,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten._foreach_norm.Scalar: _foreach_norm,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
 }
+_LOOKS = {aten.linalg_vector_norm.default, aten._foreach_norm.Scalar}  # without a collective where all of it is here
 BY_NAME = {str(func): rule for func, rule in _RULES.items()}
 """The same rules for ranks that are told about an operation, see :mod:`shardwise.engine.join`."""

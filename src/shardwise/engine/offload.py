@@ -84,7 +84,9 @@ class Part:
         self._shelf: Shelf | None = None
         self._loan: Loan | None = None
         self._crossed = False
+        self._grads: torch.Tensor | None = None  # of an update to come
         self._coming: list[Transfer] = []
+        self.known = False  # has there been an update, which made and laid out its state?
 
     @property
     def crosses(self) -> bool:
@@ -105,9 +107,9 @@ class Part:
         """
         crossing = values and grads and self.crosses and not self._crossed
         if crossing and not self.bucket.on_host:
-            held = self.bucket.grads.held()
+            held = self._held_grads()
             self._device_grad = torch.empty_like(held, device=self.bucket.device)
-            self._coming.append(Ordered(self.home.link.to_device(held, self._device_grad)))
+            self._coming.append(Ordered(self.home.step_link.to_device(held, self._device_grad)))
             self._crossed = True
         if not (self._shelf is not None or (values and (self._values_bytes > 0 or self._low_bytes > 0))):
             return
@@ -120,7 +122,14 @@ class Part:
                 self._coming += self._shelf.read(self._mine)
         if crossing and self.bucket.on_host:
             self._crossed = True
-            self._coming.append(self.home.link.to_host(self.bucket.grads.held(), self._low))
+            self._coming.append(self.home.step_link.to_host(self._held_grads(), self._low))
+
+    def take_grads(self) -> None:
+        """Look for the gradients now: the update takes place in another thread."""
+        self._grads = self.bucket.grads.held() if self.crosses else None
+
+    def _held_grads(self) -> torch.Tensor:
+        return self.bucket.grads.held() if self._grads is None else self._grads
 
     def enter(self, state: State, values: bool = True) -> None:
         """Have state and master values in memory."""
@@ -159,6 +168,7 @@ class Part:
             OptimizerError: state of a kind that cannot be moved.
         """
         writes: list[Transfer] = []
+        self.known = self.known or values
         if values:
             if self.crosses:
                 for piece in self._pieces:
@@ -193,7 +203,7 @@ class Part:
         self._release(writes)
 
     def _release(self, after: Sequence[Transfer] = ()) -> None:
-        self._crossed, self._device_grad = False, None
+        self._crossed, self._device_grad, self._grads = False, None, None
         if self._loan is not None:
             loan, self._loan = self._loan, None
             loan.release(after)
@@ -300,8 +310,8 @@ def part_of(parts: dict[int, Part], optimizer: Optimizer, bucket: Bucket) -> Par
     return part
 
 
-def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], crossing: Set[int]) -> None:
-    """Update what has another home, and leave the rest in ``param_groups`` for the step that is about to run.
+def to_update(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], crossing: Set[int]) -> list[Part]:
+    """The parts that have gradients, in the order of the units.
 
     Args:
         pieces: with their gradients set.
@@ -310,7 +320,15 @@ def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], crossing:
     """
     offloaded = [(p, b) for group in pieces for p, b in group if b is not None and b.home is not None]
     buckets = {id(b): b for p, b in offloaded if p.grad is not None or id(p) in crossing}
-    todo = [part_of(parts, optimizer, b) for b in sorted(buckets.values(), key=_place)]
+    return [part_of(parts, optimizer, b) for b in sorted(buckets.values(), key=_place)]
+
+
+def step(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: Set[int]) -> None:
+    """Update parts now, and leave what has no home in ``param_groups`` for the step that is about to run.
+
+    Args:
+        pieces, crossing: see :func:`to_update`.
+    """
     try:
         _each(optimizer, todo, pieces, crossing)
     finally:
@@ -318,6 +336,12 @@ def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], crossing:
             part.cancel()
     for group, held in zip(optimizer.param_groups, pieces, strict=True):
         group["params"] = [p for p, b in held if b is None or b.home is None]
+
+
+def pieces_of(part: Part, pieces: Pieces, crossing: Set[int]) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
+    """A part's pieces per group, and those of them whose gradients are on the other side of the link."""
+    mine = [[p for p, b in held if b is part.bucket] for held in pieces]
+    return mine, [p for held in mine for p in held if id(p) in crossing]
 
 
 def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: Set[int]) -> None:
@@ -328,8 +352,8 @@ def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: 
         if k + 1 < len(todo) and part.home.buffers > 1:
             todo[k + 1].begin()
         _unit(part.bucket).settle()
-        mine = [[p for p, b in held if b is part.bucket] for held in pieces]
-        changed = update(optimizer, part, mine, [p for held in mine for p in held if id(p) in crossing])
+        mine, on_the_way = pieces_of(part, pieces, crossing)
+        changed = update(optimizer, part, mine, on_the_way)
         if after is not None and not _equal(after, changed):
             raise OptimizerError(
                 f"{type(optimizer).__name__} keeps numbers in its groups that depend on all parameters together",
@@ -352,7 +376,7 @@ def update(
         there) it changes once, not once per part.
     """
     groups = optimizer.param_groups
-    before = [_settings(group) for group in groups]
+    before = [settings_of(group) for group in groups]
     step: Callable[[Optimizer], Any] = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
     part.enter(optimizer.state)
     try:
@@ -363,7 +387,7 @@ def update(
         step(optimizer)
     finally:
         part.leave(optimizer.state)
-    changed = [_settings(group) for group in groups]
+    changed = [settings_of(group) for group in groups]
     for group, values in zip(groups, before, strict=True):
         for key in [key for key in group if key != "params" and key not in values]:
             del group[key]
@@ -371,7 +395,7 @@ def update(
     return changed
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 

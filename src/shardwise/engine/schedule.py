@@ -99,6 +99,7 @@ class Engine:
         self.gather_log = 0
         self._keep_graph = False
         self.in_backward: InBackward | None = None  # updates units as soon as their gradients are reduced
+        self._later: list[Unit] = []
         self._ahead = 1 + (strategy.offload_prefetch if strategy.offload_params != "device" else 0)
         self.saved: SavedOnHost | None = None  # activations on the host
 
@@ -226,6 +227,10 @@ class Engine:
                 unit.kept_for.add("backward")
         if self.backward_active:
             return
+        if self._later:
+            following, self._later = self._later, []
+            following[0].catch_up()
+            self._prefetch(following)
         if not (will_backward and unit in self.stay_gathered):
             unit.release()
 
@@ -241,6 +246,9 @@ class Engine:
 
     def _prefetch(self, following: list[Unit]) -> None:
         """Gather the next unit, and bring shards of those after it from their home."""
+        if following and following[0].updates:
+            self._later = following  # once this unit computes: until its update has taken place, nothing else would
+            return
         for k, unit in enumerate(following):
             if k == 0 and unit.split:
                 unit.start_gather()
@@ -294,6 +302,8 @@ class Engine:
 
     def start_backward(self) -> None:
         """Nothing has arrived yet and nothing is launched."""
+        for unit in self.units:
+            unit.catch_up()
         self.backward_active = True
         self.forward_active = self._keep_graph = False
         self.backward_id += 1

@@ -77,7 +77,9 @@ def _homes(engines: list[Engine]) -> list[Home]:
 
 
 def _links(engines: list[Engine]) -> list[Link]:
-    return [home.link for home in _homes(engines)] + [e.saved.link for e in engines if e.saved is not None]
+    return [link for home in _homes(engines) for link in (home.link, home.step_link)] + [
+        e.saved.link for e in engines if e.saved is not None
+    ]
 
 
 def _disk(engines: list[Engine]) -> DiskStats:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +82,7 @@ class Home:
         self.kind, self.ledger, self.buffers, self.pin, self.ratio = kind, ledger, buffers, pin, ratio
         self.disk = DiskStore(path, rank=rank, depth=depth, warn=warn) if kind == "nvme" else None
         self.link = Link(device or torch.device("cpu"))
+        self.step_link = Link(self.link.device)  # of updates, which values on their way do not wait for
         self.separate = self.link.device.type != "cpu" if separate is None else separate
         self.ahead = ahead
         self.under_way: deque[Any] = deque()  # values that are being read ahead
@@ -94,6 +97,11 @@ class Home:
         assert self.disk is not None, "only a disk has a store"
         return self.disk
 
+    @cached_property
+    def thread(self) -> ThreadPoolExecutor:
+        """Where updates take place that nobody waits for yet. One, so that they keep their order."""
+        return ThreadPoolExecutor(1, thread_name_prefix="shardwise-updates")
+
     @property
     def stats(self) -> DiskStats:
         return self.disk.stats if self.disk is not None else DiskStats()
@@ -103,7 +111,8 @@ class Home:
         if self.disk is not None:
             self.disk.drain()
             self.disk.reset_stats()
-        self.link.to_host_bytes = self.link.to_device_bytes = 0
+        for link in (self.link, self.step_link):
+            link.to_host_bytes = link.to_device_bytes = 0
 
     # --- buffers -----------------------------------------------------------------------------
     def lend(self, nbytes: int, purpose: str = "step", count: int = 0) -> Loan:
