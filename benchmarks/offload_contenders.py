@@ -131,7 +131,7 @@ def available(strategy: str) -> str:
     import shardwise
 
     try:
-        shardwise.Strategy.parse(strategy).require_available()
+        shardwise.Strategy.parse(strategy)
     except shardwise.ShardwiseError as error:
         return " ".join(str(error).split())
     return ""

@@ -27,8 +27,6 @@ STEPS = 4
 BYTES = 16  # per parameter
 ON_DISK = 12
 TIMEOUT_S = 1500.0
-# glibc keeps freed blocks of up to 32 MiB, and the process grows with the model; mapped ones go back at once.
-MALLOC = ("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
 WITHOUT = "zero3"
 WITH = "zero3,offload_optimizer=nvme,offload_params=nvme,optimizer_in_backward=true"
 
@@ -101,10 +99,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"{shape.parameters / 1e6:.0f} M parameters, {state / 2**30:.1f} GiB of training state, in {gib:g} GiB")
     if free < needed:
         raise SystemExit(f"{args.folder} has {free / 2**30:.1f} GiB left; this needs {needed / 2**30:.1f} GiB")
-    os.environ.setdefault(*MALLOC)
     result: dict[str, Any] = {
         **run,
-        "environment": {MALLOC[0]: os.environ[MALLOC[0]]},
         "parameters": shape.parameters,
         "state_bytes": state,
         "limit_bytes": nbytes,

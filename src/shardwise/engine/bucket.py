@@ -39,6 +39,11 @@ from shardwise.tiers.values import Values
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def place_of(home: str, found: Home | None) -> str:
+    """Where a home is, seen from the device: ``cpu`` is the device itself where that is one."""
+    return "device" if found is None or (home == "cpu" and not found.separate) else home
+
+
 class Bucket:
     """Parameters of one dtype, all trainable or all frozen when they were sharded.
 
@@ -73,10 +78,11 @@ class Bucket:
         self.granularity = strategy.layout
         self.share = 1.0 / mesh.parts
         steps = floating and any(p.requires_grad for p in params)
-        self.home = home if steps or strategy.offload_params != "device" else None
+        params_home = place_of(strategy.offload_params, home)
+        state_home = place_of(strategy.offload_optimizer, home) if steps and strategy.offload_ratio > 0 else "device"
+        grads_home = place_of(strategy.offload_grads, home) if steps else "device"
+        self.home = home if {params_home, state_home, grads_home} != {"device"} else None
         separate = self.home is not None and self.home.separate
-        params_home = "device" if self.home is None else strategy.offload_params
-        state_home = strategy.offload_optimizer if steps and strategy.offload_ratio > 0 else "device"
         self.params_away, self.params_on_disk = params_home != "device", params_home == "nvme"
         self.state_on_disk = state_home == "nvme"
         # Master values, and the optimizer's step. With home ``cpu`` the ratio is one of whole units.
@@ -116,7 +122,7 @@ class Bucket:
             self.values = self._at_home("parameters", self.master, self.params_on_disk, "parameters", views)
             self.source = self.values
         self._arriving: list[Transfer] | None = None
-        grads_on_host = separate and steps and strategy.offload_grads == "cpu"
+        grads_on_host = grads_home == "cpu"
         split_grads = (strategy.split_grads and mesh.shard.size > 1) or grads_on_host
         self.grads = Gradients(self, split=split_grads, on_host=grads_on_host)
         self.grads_cross = self.on_host != grads_on_host  # to be where the update is

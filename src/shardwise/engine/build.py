@@ -292,6 +292,7 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
         failed = [bool(flag) for flag in row.tolist()]
     if error is not None:
         raise error
+    assert home is not None
     if any(failed):
         odd = failed.index(True)
         raise OffloadError(
@@ -299,7 +300,8 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
             where=f"rank {world.rank}",
             fix=f"look at rank {odd}'s own message: its nvme_path is missing, full or not writable",
         )
-    return home
+    # On a CPU device, home ``cpu`` is the device.
+    return home if home.separate or home.disk is not None else None
 
 
 def _within(name: str, prefix: str) -> bool:

@@ -67,19 +67,27 @@ class Update:
 
     @torch.no_grad()
     def _run(self, following: Update | None) -> None:
-        with self._beside():
-            self.part.begin()
-            if following is not None and self.part.home.buffers > 1:
-                following.part.begin()
-            for piece, grad in self._grads:
-                piece.grad = grad
-            try:
+        home = self.part.home
+        if home.failed is not None:  # an earlier one: what follows would only hide why
+            raise home.failed
+        try:
+            with self._beside():
+                self.part.begin()
+                if following is not None and home.buffers > 1:
+                    following.part.begin()
+                for piece, grad in self._grads:
+                    piece.grad = grad
                 update(self.optimizer, self.part, self.pieces, self.crossing)
-            finally:
-                self.part.cancel()
-                for piece, _ in self._grads:
-                    piece.grad = None
-                self._grads.clear()
+        except Exception as error:
+            home.failed = error
+            if following is not None:
+                following.part.cancel()
+            raise
+        finally:
+            self.part.cancel()
+            for piece, _ in self._grads:
+                piece.grad = None
+            self._grads.clear()
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -128,6 +136,8 @@ def plan(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: S
 
 def start(updates: Sequence[Update]) -> None:
     """Hand updates to their thread, in this order."""
+    for one in updates:
+        one.part.home.failed = None
     for k, one in enumerate(updates):
         following = updates[k + 1] if k + 1 < len(updates) else None
         one.start(following if following is not None and following.part.home is one.part.home else None)

@@ -180,7 +180,8 @@ class Part:
         values = values and self._values_bytes > 0
         found = self._found(state)
         slots, nbytes = _slots(found)
-        if slots != self.slots:
+        laid_out = slots != self.slots
+        if laid_out:
             for transfer in writes:
                 transfer.wait()
             writes.clear()
@@ -201,6 +202,7 @@ class Part:
                 what = f"state '{key}' of {self.optimizer}, unit {self.bucket.label},"
                 send_away(value, Place(self._shelf, slot.start, what))
         self._release(writes)
+        self.home.trim(now=laid_out)
 
     def _release(self, after: Sequence[Transfer] = ()) -> None:
         self._crossed, self._device_grad, self._grads = False, None, None

@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 
 from shardwise.tiers.aligned import ALIGN, BufferPool
 from shardwise.tiers.disk import DiskStats, DiskStore, Extent
+from shardwise.tiers.heap import give_back
 from shardwise.tiers.ledger import Ledger
 from shardwise.tiers.link import Link
 from shardwise.tiers.transfer import Transfer
@@ -87,6 +89,8 @@ class Home:
         self.ahead = ahead
         self.under_way: deque[Any] = deque()  # values that are being read ahead
         self.landing: deque[Callable[[], None]] = deque()  # waits for gradients on their way here
+        self.failed: Exception | None = None  # why an update that nobody has waited for did not take place
+        self._trimmed = 0.0
         self._pools: dict[str, BufferPool] = {}
         self._dropped: list[Extent] = []
         self._total = self._placed = 0  # bytes of all shelves, and of them on the disk
@@ -131,6 +135,16 @@ class Home:
             pool = self._pools[purpose] = BufferPool(count or self.buffers, nbytes, pin=self.pin)
             self.count(pool.nbytes)
         return Loan(pool, pool.acquire())
+
+    def trim(self, *, now: bool = False) -> None:
+        """Give freed host memory back to the system, where a disk is used to need less of it. Once a second at most.
+
+        Args:
+            now: also if that was less than a second ago.
+        """
+        if self.disk is not None and (now or perf_counter() - self._trimmed > 1.0):
+            give_back()
+            self._trimmed = perf_counter()
 
     def count(self, nbytes: int) -> None:
         self.ledger.add("offload_buffers", nbytes)
