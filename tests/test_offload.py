@@ -6,9 +6,6 @@ import copy
 import gc
 import os
 import re
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -21,6 +18,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+import processes
 import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, train, whole
 from ranks import run
@@ -491,9 +489,10 @@ def test_a_path_that_is_missing_on_one_rank(tmp_path):
 
 
 SCRIPT = """
-import os, resource, signal, sys
+import os, resource, signal, sys, time
 import torch
 import shardwise
+from shardwise.engine import offload
 from models import adamw, batch, loss_of, make
 
 strategy, what = sys.argv[1:]
@@ -503,12 +502,17 @@ torch.set_num_threads(1)
 shardwise.init("cpu")
 model = shardwise.fully_shard(make(), strategy=strategy + ",timeout=20")
 opt = adamw(model.parameters())
-for step in range(3):
+for step in range(4):
     if step == (0 if what == "full" else 2) and rank == 1:
         if what == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, -1))
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == "terminated":  # when its update has begun
+            offload.update = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
+        if what == "corrupt":
+            for bucket in (b for unit in model._shardwise_engine.units for b in unit.buckets):
+                os.pwrite(os.open(f"/proc/self/fd/{bucket.values.shelf.extent.fd}", os.O_RDWR), b"xxxxxxxx", 0)
     loss_of(model, batch(step, rank)).backward()
     opt.step()
     opt.zero_grad()
@@ -516,23 +520,13 @@ print("not reached")
 """
 
 
-def bad_day(tmp_path: Path, what: str) -> tuple[list[int], list[str]]:
+def bad_day(tmp_path: Path, what: str, homes: str = "nvme") -> tuple[list[int], list[str]]:
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "disk").mkdir(exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    ranks = []
-    for r in range(2):
-        environment = {
-            **os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        }  # fmt: skip
-        command = [sys.executable, str(tmp_path / "script.py"), at("zero2", "nvme", str(tmp_path / "disk")), what]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=80)[1] for process in ranks]
-    return [process.returncode for process in ranks], errors
+    strategy = at("zero2", homes, str(tmp_path / "disk"))
+    ranks = processes.ranks_of_a_script(tmp_path / "script.py", 2, strategy, what)
+    ended = [process.finish() for process in ranks]
+    return [code for code, _, _ in ended], [err for _, _, err in ended]
 
 
 def test_a_full_disk_on_one_rank_ends_every_rank(tmp_path):
@@ -544,13 +538,45 @@ def test_a_full_disk_on_one_rank_ends_every_rank(tmp_path):
     assert os.listdir(tmp_path / "disk") == []
 
 
-def test_a_killed_rank_leaves_nothing_that_the_next_start_does_not_remove(tmp_path):
-    codes, _ = bad_day(tmp_path, "killed")
+@pytest.mark.parametrize("what", ["killed", "terminated"])
+def test_a_killed_rank_leaves_nothing_that_the_next_start_does_not_remove(what, tmp_path):
+    codes, errors = bad_day(tmp_path, what)
     assert all(code != 0 for code in codes)
+    assert "rank 0" in errors[0], errors
     (left,) = os.listdir(tmp_path / "disk")
     assert left.startswith("shardwise-swap-r1-") and os.listdir(tmp_path / "disk" / left) == ["owner.json"]
     run(2, pairs, ["zero2"], str(tmp_path / "disk"), {"steps": 1})
     assert os.listdir(tmp_path / "disk") == []
+
+
+def test_a_corrupt_extent_is_found_when_asked_to_look(tmp_path):
+    codes, errors = bad_day(tmp_path, "corrupt", "offload_params=nvme,offload_optimizer=nvme,offload_checksum=true")
+    assert all(code != 0 for code in codes), errors
+    assert "are not those that were written (checksum differs)" in errors[1] and "rank 1" in errors[1], errors[1]
+    assert "Traceback" not in errors[1] and "rank 1" in errors[0]
+    assert os.listdir(tmp_path / "disk") == []
+
+
+def with_checksums(path: str) -> None:
+    pairs(["zero3,param_dtype=bf16,offload_checksum=true"], path, {"steps": 3}, ["nvme", "offload_params=nvme"])
+
+
+def test_same_bits_with_checksums(tmp_path):
+    run(2, with_checksums, str(tmp_path))
+
+
+def read_only(path: str) -> str:
+    if os.geteuid() == 0:  # root writes everywhere but where nobody can
+        path = "/proc"
+    with pytest.raises(OffloadError) as error:
+        shardwise.fully_shard(make(), strategy=at("zero2", "nvme", path))
+    return str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "disk").mkdir(mode=0o555)
+    for text in run(2, read_only, str(tmp_path / "disk")):
+        assert "fix:" in text
 
 
 class Counting(torch.optim.SGD):

@@ -62,6 +62,8 @@ class Strategy:
         offload_buffers: host buffers before that disk, each as large as the largest unit's optimizer state: with 3,
             one unit is read and one is written while a third is updated.
         offload_depth: requests to the disk in flight, of reads and of writes each.
+        offload_checksum: compare what comes from that disk with a CRC-32 of what was written. Costs a pass over the
+            bytes in each direction.
         offload_prefetch: units whose parameters are brought from their home ahead of the one that is gathered next;
             each costs that unit's values in memory.
         offload_overlap: updates of offloaded state take place during the next forward, which waits unit by unit. The
@@ -97,6 +99,7 @@ class Strategy:
     pin_memory: bool = True
     offload_buffers: int = 3
     offload_depth: int = 4
+    offload_checksum: bool = False
     offload_prefetch: int = 1
     offload_overlap: bool = True
     optimizer_in_backward: bool = False
@@ -118,6 +121,7 @@ class Strategy:
         _choose("layout", self.layout, LAYOUTS)
         for key in (
             "pin_memory",
+            "offload_checksum",
             "offload_overlap",
             "optimizer_in_backward",
             "activation_checkpointing",

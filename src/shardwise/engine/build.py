@@ -277,6 +277,7 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
             buffers=strategy.offload_buffers,
             depth=strategy.offload_depth,
             pin=strategy.pin_memory and device.type == "cuda",
+            checksum=strategy.offload_checksum,
             ratio=strategy.offload_ratio,
             device=device,
             ahead=strategy.offload_prefetch + 1,

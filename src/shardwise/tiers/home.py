@@ -75,6 +75,7 @@ class Home:
         buffers: int = 3,
         depth: int = 4,
         pin: bool = False,
+        checksum: bool = False,
         ratio: float = 1.0,
         device: torch.device | None = None,
         ahead: int = 2,
@@ -82,7 +83,7 @@ class Home:
         warn: bool = True,
     ) -> None:
         self.kind, self.ledger, self.buffers, self.pin, self.ratio = kind, ledger, buffers, pin, ratio
-        self.disk = DiskStore(path, rank=rank, depth=depth, warn=warn) if kind == "nvme" else None
+        self.disk = DiskStore(path, rank=rank, depth=depth, checksum=checksum, warn=warn) if kind == "nvme" else None
         self.link = Link(device or torch.device("cpu"))
         self.step_link = Link(self.link.device)  # of updates, which values on their way do not wait for
         self.separate = self.link.device.type != "cpu" if separate is None else separate
