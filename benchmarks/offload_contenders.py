@@ -46,6 +46,18 @@ def full_strategy(strategy: str, setting: OffloadSetting) -> str:
     return f"{strategy}{low},nvme_path={setting.folder}"
 
 
+class TorchTrainer(ClippingTrainer):
+    def update(self) -> None:
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        Trainer.update(self)
+
+
+def _ddp(setting: OffloadSetting) -> Trainer:
+    model = torch.nn.parallel.DistributedDataParallel(make_model(setting.shape), gradient_as_bucket_view=True)
+    return TorchTrainer(model, adamw(model.parameters()), setting.clip)
+
+
 def _shardwise(strategy: str) -> Callable[[Any], Trainer]:
     def build(setting: OffloadSetting) -> Trainer:
         import shardwise
@@ -93,6 +105,7 @@ def _deepspeed(optimizer: str, params: str | None) -> Callable[[Any], DeepSpeedT
     return build
 
 
+NOTHING = "nothing offloaded"
 CPU, CPU_ALL = "optimizer on cpu", "optimizer and parameters on cpu"
 NVME, NVME_ALL = "optimizer on nvme", "optimizer and parameters on nvme"
 BACKWARD = "optimizer_in_backward=true"
@@ -112,6 +125,7 @@ def _ours(key: str, label: str, stage: str) -> Contender:
 
 
 CONTENDERS = (
+    Contender("ddp", "torch DDP", NOTHING, _ddp),  # the floor: what takes time anyway
     Contender("ds-cpu", "DeepSpeed", CPU, _deepspeed("cpu", None)),
     _ours("sw-cpu", "shardwise", CPU),
     _ours("sw-cpu-backward", "shardwise, in backward", CPU),

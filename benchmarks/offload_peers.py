@@ -107,7 +107,7 @@ def measure_time(field: list[Contender], setting: OffloadSetting, nproc: int, ro
     return out
 
 
-def choose(keys: list[str] | None, clip: float) -> tuple[list[Contender], list[str]]:
+def choose(keys: list[str] | None, clip: float, dtype: str) -> tuple[list[Contender], list[str]]:
     """Who can take part, and a note on each one that cannot."""
     unknown = set(keys or ()) - {c.key for c in CONTENDERS}
     if unknown:
@@ -120,10 +120,12 @@ def choose(keys: list[str] | None, clip: float) -> tuple[list[Contender], list[s
         reason = ""
         if c.library == "DeepSpeed":
             reason = "" if have_deepspeed else "deepspeed is not installed"
+        elif c.library == "PyTorch" and dtype != "fp32":
+            reason = "without masters in fp32 it would not be the same training"
         elif c.key.endswith("backward") and clip:
             reason = "an update in backward cannot clip by the norm of all gradients; see --clip 0"
         else:
-            reason = available(STRATEGIES[c.key])
+            reason = available(STRATEGIES.get(c.key, "ddp"))
         if reason:
             notes.append(f"{c.library} with {c.stage} ({c.key}) skipped: {reason}")
         else:
@@ -133,7 +135,7 @@ def choose(keys: list[str] | None, clip: float) -> tuple[list[Contender], list[s
 
 def main(args: argparse.Namespace) -> None:
     keys = args.contenders.split(",") if args.contenders else None
-    field, notes = choose(keys, args.clip)
+    field, notes = choose(keys, args.clip, args.dtype)
     for nproc in args.nproc:
         run = head(["deepspeed"])
         run["notes"] += notes

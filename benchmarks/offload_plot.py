@@ -171,6 +171,8 @@ def _bars(
         axis.errorbar(middle, rows, xerr=spread, fmt="none", **ERRORS)
     for row, v in zip(rows, values, strict=True):
         axis.annotate(form.format(v["median"]), (v["q3"], row), (5, 0), textcoords="offset points", va="center")
+    if not values:
+        return
     axis.set_xlim(0, max(axis.get_xlim()[1], 1.15 * max(v["q3"] for v in values)))
 
 
