@@ -79,6 +79,7 @@ class World:
         self.fake = self.default_pg is not None and dist.get_backend(self.default_pg) == "fake"
         self.faults = Faults(self.rank, self.size, self.tracker, active=not self.fake)
         self.join: Any = None  # the open join_uneven_inputs block, an engine.join.Join
+        self.saver: Any = None  # of asynchronous saves, a checkpoint.background.Background
         self._groups: dict[object, Group] = {}
         self._meshes: dict[object, Mesh] = {}
 
