@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shardwise.checkpoint.blocks import Buffers
 from shardwise.checkpoint.ranks import Apart, Together
+from shardwise.checkpoint.storage import Plans
 from shardwise.comm import World
 from shardwise.errors import ShardwiseError
 
@@ -76,11 +77,11 @@ class AsyncSave:
 class Background:
     """This process's asynchronous saves: at most one is under way. Made by all ranks together.
 
-    ``buffers`` stay for the next one: host memory as large as what this rank saves.
+    ``buffers`` stay for the next one: host memory as large as what this rank saves. So do ``plans``.
     """
 
     def __init__(self) -> None:
-        self.buffers, self.share = Buffers(limit=None), Apart()
+        self.buffers, self.plans, self.share = Buffers(limit=None), Plans(), Apart()
         self.last: AsyncSave | None = None
         atexit.register(self._end)
 

@@ -25,7 +25,7 @@ from shardwise.checkpoint.files import FileEntry, Manifest
 from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizers import OptimizerState
 from shardwise.checkpoint.ranks import LATER, Share, Together, from_first, share
-from shardwise.checkpoint.storage import write_tensors
+from shardwise.checkpoint.storage import METADATA, Plans, Written, write_tensors
 from shardwise.comm import World
 from shardwise.errors import CheckpointError
 
@@ -68,7 +68,7 @@ def save(
     settle_saves()
     crew = Crew()
     try:
-        files = _Files(Buffers(), crew)
+        files = _Files(Buffers(), crew, Plans())
         save_ = _begin(directory, files, models, optimizers, state, rank_state, info, files_from, total_limit)
         save_.finish(crew, share)
     finally:
@@ -104,7 +104,7 @@ def async_save(
     """
     settle_saves()
     background = Background.of(World.current())
-    files = _Files(background.buffers, None)
+    files = _Files(background.buffers, None, background.plans)
     save_ = _begin(directory, files, models, optimizers, state, rank_state, info, files_from, total_limit)
     background.last = AsyncSave(save_.final, partial(save_.in_background, background.share))
     return background.last
@@ -113,8 +113,8 @@ def async_save(
 class _Files:
     """The files that this rank writes."""
 
-    def __init__(self, buffers: Buffers, crew: Crew | None) -> None:
-        self.buffers, self.crew = buffers, crew
+    def __init__(self, buffers: Buffers, crew: Crew | None, plans: Plans) -> None:
+        self.buffers, self.crew, self.plans = buffers, crew, plans
         self.folder = Path()
         self.by_name: dict[str, BlockFile] = {}
 
@@ -150,7 +150,7 @@ def _begin(
         _check_json(info)
         series.check_limit(total_limit)
     kinds = _merged(share(facts), len(steppers))
-    own_buffers = {s.label: own for s in states if (own := s.own_buffers())}
+    own_buffers = {s.label: own for s in states if s.buffers and (own := s.own_buffers())}
     made = ""
     with Together(doing):
         if world.rank == 0:
@@ -165,8 +165,7 @@ def _begin(
         saved_at=time.time(),
         info=dict(info or {}),
     )
-    save_ = _Save(world, out, final, manifest, total_limit)
-    with save_.removed_if_it_fails():
+    with _removed_if_it_fails(world, out):
         with Together(doing, slow=True):
             if not out.folder.is_dir():
                 raise CheckpointError(
@@ -186,8 +185,8 @@ def _begin(
             if files_from is not None:
                 files_from(out.folder)
         tensors, aliases = _nest(states, steppers, [found for found, _ in collected], world.rank == 0)
-        write_tensors(out.new, tensors, aliases, doing)
-    return save_
+        written = write_tensors(out.new, tensors, aliases, doing, out.plans)
+    return _Save(world, out, final, manifest, written, total_limit)
 
 
 @dataclass(frozen=True)
@@ -203,6 +202,7 @@ class _Save:
     files: _Files
     final: Path
     manifest: Manifest
+    tensors: Written
     total_limit: int | None
 
     def in_background(self, share: Share) -> None:
@@ -217,7 +217,12 @@ class _Save:
     def finish(self, crew: Crew, share: Share) -> None:
         """Have everything on the disk, on all ranks, and let the directory take its name. Collective."""
         doing = f"writing checkpoint {self.final}"
-        with self.removed_if_it_fails():
+        with _removed_if_it_fails(self.world, self.files):
+            if index := self.tensors.index(share):
+                file = self.files.new(METADATA)
+                file.write(index)
+                file.end()
+                file.give_to(crew)
             written: dict[str, FileEntry] = {}
             with Together(doing, slow=True, by=share):
                 crew.end()
@@ -242,18 +247,19 @@ class _Save:
         if self.total_limit is not None:
             series.delete_oldest(self.final.parent, self.total_limit)
 
-    @contextmanager
-    def removed_if_it_fails(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            if self.files.crew is not None:
-                self.files.crew.stop()
-            for file in self.files.by_name.values():
-                file.abandon()
-            if self.world.rank == 0:
-                shutil.rmtree(self.files.folder, ignore_errors=True)
-            raise
+
+@contextmanager
+def _removed_if_it_fails(world: World, out: _Files) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if out.crew is not None:
+            out.crew.stop()
+        for file in out.by_name.values():
+            file.abandon()
+        if world.rank == 0:
+            shutil.rmtree(out.folder, ignore_errors=True)
+        raise
 
 
 def _check_json(info: Mapping[str, Any] | None) -> None:

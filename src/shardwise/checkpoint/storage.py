@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from shardwise.checkpoint.blocks import BlockFile
 from shardwise.checkpoint.files import FileEntry
 from shardwise.checkpoint.payload import around, known
-from shardwise.checkpoint.ranks import Together, share
+from shardwise.checkpoint.ranks import LATER, Share, Together, share
 from shardwise.comm import World
 from shardwise.errors import CheckpointError
 
@@ -30,13 +32,43 @@ _CANNOT_READ = (pickle.PickleError, AttributeError, TypeError, ValueError, Runti
 
 
 # --- writing -----------------------------------------------------------------------------------
+class Plans(dict[bytes, tuple[SavePlan, Metadata]]):
+    """Who writes what, for the next save of the same things: by a hash of what each rank holds."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What this rank has copied into its file, and what the index needs to know besides."""
+
+    results: list[tuple[MetadataIndex, Any]]
+    metadata: Metadata
+    aliases: Mapping[tuple[str, str], tuple[str, str]]
+
+    def index(self, share: Share) -> bytes:
+        """The contents of the index, on rank 0; nothing elsewhere. Collective."""
+        everything = share(pickle.dumps(self.results), LATER)
+        if World.current().rank:
+            return b""
+        metadata = replace(
+            self.metadata,
+            state_dict_metadata=dict(self.metadata.state_dict_metadata),
+            planner_data=dict(self.metadata.planner_data),
+            storage_data={index: info for data in everything for index, info in pickle.loads(data)},
+            storage_meta=StorageMeta(save_id=uuid.uuid4().hex),
+            version=CURRENT_DCP_VERSION,
+        )
+        _add_aliases(metadata, self.aliases)
+        return pickle.dumps(metadata)
+
+
 def write_tensors(
     new_file: Callable[[str], BlockFile],
     tensors: dict[str, Any],
     aliases: Mapping[tuple[str, str], tuple[str, str]],
     doing: str,
-) -> None:
-    """Copy what this rank holds into files. Collective.
+    plans: Plans,
+) -> Written:
+    """Copy what this rank holds into a file. Collective.
 
     Args:
         new_file: makes a file of that name in the checkpoint.
@@ -44,27 +76,26 @@ def write_tensors(
             one of them.
         aliases: further names (as paths in the nest) of tensors that are in it.
         doing: for errors.
+        plans: of earlier saves; takes this one's.
 
     Cost: a plan per rank, some hundred bytes per slice, to every other rank. One file per rank, and one buffer at a
     time of whatever is not in host memory.
     """
-    world = World.current()
-    planner, about = DefaultSavePlanner(), StorageMeta(save_id=uuid.uuid4().hex)
+    rank = World.current().rank
+    planner = DefaultSavePlanner()
     with Together(doing):
-        planner.set_up_planner(tensors, about, world.rank == 0)
+        planner.set_up_planner(tensors, StorageMeta(), rank == 0)
         mine = pickle.dumps(planner.create_local_plan())
-    plans = [pickle.loads(data) for data in share(mine)]  # from the ranks of this run, not from a file
+    told = share(mine)  # from the ranks of this run, not from a file
     with Together(doing, slow=True):
-        plans, metadata = planner.create_global_plan(plans)
-        results = _write_items(new_file, planner.finish_plan(plans[world.rank]), planner)
-    everything = [pickle.loads(data) for data in share(pickle.dumps(results))]
-    if world.rank == 0:
-        metadata.storage_meta, metadata.version = about, CURRENT_DCP_VERSION
-        metadata.storage_data = {index: info for results in everything for index, info in results}
-        _add_aliases(metadata, aliases)
-        index_file = new_file(METADATA)
-        index_file.write(pickle.dumps(metadata))
-        index_file.end()
+        key = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in told)).digest()
+        if key not in plans:
+            decided, metadata = planner.create_global_plan([pickle.loads(data) for data in told])
+            plans.clear()
+            plans[key] = planner.finish_plan(decided[rank]), metadata
+        plan, metadata = plans[key]
+        results = _write_items(new_file, plan, planner)
+    return Written(results, metadata, aliases)
 
 
 def _write_items(
