@@ -75,9 +75,9 @@ class AsyncSave:
 
 
 class Background:
-    """This process's asynchronous saves: at most one is under way. Made by all ranks together.
+    """What saves keep for the next one, and the asynchronous one that is under way. Made by all ranks together.
 
-    ``buffers`` stay for the next one: host memory as large as what this rank saves. So do ``plans``.
+    ``buffers`` are those of asynchronous saves: host memory as large as what this rank saves.
     """
 
     def __init__(self) -> None:

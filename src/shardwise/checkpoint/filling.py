@@ -39,7 +39,8 @@ class _Item:
         before: what must stand before the tensor's memory, and where; ``None``: ``torch.load`` reads it.
         dtype, strides: of the stored tensor.
         box: offsets and lengths in the stored tensor.
-        direct: nothing uses the target yet, and its memory is as in the file.
+        alike: the target's memory is as in the file.
+        direct: besides, nothing uses the target yet.
     """
 
     name: str
@@ -51,6 +52,7 @@ class _Item:
     dtype: torch.dtype
     strides: tuple[int, ...]
     box: tuple[torch.Size, torch.Size]
+    alike: bool = False
     direct: bool = False
 
     def values(self, raw: torch.Tensor) -> torch.Tensor:
@@ -92,6 +94,7 @@ class Fill:
         planner.set_up_planner(cast(Any, tensors), metadata, True)
         plan = planner.finish_plan(planner.create_local_plan())
         self.items = [self._item(read, planner.resolve_tensor(read).detach(), fresh) for read in plan.items]
+        self._again: list[_Item] = []  # read straight into tensors in use, once everything is compared
         self._batches = self._fitting()
         self._raws: list[torch.Tensor] = []
 
@@ -122,7 +125,7 @@ class Fill:
         for item in self.items:
             if item.direct:
                 ranges.setdefault(item.file, []).append(Range(item.start, _memory(item.target)))
-        if len(self._batches) == 1:
+        if len(self._batches) == 1 and not self._again:
             self._raws = self._wanted(self._batches[0], ranges)
         blocks.read(readings(self.path, self.files, every, ranges))
         for item, head in heads:
@@ -140,6 +143,11 @@ class Fill:
         Raises:
             CheckpointError: what was checked before cannot be read now; some tensors may have changed.
         """
+        straight: dict[str, list[Range]] = {}
+        for item in self._again:
+            straight.setdefault(item.file, []).append(Range(item.start, _memory(item.target)))
+        if straight:
+            blocks.read(readings(self.path, self.files, {}, straight))
         for batch in self._batches:
             raws = self._raws
             if batch and not raws:
@@ -182,19 +190,22 @@ class Fill:
         item.before = info.offset, before
         item.start = info.offset + len(before) + first * item.dtype.itemsize
         item.nbytes = count * item.dtype.itemsize
-        item.direct = (
-            target.untyped_storage().data_ptr() in fresh
-            and target.device.type == "cpu"
+        item.alike = (
+            target.device.type == "cpu"
             and target.dtype == item.dtype
             and target.is_contiguous()
             and count == target.numel()
         )
+        item.direct = item.alike and target.untyped_storage().data_ptr() in fresh
         return item
 
     def _fitting(self) -> list[list[_Item]]:
         """The items that need memory to be held in, in the order of their files, cut into what there is memory for."""
         held = sorted((i for i in self.items if not i.direct), key=lambda i: (i.file, i.start))
         room = available() // (2 * World.current().local_size)
+        if sum(item.nbytes for item in held) > room:
+            self._again = [item for item in held if item.alike]
+            held = [item for item in held if not item.alike]
         batches: list[list[_Item]] = [[]]
         taken = 0
         for item in held:

@@ -68,7 +68,7 @@ def save(
     settle_saves()
     crew = Crew()
     try:
-        files = _Files(Buffers(), crew, Plans())
+        files = _Files(Buffers(), crew, Background.of(World.current()).plans)
         save_ = _begin(directory, files, models, optimizers, state, rank_state, info, files_from, total_limit)
         save_.finish(crew, share)
     finally:
