@@ -175,7 +175,7 @@ def main() -> None:
     sizes = {"shape": args.shape, "rows": args.rows, "length": args.length, "accumulate": args.accumulate}
     sizes |= {"steps": args.steps, "loops": args.loops}
     if args.tiny:
-        sizes = {"shape": "tiny", "rows": 2, "length": 32, "accumulate": 2, "steps": 2, "loops": 2}
+        sizes = {"shape": "tiny", "rows": 2, "length": 32, "accumulate": args.accumulate, "steps": 2, "loops": 2}
     job = Job(**sizes, device=args.device, folder=scratch)
     keys = args.arms.split(",") if args.arms else [a.key for a in ARMS]
     unknown = set(keys) - {a.key for a in ARMS}
@@ -186,6 +186,11 @@ def main() -> None:
         skipped = [key for key in keys if key.startswith("ds")]
         keys = [key for key in keys if key not in skipped]
         run["notes"] += [f"{', '.join(skipped)} skipped: deepspeed is not installed"] if skipped else []
+    if job.accumulate > 1:
+        skipped = [key for key in keys if key.endswith("-backward")]
+        keys = [key for key in keys if key not in skipped]
+        if skipped:
+            run["notes"].append(f"{', '.join(skipped)} skipped: they would update after every micro-batch")
     print(
         f"{SHAPES[job.shape].parameters / 1e9:.2f} B parameters, {job.tokens} tokens per step and rank, {nproc} rank(s)"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from contenders import LEARNING_RATE, Trainer
-from llama import SHAPES, Llama, loss_of, start_values
+from llama import SHAPES, Llama, loss_of
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ def fresh(job: Job, device: str) -> Llama:
     """The model with its first values, fp32, on a device."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = Llama(SHAPES[job.shape])
-        start_values(model)
-    return model
+        return Llama(SHAPES[job.shape])
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -73,15 +71,13 @@ def _shardwise(strategy: str) -> Callable[[Job], LlamaTrainer]:
 
         full = f"{strategy},param_dtype=bf16,reduce_dtype=bf16,nvme_path={job.folder}"
         shardwise.Strategy.parse(full).require_available()
-        try:
-            with torch.device("meta"):
-                model = Llama(SHAPES[job.shape])
-            shardwise.fully_shard(model, strategy=full)
-        except shardwise.ShardwiseError as error:
-            if "meta" not in str(error):
-                raise
-            model = shardwise.fully_shard(fresh(job, job.device), strategy=full)  # this version wants values
-        return LlamaTrainer(model, adamw(model.parameters()))
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = Llama(SHAPES[job.shape])
+        shardwise.fully_shard(model, strategy=full)
+        optimizer = adamw(model.parameters())
+        shardwise.attach(optimizer)  # what updates in backward wants to know it before
+        return LlamaTrainer(model, optimizer)
 
     return build
 

@@ -36,13 +36,31 @@ SHAPES = {
 }
 
 
+STD = 0.02
+
+
+class Linear(nn.Linear):
+    """Begins small, so that a deep model's loss begins near ``log(vocab)``; also where it was made on ``meta``."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=STD)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=STD)
+
+
 class Attention(nn.Module):
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
         self.head_dim = shape.width // shape.heads
         kv = self.head_dim * shape.kv_heads
-        self.q, self.o = (nn.Linear(shape.width, shape.width, bias=False) for _ in range(2))
-        self.k, self.v = (nn.Linear(shape.width, kv, bias=False) for _ in range(2))
+        self.q, self.o = (Linear(shape.width, shape.width) for _ in range(2))
+        self.k, self.v = (Linear(shape.width, kv) for _ in range(2))
 
     def forward(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         rows, length, width = x.shape
@@ -66,8 +84,8 @@ class LlamaBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(shape.width), nn.RMSNorm(shape.width)
         self.attention = Attention(shape)
-        self.gate, self.up = (nn.Linear(shape.width, shape.inner, bias=False) for _ in range(2))
-        self.down = nn.Linear(shape.inner, shape.width, bias=False)
+        self.gate, self.up = (Linear(shape.width, shape.inner) for _ in range(2))
+        self.down = Linear(shape.inner, shape.width)
 
     def forward(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         x = x + self.attention(self.norm1(x), turn)
@@ -85,10 +103,10 @@ class Llama(nn.Module):
     def __init__(self, shape: LlamaShape, checkpointing: bool = True) -> None:
         super().__init__()
         self.half, self.checkpointing = shape.width // shape.heads // 2, checkpointing
-        self.embed = nn.Embedding(shape.vocab, shape.width)
+        self.embed = Embedding(shape.vocab, shape.width)
         self.blocks = nn.ModuleList(LlamaBlock(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width)
-        self.head = nn.Linear(shape.width, shape.vocab, bias=False)
+        self.head = Linear(shape.width, shape.vocab)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
@@ -104,13 +122,3 @@ class Llama(nn.Module):
 
 def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
-
-
-def start_values(model: nn.Module) -> None:
-    """Small normal values, so that a deep model's loss begins near ``log(vocab)``."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1:
-                nn.init.normal_(p, std=0.02)
-            elif "norm" in name:
-                nn.init.ones_(p)

@@ -40,7 +40,9 @@ def share(rank: int, setting: Setting, strategy: str, folder: str, raw: tuple[in
 
     sides: dict[str, Any] = {}
     for side, home in (("nvme", f"nvme,nvme_path={folder}"), ("memory", "cpu")):
-        model = shardwise.fully_shard(make_model(setting.shape), strategy=f"{strategy},offload_optimizer={home}")
+        model = shardwise.fully_shard(
+            make_model(setting.shape), strategy=f"{strategy},offload_overlap=false,offload_optimizer={home}"
+        )
         optimizer = adamw(model.parameters())
         loss_of(model, batch(setting, 0, rank)).backward()  # the gradients stay for all steps
         sides[side] = (model, optimizer)
@@ -49,6 +51,7 @@ def share(rank: int, setting: Setting, strategy: str, folder: str, raw: tuple[in
     model = sides["nvme"][0]
     shardwise.reset_stats(model)
     sides["nvme"][1].step()
+    _drain(model)
     disk = shardwise.stats(model).disk
     counted = torch.tensor([disk.bytes_read, disk.bytes_written])
     dist.all_reduce(counted)

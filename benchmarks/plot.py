@@ -1,6 +1,6 @@
 """The picture of a peer comparison: paired step-time ratios and peak memory, grouped by ZeRO stage.
 
-    python benchmarks/plot.py benchmarks/results/peers-comm-2ranks.json picture.svg
+python benchmarks/plot.py benchmarks/results/peers-comm-2ranks.json picture.svg
 """
 
 from __future__ import annotations

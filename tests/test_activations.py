@@ -494,7 +494,7 @@ class WithCache(nn.Module):
 def test_what_cannot_be_recomputed_says_so():
     model = build("ddp" + ASK["checkpointing"], WithCache)
     model(rows(0, 0)).sum().backward()
-    with pytest.raises(UnitError, match="'past_key_values' is a cache(.|\n)*use_cache=False"):
+    with pytest.raises(UnitError, match=r"'past_key_values' is a cache(.|\n)*use_cache=False"):
         model(rows(0, 0), cache={})
     model.by_name = False
     with pytest.raises(UnitError, match="'KeysAndValues' is a cache"):

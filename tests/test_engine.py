@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +19,7 @@ import shardwise
 from models import PRESETS, adamw, assert_close, assert_same, batch, loss_of, make, rank, whole, world
 from ranks import run
 from shardwise.engine.build import engine_of
+from shardwise.engine.schedule import Engine
 from shardwise.errors import GradientError, OptimizerError, ReleasedParameterError, UnitError
 
 D = 8
@@ -770,8 +773,6 @@ def misuse() -> None:
     model = shardwise.fully_shard(make(), strategy="zero2")
     with pytest.raises(UnitError, match="already"):
         shardwise.fully_shard(model)
-    with pytest.raises(UnitError, match="meta"):
-        shardwise.fully_shard(nn.Linear(2, 2, device="meta"))
     with pytest.raises(UnitError, match="matches no module"):
         shardwise.fully_shard(make(), units="Nope")
     for bad in (torch.optim.LBFGS(model.parameters()), torch.optim.SparseAdam(list(model.parameters()))):
@@ -847,3 +848,32 @@ def test_units_by_size_where_nothing_repeats(strategy):
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_units_chosen_by_hand(strategy, how):
     run(2, units_by_hand, strategy, 2, how)
+
+
+# --- models that are dropped -----------------------------------------------------------------------------
+def dropped(strategy: str) -> None:
+    """At any moment of a step, with gathers and updates under way: nothing keeps a model that nobody uses."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(found) is Engine for found in gc.get_objects())
+
+    def up_to(moment: int) -> None:
+        model = shardwise.fully_shard(make(), strategy=strategy)
+        opt = adamw(model.parameters())
+        loss = loss_of(model, batch(0, rank()))
+        if moment > 0:
+            loss.backward()
+        if moment > 1:
+            opt.step()
+
+    before = alive()
+    for moment in range(3):
+        up_to(moment)
+        assert alive() == before, moment
+    dist.barrier()
+
+
+@pytest.mark.parametrize("strategy", [*PRESETS, "zero3,offload_optimizer=nvme,offload_params=nvme"])
+def test_a_model_that_is_dropped_is_gone(strategy):
+    run(2, dropped, strategy)

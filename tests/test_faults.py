@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 
 import pytest
 
@@ -55,7 +56,8 @@ for step in range(4):
 
 LONG = 1000  # seconds: what ends sooner has not ended by its timeout
 SHORT = 5
-EXCEPTIONS = [f"{what} {strategy}" for strategy in ("ddp", "zero3") for what in ("forward-1", "backward-0", "backward-1")]
+PLACES = ("forward-1", "backward-0", "backward-1")
+EXCEPTIONS = [f"{what} {strategy}" for strategy in ("ddp", "zero3") for what in PLACES]
 KILLS = ["kill-2 zero1", "kill-2 zero3"]
 Outcome = tuple[list[int], list[str]]  # exit codes and error outputs, by rank
 
@@ -75,7 +77,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for process in running[scenario]:
             processes.keep(process)
     yield running
-    for process in sum(running.values(), []):
+    for process in chain.from_iterable(running.values()):
         process.kill()
 
 

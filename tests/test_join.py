@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import chain
 
 import pytest
 import torch
@@ -404,10 +405,10 @@ def failing(tmp_path_factory):
     path = tmp_path_factory.mktemp("join") / "script.py"
     path.write_text(SCRIPT)
     running = {what: processes.ranks_of_a_script(path, 2, what, "zero3") for what in ERRORS}
-    for process in sum(running.values(), []):
+    for process in chain.from_iterable(running.values()):
         processes.keep(process)
     yield running
-    for process in sum(running.values(), []):
+    for process in chain.from_iterable(running.values()):
         process.kill()
 
 

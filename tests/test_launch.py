@@ -167,7 +167,7 @@ def test_two_hosts_meet(tmp_path: Path, numbered: bool) -> None:
         (["-m", "no_such_module_here"], "there is no module"),
         (["--nproc", "0", "x.py"], "--nproc 0 is not a number of ranks"),
         (["--strategy", "zerro", "x.py"], "one of ddp, zero1"),
-        (["--strategy", "zero3,offload_params=nvme", "x.py"], "fix:"),
+        (["--strategy", "zero3,offload_params=disk", "x.py"], "fix:"),
         (["--mixed-precision", "fp8", "x.py"], "one of no, fp16, bf16"),
         (["--nnodes", "2", "--nproc", "1", "x.py"], "--rdzv-endpoint"),
         (["--node-rank", "1", "--nproc", "1", "x.py"], "--node-rank 1"),
@@ -253,7 +253,8 @@ def test_named_devices_reach_the_ranks_as_what_this_process_sees(
 
 
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
-    commands = [["--help"], ["launch", "--help"], ["config", "--help"], ["doctor", "--help"], ["demo", "--help"]]
+    commands = [["--help"], *([name, "--help"] for name in ("launch", "config", "doctor", "demo", "checkpoint"))]
+    commands += [["checkpoint", name, "--help"] for name in ("inspect", "verify", "export", "diff")]
     text = (
         "import sys\nfrom shardwise import cli\n"
         f"for args in {commands}:\n"

@@ -245,7 +245,7 @@ notebook_launcher(
         ({"num_processes": 0}, "num_processes=0"),
         ({"mixed_precision": "fp8"}, "one of no, fp16, bf16"),
         ({"strategy": "zero9"}, "one of ddp"),
-        ({"strategy": "zero3,offload_params=cpu"}, "not available yet"),
+        ({"strategy": "zero3,offload_params=disk"}, "offload_params='disk' is not known"),
         ({"args": "text"}, "args is a str"),
         ({"function": 3}, "a int cannot be called"),
         ({"node_rank": 2, "num_nodes": 2}, "node_rank=2 is not a host of 2"),

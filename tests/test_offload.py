@@ -6,10 +6,8 @@ import copy
 import gc
 import os
 import re
-import socket
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,11 +18,12 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+import processes
 import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, train, whole
 from ranks import run
 from shardwise.engine import build
-from shardwise.errors import NotAvailableYet, OffloadError, OptimizerError
+from shardwise.errors import OffloadError, OptimizerError
 from shardwise.tiers.home import Home
 
 HOMES = ["cpu", "nvme"]
@@ -33,14 +32,17 @@ SIZES = {"d": 64, "vocab": 97, "odd": False}
 
 
 def at(strategy: str, home: str, path: str) -> str:
-    return f"{strategy},offload_optimizer={home},nvme_path={path}" if home != "device" else strategy
+    """A strategy whose optimizer state has another home, or what ``key=home`` says."""
+    if home == "device":
+        return strategy
+    return f"{strategy},{home if '=' in home else f'offload_optimizer={home}'},nvme_path={path}"
 
 
 # --- the same bits ---------------------------------------------------------------------------------
-def pairs(strategies: list[str], path: str, kw: dict[str, Any]) -> None:
+def pairs(strategies: list[str], path: str, kw: dict[str, Any], homes: Sequence[str] = HOMES) -> None:
     for strategy in strategies:
         plain = train(strategy, **kw)
-        for home in HOMES:
+        for home in homes:
             losses, norms, weights = train(at(strategy, home, path), **kw)
             assert losses == plain[0], (strategy, home)
             assert norms == plain[1], (strategy, home)
@@ -141,10 +143,10 @@ def long_story(home: str, path: str, strategy: str) -> dict[str, torch.Tensor]:
     return whole(model)
 
 
-def stories(path: str, strategies: list[str]) -> None:
+def stories(path: str, strategies: list[str], homes: Sequence[str] = HOMES) -> None:
     for strategy in strategies:
         plain = long_story("device", path, strategy)
-        for home in HOMES:
+        for home in homes:
             assert_same(long_story(home, path, strategy), plain)
 
 
@@ -252,6 +254,7 @@ def test_gradients_cross_the_link_once_in_the_compute_dtype(home, tmp_path):
 
 
 def traffic(path: str, strategy: str, layers: int) -> Any:
+    strategy += ",offload_overlap=false"  # so that a step's traffic is over when it is
     model = shardwise.fully_shard(make(layers=layers, **SIZES), strategy=at(strategy, "nvme", path))
     opt = adamw(model.parameters())
     for step in range(3):
@@ -386,10 +389,10 @@ def test_checkpoints_to_and_from_the_disk(dtype, tmp_path):
     run(2, saved_and_resumed, str(tmp_path), plain, disk)
 
 
-def values_by_hand(path: str, extra: str) -> None:
+def values_by_hand(path: str, extra: str, homes: Sequence[str] = ("nvme",)) -> None:
     results = []
     for preset in ALL:
-        for home in ("device", "nvme"):
+        for home in ("device", *homes):
             model = shardwise.fully_shard(make(), strategy=at(preset + extra, home, path))
             opt = adamw(model.parameters())
             step_with(model, opt, 0)
@@ -454,9 +457,9 @@ def through_the_door(path: str, home: str) -> dict[str, torch.Tensor]:
     return expected
 
 
-def doors(path: str) -> None:
+def doors(path: str, homes: Sequence[str] = HOMES) -> None:
     plain = through_the_door(path, "device")
-    for home in HOMES:
+    for home in homes:
         assert_same(through_the_door(path, home), plain)
 
 
@@ -486,9 +489,10 @@ def test_a_path_that_is_missing_on_one_rank(tmp_path):
 
 
 SCRIPT = """
-import os, resource, signal, sys
+import os, resource, signal, sys, time
 import torch
 import shardwise
+from shardwise.engine import offload
 from models import adamw, batch, loss_of, make
 
 strategy, what = sys.argv[1:]
@@ -498,12 +502,17 @@ torch.set_num_threads(1)
 shardwise.init("cpu")
 model = shardwise.fully_shard(make(), strategy=strategy + ",timeout=20")
 opt = adamw(model.parameters())
-for step in range(3):
+for step in range(4):
     if step == (0 if what == "full" else 2) and rank == 1:
         if what == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, -1))
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == "terminated":  # when its update has begun
+            offload.update = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
+        if what == "corrupt":
+            for bucket in (b for unit in model._shardwise_engine.units for b in unit.buckets):
+                os.pwrite(os.open(f"/proc/self/fd/{bucket.values.shelf.extent.fd}", os.O_RDWR), b"xxxxxxxx", 0)
     loss_of(model, batch(step, rank)).backward()
     opt.step()
     opt.zero_grad()
@@ -511,23 +520,13 @@ print("not reached")
 """
 
 
-def bad_day(tmp_path: Path, what: str) -> tuple[list[int], list[str]]:
+def bad_day(tmp_path: Path, what: str, homes: str = "nvme") -> tuple[list[int], list[str]]:
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "disk").mkdir(exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    ranks = []
-    for r in range(2):
-        environment = {
-            **os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        }  # fmt: skip
-        command = [sys.executable, str(tmp_path / "script.py"), at("zero2", "nvme", str(tmp_path / "disk")), what]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=80)[1] for process in ranks]
-    return [process.returncode for process in ranks], errors
+    strategy = at("zero2", homes, str(tmp_path / "disk"))
+    ranks = processes.ranks_of_a_script(tmp_path / "script.py", 2, strategy, what)
+    ended = [process.finish() for process in ranks]
+    return [code for code, _, _ in ended], [err for _, _, err in ended]
 
 
 def test_a_full_disk_on_one_rank_ends_every_rank(tmp_path):
@@ -539,13 +538,45 @@ def test_a_full_disk_on_one_rank_ends_every_rank(tmp_path):
     assert os.listdir(tmp_path / "disk") == []
 
 
-def test_a_killed_rank_leaves_nothing_that_the_next_start_does_not_remove(tmp_path):
-    codes, _ = bad_day(tmp_path, "killed")
+@pytest.mark.parametrize("what", ["killed", "terminated"])
+def test_a_killed_rank_leaves_nothing_that_the_next_start_does_not_remove(what, tmp_path):
+    codes, errors = bad_day(tmp_path, what)
     assert all(code != 0 for code in codes)
+    assert "rank 0" in errors[0], errors
     (left,) = os.listdir(tmp_path / "disk")
     assert left.startswith("shardwise-swap-r1-") and os.listdir(tmp_path / "disk" / left) == ["owner.json"]
     run(2, pairs, ["zero2"], str(tmp_path / "disk"), {"steps": 1})
     assert os.listdir(tmp_path / "disk") == []
+
+
+def test_a_corrupt_extent_is_found_when_asked_to_look(tmp_path):
+    codes, errors = bad_day(tmp_path, "corrupt", "offload_params=nvme,offload_optimizer=nvme,offload_checksum=true")
+    assert all(code != 0 for code in codes), errors
+    assert "are not those that were written (checksum differs)" in errors[1] and "rank 1" in errors[1], errors[1]
+    assert "Traceback" not in errors[1] and "rank 1" in errors[0]
+    assert os.listdir(tmp_path / "disk") == []
+
+
+def with_checksums(path: str) -> None:
+    pairs(["zero3,param_dtype=bf16,offload_checksum=true"], path, {"steps": 3}, ["nvme", "offload_params=nvme"])
+
+
+def test_same_bits_with_checksums(tmp_path):
+    run(2, with_checksums, str(tmp_path))
+
+
+def read_only(path: str) -> str:
+    if os.geteuid() == 0:  # root writes everywhere but where nobody can
+        path = "/proc"
+    with pytest.raises(OffloadError) as error:
+        shardwise.fully_shard(make(), strategy=at("zero2", "nvme", path))
+    return str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "disk").mkdir(mode=0o555)
+    for text in run(2, read_only, str(tmp_path / "disk")):
+        assert "fix:" in text
 
 
 class Counting(torch.optim.SGD):
@@ -574,6 +605,83 @@ def test_optimizers_that_count_in_their_groups(tmp_path):
     run(2, counting, str(tmp_path))
 
 
-def test_what_is_not_there_yet_says_so():
-    with pytest.raises(NotAvailableYet, match="offload_params=nvme"):
-        shardwise.Strategy("zero3", offload_params="nvme").require_available()
+# --- gradients on the host -------------------------------------------------------------------------------
+GRADS = [
+    "offload_grads=cpu", "offload_grads=cpu,offload_optimizer=cpu", "offload_grads=cpu,offload_optimizer=nvme",
+    "offload_grads=cpu,offload_optimizer=cpu,offload_params=cpu", "offload_grads=cpu,offload_params=nvme",
+    "offload_grads=cpu,offload_optimizer=nvme,offload_params=nvme",
+]  # fmt: skip
+
+
+def grads_on_the_host(path: str, world: int) -> None:
+    for strategy in ON[world]:
+        plain = train(strategy, steps=3)
+        with separate_memory():
+            for homes in GRADS:
+                losses, norms, weights = train(at(strategy, homes, path), steps=3)
+                assert (losses, norms) == plain[:2], (strategy, homes)
+                assert_same(weights, plain[2])
+    if world == 2:
+        with separate_memory():
+            stories(path, ["ddp", "zero3"], GRADS[1:3])
+            doors(path, GRADS[2:3])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_same_bits_with_gradients_on_the_host(world, tmp_path):
+    run(world, grads_on_the_host, str(tmp_path), world)
+
+
+def grads_of_a_device(path: str) -> Any:
+    """On a CPU device the host is the device."""
+    return train(at("zero2", GRADS[1], path), steps=2), train("zero2", steps=2)
+
+
+def test_on_a_cpu_gradients_stay_where_they_are(tmp_path):
+    for mine, plain in run(2, grads_of_a_device, str(tmp_path)):
+        assert mine[:2] == plain[:2]
+        assert_same(mine[2], plain[2])
+
+
+def grad_traffic(path: str, homes: str, micro_batches: int) -> Any:
+    with separate_memory():
+        model = shardwise.fully_shard(make(**SIZES), strategy=at("zero2,param_dtype=bf16", homes, path))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    for k in range(3):
+        shardwise.reset_stats(model)
+        for m in range(micro_batches):
+            loss_of(model, batch(10 * k + m, rank())).backward()
+        norm = shardwise.clip_grad_norm_(model, 0.1)
+        shown = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(shown, torch.clamp(norm, max=0.1), rtol=1e-4, atol=1e-6)
+        opt.step()
+        opt.zero_grad()
+    return shardwise.stats(model), shardwise.expected(model), sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients_cross_once_per_reduce_in_the_compute_dtype(micro_batches, tmp_path):
+    for stats, formula, numel in run(2, grad_traffic, str(tmp_path), GRADS[1], micro_batches):
+        held = 2 * numel / 2
+        assert micro_batches * held <= stats.to_host <= 1.02 * micro_batches * held
+        assert held <= stats.to_device <= 1.02 * held
+        assert stats.live["gradients"] == formula.gradients
+
+
+def part_on_the_device(path: str, ratio: float) -> Any:
+    strategy = at(f"zero3,offload_ratio={ratio}", "cpu", path)
+    plain = train("zero3", steps=3)
+    with separate_memory():
+        losses, norms, weights = train(strategy, steps=3)
+        model = shardwise.fully_shard(make(layers=12, **SIZES), strategy=strategy)
+    assert (losses, norms) == plain[:2]
+    assert_same(weights, plain[2])
+    buckets = [b for u in shardwise.engine.build.require_engine(model).units for b in u.buckets]
+    away = sum(b.master.numel() for b in buckets if b.on_host)
+    return away / sum(b.master.numel() for b in buckets), max(b.master.numel() for b in buckets)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.6])
+def test_a_part_of_the_units_stays_on_the_device(ratio, tmp_path):
+    for part, _ in run(2, part_on_the_device, str(tmp_path), ratio):
+        assert abs(part - ratio) <= 0.06

@@ -442,7 +442,7 @@ FSDP = utils.FullyShardedDataParallelPlugin
             {"fsdp_version": 2, "mixed_precision_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
             "zero3,param_dtype=bf16",
         ),
-        ({"cpu_offload": True}, "zero3,offload_params=cpu,offload_optimizer=cpu"),
+        ({"cpu_offload": True}, "zero3,offload_params=cpu,offload_grads=cpu,offload_optimizer=cpu"),
         ({"activation_checkpointing": True}, "zero3,activation_checkpointing=true"),
         (
             {"activation_checkpointing": True, "activation_checkpointing_offload": True},
@@ -516,6 +516,10 @@ def test_deepspeed_plugin_by_arguments():
     assert str(utils.DeepSpeedPlugin().to_strategy()) == "zero2"
     offload = utils.DeepSpeedPlugin(zero_stage=3, offload_optimizer_device="cpu", offload_param_device="nvme")
     assert str(offload.to_strategy()) == "zero3,offload_params=nvme,offload_optimizer=cpu"
+    part = utils.DeepSpeedPlugin(
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/n", "ratio": 0.3}}}
+    )
+    assert str(part.to_strategy()) == "zero3,offload_optimizer=nvme,offload_ratio=0.3,nvme_path=/n"
     with pytest.warns(UserWarning, match="zero3_init_flag"):
         utils.DeepSpeedPlugin(zero_stage=3, zero3_init_flag=True)
 
@@ -566,7 +570,17 @@ def test_deepspeed_plugin_by_configuration(tmp_path):
         ({"zero_optimization": {"stagee": 3}}, "did you mean 'stage'"),
         ({"zero_optimisation": {"stage": 3}}, "zero_optimization"),
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}, "ratio"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": "half"}}}, "ratio"),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "nvme", "nvme_path": "/a"},
+                    "offload_param": {"device": "nvme", "nvme_path": "/b"},
+                }
+            },
+            "two values of nvme_path",
+        ),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),
         ({"fp16": {"enabled": True, "loss_scale": 128}}, "loss_scale"),
         ({"tensorboard": {"enabled": True}}, "log_with"),

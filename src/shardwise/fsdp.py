@@ -6,7 +6,7 @@ Both are thin: ``self.module`` is the caller's module, sharded in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -26,7 +26,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def fully_shard(
-    module: M, *, strategy: str | Strategy | None = None, mesh: DeviceMesh | None = None, units: UnitRule = None
+    module: M,
+    *,
+    strategy: str | Strategy | None = None,
+    mesh: DeviceMesh | None = None,
+    units: UnitRule = None,
+    param_init_fn: Callable[[nn.Module], Any] | None = None,
 ) -> M:
     """Shard a module in place, so that it trains under ``strategy`` on all ranks.
 
@@ -35,24 +40,28 @@ def fully_shard(
     or after. Gradients are the mean over ranks.
 
     Args:
-        module: already on its device, with values (not on ``meta``).
+        module: on its device, or built under ``torch.device("meta")``: what is there gets memory and values unit by
+            unit, on the device of the other parameters, or on this rank's. The whole model is then never in memory.
         strategy: a preset, its string form or a :class:`Strategy`; ``zero3`` by default. What
             ``shardwise launch --strategy`` says wins over it.
         mesh: a 1-D mesh of all ranks, or a 2-D (replicate, shard) one for ``hsdp``. By default all ranks.
         units: which subtrees are gathered together: a module class or several, a class name, a predicate
             ``(name, module) -> bool``, or ``None`` for repeated blocks and what else is large. Submodules on
             which ``fully_shard`` was called before are units with their own strategy.
+        param_init_fn: called with each module that has meta tensors of its own, to fill them. By default that is the
+            module's ``reset_parameters()``, or ``_init_weights(module)`` of the transformers model around it.
 
     Returns:
         The same module.
 
     Raises:
-        UnitError: the module is sharded already, has meta or DTensor parameters, or ``units`` matches nothing.
+        UnitError: the module is sharded already, has DTensor parameters or meta tensors that nothing gives values,
+            or ``units`` matches nothing.
         StrategyError, NotAvailableYet: see :class:`Strategy`.
 
     Cost: sends the parameters once, from rank 0. ``shardwise.expected(module)`` says what is live and sent later.
     """
-    return build.shard(module, strategy_from_environment(strategy), mesh, units)
+    return build.shard(module, strategy_from_environment(strategy), mesh, units, param_init_fn)
 
 
 class _Wrapper(nn.Module):
@@ -66,6 +75,7 @@ class _Wrapper(nn.Module):
         units: UnitRule = None,
         mesh: Any = None,
         broadcast_buffers: bool = True,
+        param_init_fn: Callable[[nn.Module], Any] | None = None,
         **torch_options: Any,
     ) -> None:
         super().__init__()
@@ -82,7 +92,7 @@ class _Wrapper(nn.Module):
         chosen = strategy_from_environment(strategy if strategy is not None else self._preset)
         if not broadcast_buffers:
             chosen = chosen.replace(broadcast_buffers=False)
-        build.shard(module, chosen, mesh, units)
+        build.shard(module, chosen, mesh, units, param_init_fn)
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +147,7 @@ class FullyShardedDataParallel(_Wrapper):
         module: on its device already.
         strategy: ``zero3`` by default.
         units: in place of ``auto_wrap_policy``: a class, several, a predicate, or ``None`` for the default.
+        param_init_fn: fills modules that are on ``meta``. See :func:`shardwise.fully_shard`.
     """
 
     @staticmethod

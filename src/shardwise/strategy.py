@@ -53,16 +53,22 @@ class Strategy:
             original dtype as master values. ``None`` computes in each parameter's own dtype.
         reduce_dtype: dtype in which gradients cross the wire. gloo's ranks sum them in the master dtype,
             NCCL in this one. ``None`` sends the dtype of the master values (fp32 as a rule).
-        offload_ratio: the part of the optimizer state, in bytes, that goes to its home; the rest stays on the device.
-            On a CPU device, home ``cpu`` is the device.
+        offload_ratio: the part of the optimizer state, in bytes, that goes to its home. With home ``cpu`` the states of
+            some units stay on the device, and their updates too; with ``nvme`` the end of each unit's state stays in
+            host memory, where the update is. On a CPU device, home ``cpu`` is the device.
         nvme_path: an existing folder on the disk that home ``nvme`` uses; ``None`` takes the first of ``$TMPDIR``,
             ``/var/tmp`` and the current folder that is on a disk. Must have no comma in it.
         pin_memory: with a CUDA device, page-lock the host buffers.
         offload_buffers: host buffers before that disk, each as large as the largest unit's optimizer state: with 3,
             one unit is read and one is written while a third is updated.
         offload_depth: requests to the disk in flight, of reads and of writes each.
+        offload_checksum: compare what comes from that disk with a CRC-32 of what was written. Costs a pass over the
+            bytes in each direction.
         offload_prefetch: units whose parameters are brought from their home ahead of the one that is gathered next;
             each costs that unit's values in memory.
+        offload_overlap: updates of offloaded state take place during the next forward, which waits unit by unit. The
+            same numbers. Where it would hide nothing (home ``cpu`` on a CPU device) or values are gathered in the step
+            (``zero1`` and ``zero2`` on several ranks, unless parameters are offloaded too), they take place at once.
         optimizer_in_backward: update each unit as soon as its gradients are reduced, and free them: the gradients of
             one or two units exist at a time, and offloaded state moves beside the backward. The same numbers; but
             nothing can be done with all gradients before the update (clipping, fp16 loss scaling, means over an
@@ -93,7 +99,9 @@ class Strategy:
     pin_memory: bool = True
     offload_buffers: int = 3
     offload_depth: int = 4
+    offload_checksum: bool = False
     offload_prefetch: int = 1
+    offload_overlap: bool = True
     optimizer_in_backward: bool = False
     activation_checkpointing: bool = False
     activation_offload: str = "device"
@@ -111,7 +119,15 @@ class Strategy:
             homes = HOMES if key != "offload_grads" else HOMES[:2]
             _choose(key, getattr(self, key), homes)
         _choose("layout", self.layout, LAYOUTS)
-        _choose("activation_checkpointing", self.activation_checkpointing, (True, False))
+        for key in (
+            "pin_memory",
+            "offload_checksum",
+            "offload_overlap",
+            "optimizer_in_backward",
+            "activation_checkpointing",
+            "broadcast_buffers",
+        ):
+            _choose(key, getattr(self, key), (True, False))
         _choose("activation_offload", self.activation_offload, HOMES[:2])
         for key in ("param_dtype", "reduce_dtype"):
             if getattr(self, key) is not None:
@@ -187,17 +203,6 @@ class Strategy:
             if f.name != "preset" and value != f.default:
                 parts.append(f"{f.name}={str(value).lower() if isinstance(value, bool) else value}")
         return ",".join(parts)
-
-    def require_available(self) -> None:
-        """Raise :class:`NotAvailableYet` for homes that this version cannot serve."""
-        asked = [k for k in ("offload_grads",) if getattr(self, k) != "device"]
-        if asked:
-            raise NotAvailableYet(
-                f"{', '.join(f'{k}={getattr(self, k)}' for k in asked)} is not available yet: "
-                "this version keeps gradients on the device",
-                where=f"strategy '{self}'",
-                fix=f"leave it out: '{self.replace(**dict.fromkeys(asked, 'device'))}'",
-            )
 
     def explain(self) -> str:
         """The table row in words, with what it costs per step (Ψ = parameter elements, N = ranks)."""

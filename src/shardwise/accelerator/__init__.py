@@ -135,7 +135,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         self.strategy = ddp.apply(chosen.strategy) if ddp is not None else chosen.strategy
         self.strategy = group.apply(self.strategy) if group is not None else self.strategy
         self.mixed_precision = self.strategy.param_dtype if self.strategy.param_dtype in HALVES else "no"
-        self._units = chosen.units
+        self._units, self._param_init_fn = chosen.units, chosen.param_init_fn
         self._compile = options.choose_compile(dynamo_backend, dynamo_plugin)
         accumulation = options.choose_accumulation(
             gradient_accumulation_steps, gradient_accumulation_plugin, chosen.accumulation

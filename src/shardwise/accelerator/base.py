@@ -41,6 +41,7 @@ class Base(ProcessControl):
 
     _steps: Steps
     _units: Any
+    _param_init_fn: Any
     _compile: dict[str, Any] | None
     _scheduler_per_process: bool
     _sync_each_batch: bool

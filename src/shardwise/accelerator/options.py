@@ -47,6 +47,7 @@ class Chosen:
 
     strategy: Strategy
     units: Any = None  # a rule for fully_shard
+    param_init_fn: Any = None
     accumulation: int | None = None
     max_norm: float | None = None
     scaling: dict[str, Any] = field(default_factory=dict)  # arguments of the loss scaler
@@ -78,6 +79,7 @@ def choose_strategy(strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, prec
     if plugin is not None:
         own = own_plugin(plugin)
         chosen.strategy, chosen.units = own.to_strategy(), own.units
+        chosen.param_init_fn = getattr(own, "param_init_fn", None)
         if isinstance(own, DeepSpeedPlugin):
             chosen.accumulation, chosen.max_norm = own.accumulation_steps, own.max_norm
             chosen.scaling = own.scaler_kwargs

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from shardwise.accelerator.base import HALVES, Base
 from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_first_batches
 from shardwise.engine.build import engine_of, shard
+from shardwise.engine.deferred import Deferred, has_meta
 from shardwise.engine.optimizer import attach, check, needs_whole_tensors
 from shardwise.errors import DataError, UnitError
 from shardwise.optimizer import AcceleratedOptimizer
@@ -22,6 +23,14 @@ from shardwise.strategy import Strategy
 from shardwise.trees import map_tensors
 from shardwise.utils.memory import release_memory
 from shardwise.utils.other import extract_model_from_parallel
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """All but what is on the meta device, which gets its memory where it is sharded."""
+    if has_meta(model):
+        model._apply(lambda t: t if t.is_meta else t.to(device))
+    else:
+        model.to(device)
 
 
 class Preparing(Base):
@@ -99,7 +108,8 @@ class Preparing(Base):
         if evaluation_mode and not chosen.split_params and engine_of(model) is None:
             self._check_device_map(model)
             if self.device_placement if device_placement is None else device_placement:
-                model.to(self.device)
+                _move(model, self.device)
+            Deferred(model, self.device, self._param_init_fn).materialise_all()
             if chosen.param_dtype in HALVES:
                 model.to(HALVES[chosen.param_dtype])
                 model.register_forward_pre_hook(_inputs_in(HALVES[chosen.param_dtype]), with_kwargs=True)
@@ -124,12 +134,12 @@ class Preparing(Base):
             for optimizer in holding:
                 check(optimizer, [])  # before anything is changed: will it ever work?
             if self.device_placement if placement is None else placement:
-                model.to(self.device)
+                _move(model, self.device)
             chosen = self.strategy if strategy is None else self._in_precision(Strategy.parse(strategy))
             if any(needs_whole_tensors(o) for o in holding):
                 chosen = chosen.replace(layout="tensor")
             if own:
-                shard(model, chosen, units=self._units)
+                shard(model, chosen, units=self._units, param_init_fn=self._param_init_fn)
                 engine = engine_of(model)
         self._steps.models.append(model)
         if engine is not None and engine.strategy.param_dtype in HALVES:

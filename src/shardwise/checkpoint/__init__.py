@@ -37,6 +37,9 @@ raise. All errors are :class:`~shardwise.errors.CheckpointError` and name the fi
 ``prune(directory, total_limit)``        collective; deletes the oldest, never the newest complete one
 ``rng_state()``, ``set_rng_state()``     Python, NumPy, torch CPU, current CUDA device
 ``save_model(model, directory, ...)``    collective; safetensors files as transformers reads them
+``load_model(model, path, ...)``         collective; weights from what others wrote, straight into the shards
+``export(path, directory, ...)``         any checkpoint's weights as safetensors files, without a model. One process
+``compare(a, b, ...)``                   what differs between two checkpoints, tensor by tensor. One process
 ``full_state_dict(model, ...)``          collective; whole tensors on the CPU, on every rank or rank 0 only
 =======================================  =====================================================================
 
@@ -76,8 +79,10 @@ from shardwise.lazy import importing
 if TYPE_CHECKING:  # torch.distributed.checkpoint takes most of a second to import: only those who save wait for it
     from shardwise.checkpoint.background import AsyncSave, settle_saves, wait_for_saves
     from shardwise.checkpoint.checking import find, verify
-    from shardwise.checkpoint.export import full_state_dict, save_model
+    from shardwise.checkpoint.converting import compare, export
+    from shardwise.checkpoint.exporting import full_state_dict, save_model
     from shardwise.checkpoint.files import Manifest, read_manifest
+    from shardwise.checkpoint.importing import LoadedModel, load_model
     from shardwise.checkpoint.loading import Loaded, load
     from shardwise.checkpoint.rng import rng_state, set_rng_state
     from shardwise.checkpoint.saving import async_save, save
@@ -86,18 +91,22 @@ if TYPE_CHECKING:  # torch.distributed.checkpoint takes most of a second to impo
 _HOME = {
     "AsyncSave": "background",
     "Loaded": "loading",
+    "LoadedModel": "importing",
     "Manifest": "files",
     "async_save": "saving",
+    "compare": "converting",
+    "export": "converting",
     "find": "checking",
-    "full_state_dict": "export",
+    "full_state_dict": "exporting",
     "latest": "series",
     "load": "loading",
+    "load_model": "importing",
     "next_path": "series",
     "prune": "series",
     "read_manifest": "files",
     "rng_state": "rng",
     "save": "saving",
-    "save_model": "export",
+    "save_model": "exporting",
     "set_rng_state": "rng",
     "settle_saves": "background",
     "verify": "checking",

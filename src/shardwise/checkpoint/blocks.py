@@ -242,8 +242,12 @@ class Reading:
         return out
 
 
-def read(readings: Iterable[Reading]) -> None:
+def read(readings: Iterable[Reading], seen: Callable[[int], None] | None = None) -> None:
     """Read what is wanted, block by block, and compare the checksums of the blocks.
+
+    Args:
+        readings: one per file.
+        seen: told the bytes of each block, by the thread that has read it.
 
     Raises:
         CheckpointError: a file is missing, cut off or changed; names it.
@@ -260,7 +264,7 @@ def read(readings: Iterable[Reading]) -> None:
                     files.append(fd := _open(reading.path, os.O_RDONLY))
             for index, wanted in sorted(blocks.items()):
                 buffer = buffers.take()
-                crew.do(partial(_read, reading, fd, index, wanted, buffer), partial(buffers.give, buffer))
+                crew.do(partial(_read, reading, fd, index, wanted, buffer, seen), partial(buffers.give, buffer))
                 if crew.failure is not None:
                     break
         crew.end()
@@ -270,7 +274,14 @@ def read(readings: Iterable[Reading]) -> None:
             os.close(fd)
 
 
-def _read(reading: Reading, fd: int, index: int, wanted: list[Range], buffer: torch.Tensor) -> None:
+def _read(
+    reading: Reading,
+    fd: int,
+    index: int,
+    wanted: list[Range],
+    buffer: torch.Tensor,
+    seen: Callable[[int], None] | None,
+) -> None:
     begin = index * BLOCK
     n = min(BLOCK, reading.size - begin)
     view = _view(buffer)
@@ -282,6 +293,8 @@ def _read(reading: Reading, fd: int, index: int, wanted: list[Range], buffer: to
     for one in wanted:
         lo, hi = max(begin, one.start), min(begin + n, one.start + one.into.numel())
         ctypes.memmove(one.into.data_ptr() + lo - one.start, source + lo - begin, hi - lo)
+    if seen is not None:
+        seen(n)
 
 
 # --- the system ----------------------------------------------------------------------------------

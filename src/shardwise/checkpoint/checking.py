@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from shardwise.checkpoint import blocks
 from shardwise.checkpoint.blocks import Range, Reading
-from shardwise.checkpoint.files import MANIFEST, FileEntry, Manifest, check_sizes, named, parse, resolve
+from shardwise.checkpoint.files import MANIFEST, FileEntry, Manifest, check_sizes, damaged, named, parse, resolve
 from shardwise.checkpoint.ranks import Together, from_first
 from shardwise.comm import World
 from shardwise.errors import CheckpointError
@@ -25,11 +27,16 @@ def verify(directory: str | os.PathLike[str]) -> Manifest:
 
     Cost: reads the whole checkpoint once, over all ranks together.
     """
+    return whole(directory)[1]
+
+
+def whole(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
+    """:func:`found`, where every byte is as it was written. Collective: each rank reads a part."""
     path, manifest = found(directory)
     nothing = [packed(manifest.files, {})]
     with Together(f"reading checkpoint {path}", slow=True):
         blocks.read(readings(path, manifest.files, left_over(manifest.files, nothing)))
-    return manifest
+    return path, manifest
 
 
 def find(directory: str | os.PathLike[str]) -> Path:
@@ -82,6 +89,24 @@ def readings(
         for name, entry in files.items()
         if name in wanted or name in also
     ]
+
+
+def every_block(files: Mapping[str, FileEntry]) -> dict[str, set[int]]:
+    """All blocks, by file."""
+    return {name: set(range(len(entry.crc32))) for name, entry in files.items()}
+
+
+def read_whole(path: Path, files: Mapping[str, FileEntry], names: Sequence[str]) -> dict[str, bytes]:
+    """The contents of some small files of a checkpoint, compared with their checksums. Any rank may call it alone.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    if missing := [name for name in names if name not in files]:
+        raise damaged(path / missing[0], "the file is missing")
+    into = {name: torch.empty(files[name].size, dtype=torch.uint8) for name in names}
+    blocks.read(readings(path, files, {}, {name: [Range(0, tensor)] for name, tensor in into.items()}))
+    return {name: tensor.numpy().tobytes() for name, tensor in into.items()}
 
 
 def packed(files: Mapping[str, FileEntry], touched: Mapping[str, set[int]]) -> bytes:

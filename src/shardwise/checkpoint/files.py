@@ -258,12 +258,17 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
         CheckpointError: names the first that is not.
     """
     for name, entry in manifest.files.items():
-        try:
-            size = (path / name).stat().st_size
-        except FileNotFoundError:
-            raise damaged(path / name, "the file is missing") from None
-        if size != entry.size:
-            raise damaged(path / name, f"the file has {size} bytes instead of {entry.size}")
+        check_size(path / name, entry)
+
+
+def check_size(path: Path, entry: FileEntry) -> None:
+    """The same for one file."""
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise damaged(path, "the file is missing") from None
+    if size != entry.size:
+        raise damaged(path, f"the file has {size} bytes instead of {entry.size}")
 
 
 def damaged(path: Path, what: str) -> CheckpointError:

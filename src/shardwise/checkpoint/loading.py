@@ -13,11 +13,10 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
 
-from shardwise.checkpoint import blocks, safe
+from shardwise.checkpoint import safe
 from shardwise.checkpoint.background import settle_saves
-from shardwise.checkpoint.blocks import Range
-from shardwise.checkpoint.checking import found, left_over, packed, readings
-from shardwise.checkpoint.files import Manifest, damaged
+from shardwise.checkpoint.checking import found, left_over, packed, read_whole
+from shardwise.checkpoint.files import Manifest
 from shardwise.checkpoint.filling import Fill
 from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizers import OptimizerState
@@ -81,7 +80,7 @@ def load(
     with Together(doing, slow=True):
         own_name = f"rank_{world.rank}.pt"
         names = [METADATA, "state.pt", *([own_name] if own_name in manifest.files else [])]
-        small = _read_small(path, manifest, names)
+        small = read_whole(path, manifest.files, names)
         metadata = parse_metadata(small[METADATA], path / METADATA, manifest.files)
         common = _needs(small["state.pt"], path / "state.pt", ("state", "extra", "optimizers"))
         own = _needs(small[own_name], path / own_name, ("rank_state", "buffers")) if own_name in small else None
@@ -114,15 +113,6 @@ def load(
     for s in states:
         publish(s.module)
     return Loaded(common["state"], None if own is None else own["rank_state"], manifest, differences)
-
-
-def _read_small(path: Path, manifest: Manifest, names: Sequence[str]) -> dict[str, bytes]:
-    """Whole files, compared with their checksums."""
-    if missing := [name for name in names if name not in manifest.files]:
-        raise damaged(path / missing[0], "the file is missing")
-    into = {name: torch.empty(manifest.files[name].size, dtype=torch.uint8) for name in names}
-    blocks.read(readings(path, manifest.files, {}, {name: [Range(0, tensor)] for name, tensor in into.items()}))
-    return {name: tensor.numpy().tobytes() for name, tensor in into.items()}
 
 
 def _checked(

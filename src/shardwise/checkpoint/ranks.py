@@ -47,7 +47,12 @@ class Apart:
 
     def _all_gather(self, flat: torch.Tensor) -> None:
         pg = self._group.pg
-        assert pg is not None
+        if pg is None:
+            raise CommError(
+                "the process groups were closed while a checkpoint was being written; it was not finished",
+                where=f"rank {self._world.rank}",
+                fix="call checkpoint.wait_for_saves() before closing them",
+            )
         rows, peers = flat.view(self._world.size, -1), self._group.peers()
         try:
             works = [pg.recv([rows[r]], r, _OP.tag) for r in peers]

@@ -78,11 +78,6 @@ def loads(data: bytes, path: Path) -> dict[str, Any]:
         ) from error
 
 
-def read(path: Path) -> dict[str, Any]:
-    """:func:`loads` of a file."""
-    return loads(path.read_bytes(), path)
-
-
 def _refusal(value: Mapping[str, Any], error: BaseException) -> CheckpointError:
     path, culprit, why = _culprit(dict(value), "", _first_line(error))
     kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")

@@ -153,7 +153,7 @@ def parse_metadata(data: bytes, file: Path, files: Mapping[str, FileEntry]) -> M
         CheckpointError: it is damaged, or asks for anything but the classes an index is made of.
     """
     try:
-        index = _IndexUnpickler(io.BytesIO(data), file).load()
+        index = IndexUnpickler(io.BytesIO(data), file).load()
         _check_index(file, index, files)
     except _CANNOT_READ as error:
         if isinstance(error, CheckpointError):
@@ -190,7 +190,7 @@ _INDEX_CLASSES = frozenset(
 )  # fmt: skip
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class IndexUnpickler(pickle.Unpickler):
     """Knows the classes an index consists of, and nothing else."""
 
     def __init__(self, stream: Any, file: Path) -> None:

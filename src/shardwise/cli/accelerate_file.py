@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shardwise.cli.settings import Settings, unknown_key
-from shardwise.errors import LaunchError
+from shardwise.errors import LaunchError, StrategyError
 from shardwise.strategy import Strategy
 
 _STAGES = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
@@ -68,8 +68,6 @@ _DROPPED_DEEPSPEED = {
     "zero3_init_flag": "each rank builds the model, then keeps its shard",
     "zero3_save_16bit_model": "state_dict() always holds whole weights",
     "deepspeed_moe_layer_cls_names": "ranks may take different branches of any model",
-    "offload_optimizer_nvme_path": "it belongs to offload_optimizer_device: nvme",
-    "offload_param_nvme_path": "it belongs to offload_param_device: nvme",
     "deepspeed_hostfile": "run 'shardwise launch' once on each host",
     "deepspeed_multinode_launcher": "run 'shardwise launch' once on each host",
     "deepspeed_inclusion_filter": "run 'shardwise launch' once on each host; devices: names the devices of one",
@@ -280,8 +278,15 @@ class _Translation:
             ("offload_param_device", "offload_params"),
         ):
             home = str(config.pop(key, None) or "none").lower()
+            folder = config.pop(key.replace("device", "nvme_path"), None)
             if home != "none":
                 homes[ours] = home
+            if home != "nvme" or folder in (None, "none"):
+                continue
+            if homes.setdefault("nvme_path", str(folder)) != str(folder):
+                self.cannot(f"two values of nvme_path: {homes['nvme_path']} and {folder}", "one folder for both")
+        if (ratio := config.pop("offload_ratio", None)) is not None:  # of the JSON file
+            homes["offload_ratio"] = float(ratio)
         if config.pop("cpu_checkpointing", False) is True:  # of the JSON file
             homes["activation_offload"] = "cpu"
         clip = config.pop("gradient_clipping", None)
@@ -295,8 +300,12 @@ class _Translation:
         if self.hosts > 1:
             self.notes.append("DeepSpeed's launcher reaches all hosts; run 'shardwise launch' once on each")
         self.rest(config, _DROPPED_DEEPSPEED, "deepspeed_config")
+        try:
+            strategy = str(Strategy(_STAGES[stage], **homes))
+        except StrategyError as error:
+            raise LaunchError(str(error.what), where=str(self.path), fix=str(error.fix)) from None
         return Settings(
-            strategy=str(Strategy(_STAGES[stage], **homes)),
+            strategy=strategy,
             gradient_accumulation_steps=steps if isinstance(steps, int) else None,
             mixed_precision=precision,
         )

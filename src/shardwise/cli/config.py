@@ -213,7 +213,6 @@ def _strategy(ranks: int, hosts: int) -> str | None:
         if text == _SCRIPT:
             return
         chosen = Strategy.parse(text)
-        chosen.require_available()
         if chosen.shard_size is not None and ranks % chosen.shard_size:
             raise LaunchError(f"shard_size={chosen.shard_size} does not divide {ranks} ranks", fix="choose a divisor")
 

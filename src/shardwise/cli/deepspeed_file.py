@@ -41,7 +41,12 @@ def flatten(path: Path, named_in: Path, notes: list[str], dropped: dict[str, str
     zero = _part(values, "zero_optimization")
     out["zero_stage"] = zero.pop("stage", 0)
     for key, name in (("offload_optimizer", "offload_optimizer_device"), ("offload_param", "offload_param_device")):
-        out[name] = _part(zero, key).get("device", "none")
+        part = _part(zero, key)
+        out[name] = part.get("device", "none")
+        if part.get("nvme_path") is not None:
+            out[f"{key}_nvme_path"] = part["nvme_path"]
+        if key == "offload_optimizer" and part.get("ratio") is not None:
+            out["offload_ratio"] = part["ratio"]
     for key, what in _REFUSED.items():
         if zero.pop(key, False):
             raise LaunchError(

@@ -75,7 +75,7 @@ class Settings:
             ShardwiseError: see the text; it names the flag, which is the key of a file with dashes.
         """
         if self.strategy is not None:
-            Strategy.parse(self.strategy).require_available()
+            Strategy.parse(self.strategy)
         if self.mixed_precision is not None and self.mixed_precision not in environment.PRECISIONS:
             raise LaunchError(
                 f"--mixed-precision {self.mixed_precision} is not known",

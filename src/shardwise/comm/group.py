@@ -53,11 +53,16 @@ class Transfer:
         self.done = True
         if self.works:
             assert self.group is not None and self.op is not None
-            self.group.wait(self.works, self.op)
-            self.works = ()
+            works, self.works = self.works, ()
+            self.group.wait(works, self.op)
         if self.after is not None:
             after, self.after = self.after, None
             after()
+
+    def __del__(self) -> None:
+        """Of a model that was dropped: other ranks still want these bytes, and gloo forgets what nobody holds."""
+        if self.works and self.group is not None:
+            self.group.world.keep(self.works)
 
 
 class Group:

@@ -94,8 +94,22 @@ class World:
         self.faults = Faults(self.rank, self.size, self.tracker, active=not self.fake)
         self.join: Any = None  # the open join_uneven_inputs block, an engine.join.Join
         self.saver: Any = None  # of asynchronous saves, a checkpoint.background.Background
+        self._abandoned: list[Any] | None = []
         self._groups: dict[object, Group] = {}
         self._meshes: dict[object, Mesh] = {}
+
+    def keep(self, works: Any) -> None:
+        """Hold on to what was started and will not be waited for, until the groups are gone."""
+        if self._abandoned is not None:
+            self._abandoned.append(works)
+
+    def leave(self) -> None:
+        """Let go of all groups, whatever is under way in them."""
+        for group in self._groups.values():
+            group.pg = None
+        self._groups.clear()
+        self._meshes.clear()
+        self.default_pg = self._abandoned = None
 
     @classmethod
     def current(cls, device: torch.device | None = None) -> World:

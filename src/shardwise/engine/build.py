@@ -14,8 +14,10 @@ from torch import nn
 
 from shardwise.comm import Mesh, World, init
 from shardwise.comm.group import Op
+from shardwise.comm.world import default_device
 from shardwise.engine import activations, state_dict
 from shardwise.engine import optimizer as _optimizer  # installs the optimizer hooks
+from shardwise.engine.deferred import Deferred, InitFn, bottom_up, has_meta
 from shardwise.engine.in_backward import InBackward
 from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
@@ -32,15 +34,20 @@ _ATTRIBUTE = "_shardwise_engine"
 engines: WeakSet[Engine] = WeakSet()
 
 
-def shard(module: M, chosen: Strategy, mesh: DeviceMesh | None = None, units: UnitRule = None) -> M:
+def shard(
+    module: M,
+    chosen: Strategy,
+    mesh: DeviceMesh | None = None,
+    units: UnitRule = None,
+    param_init_fn: InitFn | None = None,
+) -> M:
     """:func:`shardwise.fully_shard`, with exactly this strategy whatever the launcher said."""
-    chosen.require_available()
     if engine_of(module) is not None:
         raise UnitError(f"{type(module).__name__} is sharded already", fix="call fully_shard once per module")
     params = list(module.named_parameters(remove_duplicate=False))
     _check(module, params)
     activations.check(module, chosen)
-    device = next((p.device for _, p in params), torch.device("cpu"))
+    device = _device(params)
     world = init(device, timeout=chosen.timeout)
     engine = Engine(module, chosen, _mesh(world, device, chosen, mesh))
     if chosen.optimizer_in_backward:
@@ -69,11 +76,24 @@ def shard(module: M, chosen: Strategy, mesh: DeviceMesh | None = None, units: Un
             continue
         of_unit[_common_owner(names[key], list(owners))].append((p, names[key]))
     home = _home(engine, device)
-    made = {
-        name: Unit(engine, name, owners[name], of_unit[name], engine.mesh, chosen, engine.ledger, home)
-        for name, _ in [*selected, ("", module)]
-        if of_unit[name] or name == ""
-    }
+    made: dict[str, Unit] = {}
+
+    def make(name: str) -> None:
+        made[name] = Unit(engine, name, owners[name], of_unit[name], engine.mesh, chosen, engine.ledger, home)
+
+    deferred = Deferred(module, device, param_init_fn) if has_meta(module) else None
+    wanted = [name for name in owners if of_unit[name]]
+    if deferred is not None:  # a unit is sharded, and its memory freed, as soon as it has values
+        holders = {name: _holders(module, of_unit[name]) for name in wanted if name}
+        for child in bottom_up(module):
+            deferred.materialise(child)
+            for name in [name for name, modules in holders.items() if id(child) in modules]:
+                holders[name].discard(id(child))
+                if not holders[name]:
+                    make(name)
+    for name in [*(n for n in wanted if n), ""]:
+        if name not in made:
+            make(name)
     order = {name: i for i, (name, _) in enumerate(module.named_modules())}
     below = [(name, [unit]) for name, unit in made.items() if name]
     for name, _child, sub in adopted:
@@ -106,8 +126,7 @@ def _finish_transfers() -> None:
     for engine in list(engines):
         with suppress(CommError):  # the rank we owed it to has ended itself
             for unit in engine.units:
-                if unit.gathering is not None:
-                    unit.gather()
+                unit.settle()
 
 
 def engine_of(module: nn.Module) -> Engine | None:
@@ -159,9 +178,9 @@ def gathered(module: nn.Module, *, write: bool = False, grads: bool = False) -> 
         unit.kept_for.add("reading")
         if grads:
             for bucket in unit.buckets:
-                if not bucket.split_optimizer or all(p.grad is None for p in bucket.params):
+                if not bucket.grads.sharded or all(p.grad is None for p in bucket.params):
                     continue
-                full = bucket.full_grads()
+                full = bucket.grads.full()
                 for slot, p in zip(bucket.layout.slots, bucket.params, strict=True):
                     if p.grad is not None:
                         shown.append((p, p.grad))
@@ -186,11 +205,6 @@ def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]]) -> Non
     if not has_forward(module):
         raise UnitError(f"{type(module).__name__} has no forward", fix="shard the modules inside it, or their parent")
     for name, p in params:
-        if p.is_meta:
-            raise UnitError(
-                f"parameter '{name}' is on the meta device and has no values to shard",
-                fix="materialise it first: module.to_empty(device=...) and initialise",
-            )
         if _is_dtensor(p):
             raise UnitError(
                 f"parameter '{name}' is a DTensor already",
@@ -198,9 +212,24 @@ def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]]) -> Non
             )
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnitError(f"parameter '{name}' is uninitialised", fix="run a forward first")
-    devices = {str(p.device) for _, p in params}
+    devices = {str(p.device) for _, p in params if not p.is_meta}
     if len(devices) > 1:
         raise UnitError(f"the parameters are on several devices: {', '.join(sorted(devices))}", fix="move them to one")
+
+
+def _device(params: Sequence[tuple[str, nn.Parameter]]) -> torch.device:
+    """Where the model computes: where its values are; if it has none yet, where this rank computes."""
+    found = next((p.device for _, p in params if not p.is_meta), None)
+    if found is not None:
+        return found
+    if not params:
+        return torch.device("cpu")
+    return World._current.device if World._current is not None else default_device()
+
+
+def _holders(root: nn.Module, params: Sequence[tuple[nn.Parameter, list[str]]]) -> set[int]:
+    """The modules (by ``id``) that hold any of these parameters themselves."""
+    return {id(root.get_submodule(name.rpartition(".")[0])) for _, names in params for name in names}
 
 
 def _is_dtensor(p: nn.Parameter) -> bool:
@@ -234,7 +263,8 @@ def _mesh(world: World, device: torch.device, strategy: Strategy, mesh: DeviceMe
 def _home(engine: Engine, device: torch.device) -> Home | None:
     """Where what the strategy offloads goes, if anything. All ranks have one, or all raise."""
     strategy, world = engine.strategy, engine.world
-    homes = {strategy.offload_params, strategy.offload_optimizer if strategy.offload_ratio > 0 else "device"}
+    homes = {strategy.offload_params, strategy.offload_grads}
+    homes.add(strategy.offload_optimizer if strategy.offload_ratio > 0 else "device")
     if homes == {"device"}:
         return None
     home, error = None, None
@@ -247,6 +277,7 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
             buffers=strategy.offload_buffers,
             depth=strategy.offload_depth,
             pin=strategy.pin_memory and device.type == "cuda",
+            checksum=strategy.offload_checksum,
             ratio=strategy.offload_ratio,
             device=device,
             ahead=strategy.offload_prefetch + 1,
@@ -262,6 +293,7 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
         failed = [bool(flag) for flag in row.tolist()]
     if error is not None:
         raise error
+    assert home is not None
     if any(failed):
         odd = failed.index(True)
         raise OffloadError(
@@ -269,7 +301,8 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
             where=f"rank {world.rank}",
             fix=f"look at rank {odd}'s own message: its nvme_path is missing, full or not writable",
         )
-    return home
+    # On a CPU device, home ``cpu`` is the device.
+    return home if home.separate or home.disk is not None else None
 
 
 def _within(name: str, prefix: str) -> bool:

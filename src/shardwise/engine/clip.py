@@ -58,8 +58,17 @@ def clip_grad_norm_(
     pieces = [piece for _, _, ps in grads for piece in ps]
     if pieces:
         with told("multiply", held, factor.cpu):
-            torch._foreach_mul_(pieces, factor)
+            multiply_(pieces, factor)
     return total
+
+
+def multiply_(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply tensors, which may be on several devices, by a number on any."""
+    places: dict[torch.device, list[torch.Tensor]] = {}
+    for t in tensors:
+        places.setdefault(t.device, []).append(t)
+    for device, there in places.items():
+        torch._foreach_mul_(there, factor.to(device))
 
 
 def clip_grad_value_(params: nn.Module | Iterable[nn.Parameter], clip_value: float) -> None:
@@ -95,7 +104,8 @@ def _settled(params: Sequence[nn.Parameter]) -> list[Settled]:
             out.append((None, 0, [p.grad]))
         else:
             bucket, index = unit.places[id(p)]
-            out.append((bucket, index, bucket.step_grads(index) or []))
+            bucket.grads.require_reduced(index)
+            out.append((bucket, index, bucket.grads.for_step(index) or []))
     return out
 
 
@@ -140,7 +150,7 @@ def norms_of(grads: Sequence[torch.Tensor], norm_type: float) -> list[torch.Tens
     sharded: list[tuple[int, ShardedGrad]] = []
     for k, g in enumerate(grads):
         if isinstance(g, ShardedGrad):
-            g.bucket.require_reduced(g.slot)
+            g.bucket.grads.require_reduced(g.slot)
             sharded.append((k, g))
         else:
             out[k] = torch.linalg.vector_norm(g, norm_type)

@@ -63,15 +63,15 @@ def rest(engine: Engine) -> None:
 
 def whole(engine: Engine) -> list[Bucket]:
     """Buckets whose ``p.grad`` are plain tensors."""
-    return [b for u in engine.units for b in u.buckets if not b.split_optimizer]
+    return [b for u in engine.units for b in u.buckets if not b.split_optimizer and not b.grads.on_host]
 
 
 def adopt(bucket: Bucket) -> None:
     """Take over gradients that were put into ``p.grad`` by hand."""
     for i, p in enumerate(bucket.params):
-        if p.grad is not None and (bucket._handles is None or p.grad is not bucket._handles[i]):
-            bucket._adopt(i, p.grad)
-            bucket.show(i, p)
+        if p.grad is not None and not bucket.grads.spent[i] and not bucket.grads.is_shown(i, p.grad):
+            bucket.grads.adopt(i, p.grad)
+            bucket.grads.show(i, p)
 
 
 # --- rules ---------------------------------------------------------------------------------------
@@ -87,8 +87,9 @@ def _buffers(join: Join, engine: Engine) -> None:
     engine.send_buffers(join.leader)
 
 
-def _backward(join: Join, engine: Engine, gradients: tuple[bytes, bool]) -> None:
+def _backward(join: Join, engine: Engine, gradients: tuple[bytes, bool], settings: dict[int, Any]) -> None:
     take_mask(engine, gradients)
+    take_settings(join.optimizers, settings)
     engine.start_backward()
     for unit in engine.units:
         unit.begin_backward(engine.backward_id)
@@ -126,7 +127,7 @@ def _norms(join: Join, engine: None, places: Any, norm_type: float) -> None:
 
 def _multiply(join: Join, engine: None, places: Any, factor: torch.Tensor) -> None:
     if pieces := [g for _, _, held in clip._settled(join.params(places)) for g in held]:
-        torch._foreach_mul_(pieces, factor.to(pieces[0].device))
+        clip.multiply_(pieces, factor)
 
 
 def _clamp(join: Join, engine: None, places: Any, bound: float) -> None:
@@ -145,7 +146,7 @@ def _values(join: Join, engine: Engine, unit: int, bucket: int, kind: str) -> No
     if kind == "values":
         b.full_values()
     else:
-        b.full_grads()
+        b.grads.full()
 
 
 def _step(join: Join, engine: None, index: int, masks: Any, settings: Any) -> None:

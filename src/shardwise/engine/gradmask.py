@@ -16,9 +16,9 @@ def mask(engine: Engine) -> tuple[bytes, bool]:
     for unit in engine.units:
         for b, i, p in unit.slots:
             if p.grad is None:
-                row.append(_GONE if b.valid[i] or b.arrived[i] else _NEVER)
+                row.append(_GONE if b.grads.valid[i] or b.grads.arrived[i] else _NEVER)
             else:
-                row.append(_REDUCED if b.valid[i] else _WAITING if b.arrived[i] else _NEVER)
+                row.append(_REDUCED if b.grads.valid[i] else _WAITING if b.grads.arrived[i] else _NEVER)
     return bytes(row), _WAITING in row
 
 
@@ -30,6 +30,6 @@ def take_mask(engine: Engine, found: tuple[bytes, bool]) -> None:
         for b, i, p in unit.slots:
             theirs = next(at)
             if theirs == _REDUCED and p.grad is None:
-                b.show(i, p)
-            elif theirs == _GONE or (theirs == _NEVER and not (waiting and b.arrived[i])):
+                b.grads.show(i, p)
+            elif theirs == _GONE or (theirs == _NEVER and not (waiting and b.grads.arrived[i])):
                 p.grad = None

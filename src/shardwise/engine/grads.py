@@ -7,13 +7,14 @@ because a silent rank-local answer is how clipping quietly stops working elsewhe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shardwise.errors import GradientError
-from shardwise.trees import map_tensors
+from shardwise.trees import leaves, map_tensors
 
 if TYPE_CHECKING:
     from shardwise.engine.bucket import Bucket
@@ -24,33 +25,49 @@ aten = torch.ops.aten
 class ShardedGrad(torch.Tensor):
     """A handle of logical shape on one parameter's reduced gradient."""
 
-    bucket: Bucket
+    _bucket: weakref.ref[Bucket]
     slot: int
 
     @staticmethod
     def __new__(cls, bucket: Bucket, index: int) -> ShardedGrad:
         slot = bucket.layout.slots[index]
         self = torch.Tensor._make_wrapper_subclass(cls, slot.shape, dtype=bucket.master_dtype, device=bucket.device)
-        self.bucket, self.slot = bucket, index
+        # By a weak reference: p.grad is kept by C++, where the collector cannot look for cycles.
+        self._bucket, self.slot = weakref.ref(bucket), index
         return self
 
     def __init__(self, bucket: Bucket, index: int) -> None:
         super().__init__()
 
     @property
+    def bucket(self) -> Bucket:
+        found = self._bucket()
+        if found is None:
+            raise GradientError(
+                "the gradient's model is gone", fix="keep the model as long as its gradients are needed"
+            )
+        return found
+
+    @property
     def local(self) -> list[torch.Tensor]:
         """This rank's pieces, 1-D (whole-shaped under ``layout=tensor``)."""
-        return self.bucket.piece_grads(self.slot)
+        return self.bucket.grads.pieces(self.slot)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         name = self.bucket.layout.slots[self.slot].name
-        if self.bucket.spent[self.slot]:
+        if self.bucket.grads.spent[self.slot]:
             return f"ShardedGrad({name}, shape={tuple(self.shape)}, used up by an update in the backward)"
         return f"ShardedGrad({name}, shape={tuple(self.shape)}, local={sum(t.numel() for t in self.local)} elements)"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         rule = _RULES.get(func)
+        whole = [a for a in leaves(args) if isinstance(a, ShardedGrad) and not a.bucket.split_optimizer]
+        if whole and (rule is None or func in _LOOKS):
+            for handle in whole:
+                handle.bucket.grads.require_reduced(handle.slot)
+            plain = map_tensors((args, kwargs or {}), _unwrapped)
+            return func(*plain[0], **plain[1])
         if rule is None:
             grad = next((a for a in args if isinstance(a, ShardedGrad)), None)
             raise GradientError(
@@ -73,20 +90,31 @@ class ShardedGrad(torch.Tensor):
             return rule(*args, **kwargs)
 
 
+def _unwrapped(t: torch.Tensor) -> torch.Tensor:
+    return t.bucket.grads.whole(t.slot) if isinstance(t, ShardedGrad) and not t.bucket.split_optimizer else t
+
+
 def _local(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     out: list[torch.Tensor] = []
     for g in grads:
         if isinstance(g, ShardedGrad):
-            g.bucket.require_reduced(g.slot)
+            g.bucket.grads.require_reduced(g.slot)
             out += g.local
         else:
             out.append(g)
     return out
 
 
+def _beside(pieces: Sequence[torch.Tensor], args: Any) -> Any:
+    """The other operands where the pieces are, which may be the host."""
+    return map_tensors(args, lambda t: t.to(pieces[0].device)) if pieces else args
+
+
 def _each(inplace: Callable[..., Any]) -> Callable[..., Any]:
     def one(grad: ShardedGrad, *args: Any, **kwargs: Any) -> ShardedGrad:
-        for piece in _local([grad]):
+        pieces = _local([grad])
+        args = _beside(pieces, args)
+        for piece in pieces:
             inplace(piece, *args, **kwargs)
         return grad
 
@@ -97,13 +125,13 @@ def _many(inplace: Callable[..., Any]) -> Callable[..., None]:
     def all_(grads: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> None:
         pieces = _local(grads)
         if pieces:
-            inplace(pieces, *args, **kwargs)
+            inplace(pieces, *_beside(pieces, args), **kwargs)
 
     return all_
 
 
 def _zero(grad: ShardedGrad) -> ShardedGrad:
-    grad.bucket.zero_grad(grad.slot)
+    grad.bucket.grads.zero(grad.slot)
     return grad
 
 
@@ -135,7 +163,9 @@ def _unscale(grads: Sequence[torch.Tensor], found_inf: torch.Tensor, inv_scale: 
     """GradScaler's check: every rank must see an overflow that any rank's pieces have."""
     pieces = _local(grads)
     if pieces:
-        torch._amp_foreach_non_finite_check_and_unscale_(pieces, found_inf, inv_scale)
+        found, inverse = _beside(pieces, (found_inf, inv_scale))
+        torch._amp_foreach_non_finite_check_and_unscale_(pieces, found, inverse)
+        found_inf.copy_(found)
     first = next(g for g in grads if isinstance(g, ShardedGrad))
     mesh = first.bucket.mesh
     votes = torch.zeros(mesh.shard.size, dtype=torch.float32, device=found_inf.device)
@@ -164,5 +194,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten._foreach_norm.Scalar: _foreach_norm,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
 }
+_LOOKS = {aten.linalg_vector_norm.default, aten._foreach_norm.Scalar}  # without a collective where all of it is here
 BY_NAME = {str(func): rule for func, rule in _RULES.items()}
 """The same rules for ranks that are told about an operation, see :mod:`shardwise.engine.join`."""

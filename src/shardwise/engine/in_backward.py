@@ -95,11 +95,11 @@ class InBackward:
                 updated if every trainable parameter got one here, and otherwise waits for the end of the backward.
         """
         for bucket in unit.buckets:
-            if bucket in self._done or bucket.grad is None:
+            if bucket in self._done or bucket.grads.reduced is None:
                 continue
             trainable = [i for i, p in enumerate(bucket.params) if p.requires_grad]
             if used is None:
-                if not all(bucket.seen[i] for i in trainable):
+                if not all(bucket.grads.seen[i] for i in trainable):
                     continue
                 mine = set(trainable)
             else:
@@ -111,7 +111,7 @@ class InBackward:
         self._read_ahead(bucket)
         for job in self._jobs.get(id(bucket), ()):
             pieces: list[list[torch.Tensor]] = []
-            on_host: list[torch.Tensor] = []
+            crossing: list[torch.Tensor] = []
             for places in job.places:
                 pieces.append([])
                 for index in places:
@@ -119,21 +119,21 @@ class InBackward:
                     pieces[-1] += held
                     if index not in used:
                         continue
-                    if bucket.on_host:
-                        on_host += held
+                    if bucket.grads_cross:
+                        crossing += held
                     else:
-                        for piece, grad in zip(held, bucket.piece_grads(index), strict=True):
+                        for piece, grad in zip(held, bucket.grads.pieces(index), strict=True):
                             piece.grad = grad
             whole = [group["params"] for group in job.optimizer.param_groups]
             try:
-                update(job.optimizer, job.part, pieces, on_host)
+                update(job.optimizer, job.part, pieces, crossing)
             finally:
                 job.part.cancel()
                 for group, params in zip(job.optimizer.param_groups, whole, strict=True):
                     group["params"] = params
                 for piece in (p for ps in pieces for p in ps):
                     piece.grad = None
-        bucket.spend()
+        bucket.grads.spend()
 
     def _read_ahead(self, bucket: Bucket) -> None:
         """Start to read what the bucket after this one keeps at home, if the last backward tells which that is."""
@@ -153,8 +153,17 @@ class InBackward:
                 unit.publish(buckets)
 
     def abandon(self) -> None:
-        """The backward failed."""
+        """The backward failed.
+
+        Raises:
+            UnitError: when some units had been updated: the model is neither that of this step nor of the next.
+        """
         for jobs in self._jobs.values():
             for job in jobs:
                 job.part.cancel()
-        self._done = []
+        done, self._done = self._done, []
+        if done:
+            raise UnitError(
+                f"the last backward failed when {len(done)} of its updates had taken place (optimizer_in_backward)",
+                fix="load the last checkpoint before going on",
+            )

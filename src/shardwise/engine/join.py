@@ -179,7 +179,7 @@ class Join:
         if self.has_followers and self.world.rank == self.leader:
             self._send_changed()
             summaries = [follow.summary(e) for e in self.engines]
-            self._tell("round", None, (summaries, self._settings(), self.loop.shared()))
+            self._tell("round", None, (summaries, self.settings(), self.loop.shared()))
         self._agree(level, last)
         if self.world.rank not in self.live:
             self._follow()
@@ -261,7 +261,7 @@ class Join:
             )
         engines = [k for k, e in enumerate(self.engines) if follow.holds(e, optimizer)]
         masks = [(k, mask(self.engines[k])) for k in engines]
-        self.event("step", None, index, masks, lambda: self._settings(index).get(index))
+        self.event("step", None, index, masks, lambda: self.settings(index).get(index))
 
     def told_already(self) -> _Inside:
         """Around what belongs to an event that was told before."""
@@ -299,7 +299,7 @@ class Join:
             fix="prepare the model before the block, or list it in join_uneven_inputs([...])",
         )
 
-    def _settings(self, only: int | None = None) -> dict[int, Any]:
+    def settings(self, only: int | None = None) -> dict[int, Any]:
         """Learning rates and other settings of the optimizers that followers do not have yet."""
         out = {}
         for k, optimizer in enumerate(self.optimizers):
@@ -335,7 +335,7 @@ class Join:
         if self.has_followers and not self.following:
             for engine in self.engines:
                 for bucket in follow.whole(engine):
-                    self._versions[id(bucket)] = -1 if bucket.grad is None else bucket.grad._version
+                    self._versions[id(bucket)] = -1 if bucket.grads.reduced is None else bucket.grads.reduced._version
 
     def _send_changed(self) -> None:
         for engine in self.engines:
@@ -343,8 +343,8 @@ class Join:
                 continue
             for place, bucket in enumerate(follow.whole(engine)):
                 follow.adopt(bucket)
-                grad = bucket.grad
-                if grad is None or bucket.raw is grad or grad._version == self._versions.get(id(bucket), -1):
+                grad = bucket.grads.reduced
+                if grad is None or bucket.grads.raw is grad or grad._version == self._versions.get(id(bucket), -1):
                     continue
                 self._versions[id(bucket)] = grad._version
                 self._tell("grads", engine, (place,))
@@ -353,7 +353,7 @@ class Join:
     def take_grads(self, engine: Engine, place: int) -> None:
         """A follower's side of it."""
         bucket = follow.whole(engine)[place]
-        grad = bucket._open_grad()
+        grad = bucket.grads.open()
         data = torch.empty(grad.numel(), dtype=grad.dtype)
         self._line.receive(data.view(torch.uint8), self.leader)
         grad.copy_(data)

@@ -22,6 +22,7 @@ from shardwise.engine.bucket import Bucket
 from shardwise.errors import OptimizerError
 from shardwise.tiers.aligned import padded
 from shardwise.tiers.home import SLOT, Home, Loan, Shelf
+from shardwise.tiers.link import Ordered
 from shardwise.tiers.staged import Place, Staged, bring, fetch, send_away
 from shardwise.tiers.transfer import Transfer
 
@@ -76,17 +77,21 @@ class Part:
         n, on_host = bucket.master.numel(), bucket.on_host
         follows = bucket.apart and (bucket.params_on_disk or (on_host and not bucket.params_away))
         # What crosses the link or goes to the disk in the compute dtype: gradients, then values.
-        self._low_bytes = padded(n * bucket.dtype.itemsize) if follows or on_host else 0
-        self._grad_bytes = padded(n * bucket.master_dtype.itemsize) if on_host else 0
+        self._low_bytes = padded(n * bucket.dtype.itemsize) if follows or (on_host and not bucket.grads.on_host) else 0
+        # Gradients that are not where the update is: they cross in the compute dtype, and are widened there.
+        self._grad_bytes = padded(n * bucket.master_dtype.itemsize) if on_host and not bucket.grads.on_host else 0
+        self._device_grad: torch.Tensor | None = None
         self._shelf: Shelf | None = None
         self._loan: Loan | None = None
         self._crossed = False
+        self._grads: torch.Tensor | None = None  # of an update to come
         self._coming: list[Transfer] = []
+        self.known = False  # has there been an update, which made and laid out its state?
 
     @property
     def crosses(self) -> bool:
-        """Do gradients come from the device?"""
-        return self._grad_bytes > 0
+        """Do gradients come from the other side of the link?"""
+        return self.bucket.grads_cross
 
     # --- one update --------------------------------------------------------------------------
     @property
@@ -100,6 +105,12 @@ class Part:
         Args:
             grads: they are reduced. Otherwise a second call, or :meth:`enter`, brings them.
         """
+        crossing = values and grads and self.crosses and not self._crossed
+        if crossing and not self.bucket.on_host:
+            held = self._held_grads()
+            self._device_grad = torch.empty_like(held, device=self.bucket.device)
+            self._coming.append(Ordered(self.home.step_link.to_device(held, self._device_grad)))
+            self._crossed = True
         if not (self._shelf is not None or (values and (self._values_bytes > 0 or self._low_bytes > 0))):
             return
         if self._loan is None:
@@ -109,9 +120,16 @@ class Part:
                 self._coming += self.bucket.values.read(self._loan.buffer)
             if self._shelf is not None:
                 self._coming += self._shelf.read(self._mine)
-        if values and grads and self.crosses and not self._crossed:
+        if crossing and self.bucket.on_host:
             self._crossed = True
-            self._coming.append(self.home.link.to_host(self.bucket.held_grad(), self._low))
+            self._coming.append(self.home.step_link.to_host(self._held_grads(), self._low))
+
+    def take_grads(self) -> None:
+        """Look for the gradients now: the update takes place in another thread."""
+        self._grads = self.bucket.grads.held() if self.crosses else None
+
+    def _held_grads(self) -> torch.Tensor:
+        return self.bucket.grads.held() if self._grads is None else self._grads
 
     def enter(self, state: State, values: bool = True) -> None:
         """Have state and master values in memory."""
@@ -129,9 +147,12 @@ class Part:
             self.bucket.values.bring(self._loan.buffer)
 
     def give_grads(self, pieces: Iterable[torch.Tensor]) -> None:
-        """Gradients that have crossed the link go to the pieces on the host."""
-        full = self._area(self._low_bytes, self._grad_bytes, self.bucket.master_dtype)
-        full.copy_(self._low)
+        """Gradients that have crossed the link go to the pieces."""
+        if self._device_grad is not None:
+            full = self._device_grad
+        else:
+            full = self._area(self._low_bytes, self._grad_bytes, self.bucket.master_dtype)
+            full.copy_(self._low)
         wanted = {id(piece) for piece in pieces}
         at = {id(p): k for p, k in zip(self._pieces, self.bucket.piece_starts, strict=True)}
         for piece in self._pieces:
@@ -147,6 +168,7 @@ class Part:
             OptimizerError: state of a kind that cannot be moved.
         """
         writes: list[Transfer] = []
+        self.known = self.known or values
         if values:
             if self.crosses:
                 for piece in self._pieces:
@@ -158,7 +180,8 @@ class Part:
         values = values and self._values_bytes > 0
         found = self._found(state)
         slots, nbytes = _slots(found)
-        if slots != self.slots:
+        laid_out = slots != self.slots
+        if laid_out:
             for transfer in writes:
                 transfer.wait()
             writes.clear()
@@ -179,9 +202,10 @@ class Part:
                 what = f"state '{key}' of {self.optimizer}, unit {self.bucket.label},"
                 send_away(value, Place(self._shelf, slot.start, what))
         self._release(writes)
+        self.home.trim(now=laid_out)
 
     def _release(self, after: Sequence[Transfer] = ()) -> None:
-        self._crossed = False
+        self._crossed, self._device_grad, self._grads = False, None, None
         if self._loan is not None:
             loan, self._loan = self._loan, None
             loan.release(after)
@@ -288,19 +312,27 @@ def part_of(parts: dict[int, Part], optimizer: Optimizer, bucket: Bucket) -> Par
     return part
 
 
-def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], on_host: Set[int]) -> None:
-    """Update what has another home, and leave the rest in ``param_groups`` for the step that is about to run.
+def to_update(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], crossing: Set[int]) -> list[Part]:
+    """The parts that have gradients, in the order of the units.
 
     Args:
         pieces: with their gradients set.
         parts: the optimizer's, by ``id`` of the bucket.
-        on_host: pieces on the host, by ``id``, whose gradients are on the device.
+        crossing: pieces, by ``id``, whose gradients are on the other side of the link.
     """
     offloaded = [(p, b) for group in pieces for p, b in group if b is not None and b.home is not None]
-    buckets = {id(b): b for p, b in offloaded if p.grad is not None or id(p) in on_host}
-    todo = [part_of(parts, optimizer, b) for b in sorted(buckets.values(), key=_place)]
+    buckets = {id(b): b for p, b in offloaded if p.grad is not None or id(p) in crossing}
+    return [part_of(parts, optimizer, b) for b in sorted(buckets.values(), key=_place)]
+
+
+def step(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: Set[int]) -> None:
+    """Update parts now, and leave what has no home in ``param_groups`` for the step that is about to run.
+
+    Args:
+        pieces, crossing: see :func:`to_update`.
+    """
     try:
-        _each(optimizer, todo, pieces, on_host)
+        _each(optimizer, todo, pieces, crossing)
     finally:
         for part in todo:
             part.cancel()
@@ -308,7 +340,13 @@ def step(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], on_host: 
         group["params"] = [p for p, b in held if b is None or b.home is None]
 
 
-def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, on_host: Set[int]) -> None:
+def pieces_of(part: Part, pieces: Pieces, crossing: Set[int]) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
+    """A part's pieces per group, and those of them whose gradients are on the other side of the link."""
+    mine = [[p for p, b in held if b is part.bucket] for held in pieces]
+    return mine, [p for held in mine for p in held if id(p) in crossing]
+
+
+def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: Set[int]) -> None:
     """Update part by part; what a step changes in the optimizer's groups is as if it had not."""
     after: list[dict[str, Any]] | None = None
     for k, part in enumerate(todo):
@@ -316,8 +354,8 @@ def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, on_host: S
         if k + 1 < len(todo) and part.home.buffers > 1:
             todo[k + 1].begin()
         _unit(part.bucket).settle()
-        mine = [[p for p, b in held if b is part.bucket] for held in pieces]
-        changed = update(optimizer, part, mine, [p for held in mine for p in held if id(p) in on_host])
+        mine, on_the_way = pieces_of(part, pieces, crossing)
+        changed = update(optimizer, part, mine, on_the_way)
         if after is not None and not _equal(after, changed):
             raise OptimizerError(
                 f"{type(optimizer).__name__} keeps numbers in its groups that depend on all parameters together",
@@ -327,31 +365,31 @@ def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, on_host: S
 
 
 def update(
-    optimizer: Optimizer, part: Part, pieces: Sequence[list[torch.Tensor]], on_host: Sequence[torch.Tensor]
+    optimizer: Optimizer, part: Part, pieces: Sequence[list[torch.Tensor]], crossing: Sequence[torch.Tensor]
 ) -> list[dict[str, Any]]:
     """Run the optimizer's own step on the pieces of one part.
 
     Args:
         pieces: per parameter group, with their gradients set; left in ``param_groups``.
-        on_host: those on the host whose gradients are on the device.
+        crossing: those whose gradients are on the other side of the link.
 
     Returns:
         The groups' settings as the step left them. They are put back: what a step changes in its groups (some count
         there) it changes once, not once per part.
     """
     groups = optimizer.param_groups
-    before = [_settings(group) for group in groups]
+    before = [settings_of(group) for group in groups]
     step: Callable[[Optimizer], Any] = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
     part.enter(optimizer.state)
     try:
         if part.crosses:
-            part.give_grads(on_host)
+            part.give_grads(crossing)
         for group, mine in zip(groups, pieces, strict=True):
             group["params"] = mine
         step(optimizer)
     finally:
         part.leave(optimizer.state)
-    changed = [_settings(group) for group in groups]
+    changed = [settings_of(group) for group in groups]
     for group, values in zip(groups, before, strict=True):
         for key in [key for key in group if key != "params" and key not in values]:
             del group[key]
@@ -359,7 +397,7 @@ def update(
     return changed
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 

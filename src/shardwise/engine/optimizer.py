@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from shardwise.comm import World
-from shardwise.engine import offload
+from shardwise.engine import later, offload
 from shardwise.engine.bucket import Bucket
+from shardwise.engine.later import Update
 from shardwise.engine.offload import Part, part_of
 from shardwise.engine.unit import Unit
 from shardwise.errors import OptimizerError
@@ -47,8 +48,9 @@ class _Attachment:
     def __init__(self) -> None:
         self.originals: list[list[nn.Parameter]] | None = None  # while exchanged
         self.pieces: list[list[tuple[torch.Tensor, Bucket | None]]] = []  # what they are exchanged for
-        self.on_host: set[int] = set()  # pieces (by id) that have a gradient, on the device
+        self.crossing: set[int] = set()  # pieces (by id) whose gradients are on the other side of the link
         self.bare = False  # state_dict() leaves what is on a disk there
+        self.updates: dict[int, Update] = {}  # of this step, by id of the bucket, that take place later
         self.parts: dict[int, Part] = {}  # by id of the bucket, where state has another home than the device
         self.states = 0
         self.counted: set[int] = set()  # pieces whose state is in the ledger
@@ -143,6 +145,7 @@ def _exchange(optimizer: Optimizer, record: _Attachment, grads: bool = False) ->
     """Parameters out, pieces in."""
     if record.originals is not None:
         _restore(optimizer, record)  # the last step ended in an exception
+    _catch_up(optimizer)
     record.originals = [list(g["params"]) for g in optimizer.param_groups]
     record.pieces = []
     for group in optimizer.param_groups:
@@ -156,14 +159,20 @@ def _exchange(optimizer: Optimizer, record: _Attachment, grads: bool = False) ->
             bucket, index = place
             held = bucket.piece_params[index]
             if grads:
-                found = bucket.step_grads(index) if p.requires_grad else None
+                found = bucket.grads.for_step(index) if p.requires_grad else None
                 for k, piece in enumerate(held):
-                    # Master values on the host get their gradients there, when their turn comes.
-                    piece.grad = None if found is None or bucket.on_host else found[k]
-                if found is not None and bucket.on_host:
-                    record.on_host.update(id(piece) for piece in held)
+                    # Gradients on the other side of the link come when it is their turn.
+                    piece.grad = None if found is None or bucket.grads_cross else found[k]
+                if found is not None and bucket.grads_cross:
+                    record.crossing.update(id(piece) for piece in held)
             pieces += [(piece, bucket) for piece in held]
         group["params"] = [piece for piece, _ in pieces]
+
+
+def _catch_up(optimizer: Optimizer) -> None:
+    """Wait for updates that were asked for."""
+    for unit in {id(u): u for g in optimizer.param_groups for p in g["params"] if (u := unit_of(p))}.values():
+        unit.catch_up()
 
 
 def _restore(optimizer: Optimizer, record: _Attachment) -> None:
@@ -174,7 +183,7 @@ def _restore(optimizer: Optimizer, record: _Attachment) -> None:
             if bucket is not None:
                 piece.grad = None
         record.originals, record.pieces = None, []
-        record.on_host.clear()
+        record.crossing.clear()
 
 
 def _take_out(optimizer: Optimizer, record: _Attachment, state_dict: dict[str, Any]) -> None:
@@ -223,6 +232,7 @@ def flush(optimizer: Optimizer) -> None:
     """State that was put into memory (loaded, or changed inside :func:`optimizer_state`) goes to its home."""
     record = _attached.get(optimizer)
     if record is not None:
+        _catch_up(optimizer)
         for bucket in _homes(optimizer).values():
             part_of(record.parts, optimizer, bucket).flush(optimizer.state)
 
@@ -241,6 +251,7 @@ def optimizer_state(optimizer: Optimizer) -> Iterator[Any]:
     attach(optimizer)
     record = _attached.get(optimizer)
     if record is not None:
+        _catch_up(optimizer)
         for bucket in _homes(optimizer).values():
             part_of(record.parts, optimizer, bucket).materialise(optimizer.state)
     try:
@@ -322,7 +333,10 @@ def _put_pieces(optimizer: Optimizer, record: _Attachment) -> None:
     """Pieces in, with gradients; those whose state has another home are stepped here and now."""
     _exchange(optimizer, record, grads=True)
     if any(b is not None and b.home is not None for pieces in record.pieces for _, b in pieces):
-        offload.step(optimizer, record.pieces, record.parts, record.on_host)
+        todo = offload.to_update(optimizer, record.pieces, record.parts, record.crossing)
+        record.updates = later.plan(optimizer, todo, record.pieces, record.crossing)
+        now = [part for part in todo if id(part.bucket) not in record.updates]
+        offload.step(optimizer, now, record.pieces, record.crossing)
 
 
 def _tell(optimizer: Optimizer) -> None:
@@ -350,8 +364,13 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 buckets.append(place[0])
     join = World.current().join
     with torch.no_grad(), nullcontext() if join is None else join.told_already():
+        updates, record.updates = record.updates, {}
         for unit, buckets in sorted(touched.values(), key=lambda t: t[0].index):
-            unit.publish(buckets)
+            if waiting := [updates[id(b)] for b in buckets if id(b) in updates]:
+                unit.postpone(waiting, buckets)
+            else:
+                unit.publish(buckets)
+        later.start(list(updates.values()))
 
 
 def _count_state(optimizer: Optimizer, record: _Attachment) -> None:
@@ -382,6 +401,7 @@ def put_state(optimizer: Optimizer, bucket: Bucket, piece: torch.Tensor, state: 
         piece: one of ``bucket.piece_params``.
     """
     record = _attached[optimizer]
+    bucket.catch_up()
     old = optimizer.state.pop(piece, {})
     if id(piece) in record.counted:
         record.counted.discard(id(piece))

@@ -99,6 +99,7 @@ class Engine:
         self.gather_log = 0
         self._keep_graph = False
         self.in_backward: InBackward | None = None  # updates units as soon as their gradients are reduced
+        self._later: list[Unit] = []
         self._ahead = 1 + (strategy.offload_prefetch if strategy.offload_params != "device" else 0)
         self.saved: SavedOnHost | None = None  # activations on the host
 
@@ -226,6 +227,10 @@ class Engine:
                 unit.kept_for.add("backward")
         if self.backward_active:
             return
+        if self._later:
+            following, self._later = self._later, []
+            following[0].catch_up()
+            self._prefetch(following)
         if not (will_backward and unit in self.stay_gathered):
             unit.release()
 
@@ -241,6 +246,9 @@ class Engine:
 
     def _prefetch(self, following: list[Unit]) -> None:
         """Gather the next unit, and bring shards of those after it from their home."""
+        if following and following[0].updates:
+            self._later = following  # once this unit computes: until its update has taken place, nothing else would
+            return
         for k, unit in enumerate(following):
             if k == 0 and unit.split:
                 unit.start_gather()
@@ -248,7 +256,7 @@ class Engine:
                 unit.stage()
 
     def _log_gather(self, unit: Unit) -> None:
-        if unit.split and not unit.gathered and unit.gathering is None:
+        if unit.split and unit.mesh.shard.size > 1 and not unit.gathered and unit.gathering is None:
             self.gather_log = zlib.crc32(unit.name.encode(), self.gather_log)
 
     def send_buffers(self, source: int) -> None:
@@ -271,7 +279,7 @@ class Engine:
         if self.backward_active:
             return
         if self.sync:
-            with self.told("backward", partial(mask, self)):
+            with self.told("backward", partial(mask, self), self._settings):
                 pass
         if self.in_backward is not None:
             self._check_in_backward(self.in_backward)
@@ -279,6 +287,11 @@ class Engine:
         self._keep_graph = torch.is_grad_enabled()  # create_graph=True: a second backward needs the values
         self._backward.begin(self._forward.now[::-1])
         Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _settings(self) -> dict[int, Any]:
+        """What ranks that have run out of data do not know yet of the optimizers that this backward will step."""
+        join = self.world.join
+        return {} if self.in_backward is None or join is None else join.settings()
 
     def _check_in_backward(self, updates: InBackward) -> None:
         for what, wrong in (
@@ -289,6 +302,8 @@ class Engine:
 
     def start_backward(self) -> None:
         """Nothing has arrived yet and nothing is launched."""
+        for unit in self.units:
+            unit.catch_up()
         self.backward_active = True
         self.forward_active = self._keep_graph = False
         self.backward_id += 1
@@ -338,15 +353,15 @@ class Engine:
         while len(self._inflight) >= _IN_FLIGHT:
             oldest = self._inflight.popleft()
             for b in oldest.buckets:
-                if b.split_grads or self.in_backward is not None:
-                    b.finish_reduce()
-                elif b.reduction is not None:
-                    b.reduction.advance()
+                if b.grads.split or self.in_backward is not None:
+                    b.grads.finish_reduce()
+                else:
+                    b.grads.advance_reduce()
             if self.in_backward is not None:
                 self.in_backward.update(oldest)
         for b in unit.buckets:
             if any(p.requires_grad for p in b.params):
-                b.launch_reduce()
+                b.grads.launch_reduce()
         self._inflight.append(unit)
         self._launched.append(unit)
 
@@ -363,7 +378,7 @@ class Engine:
                     if self.in_backward is not None:
                         self.in_backward.end(self.units)
             else:
-                self._show({id(p) for u in self.units for b, i, p in u.slots if b.arrived[i]})
+                self._show({id(p) for u in self.units for b, i, p in u.slots if b.grads.arrived[i]})
                 if self.local:
                     self._keep()
             if not self._keep_graph:
@@ -379,30 +394,30 @@ class Engine:
     def _keep(self) -> None:
         for unit in self.units:
             for b in unit.buckets:
-                b.keep()
+                b.grads.keep()
 
     def _show(self, used: set[int]) -> None:
         for unit in self.units:
             for b, i, p in unit.slots:
-                if id(p) in used or b.shown[i]:
-                    b.show(i, p)
+                if id(p) in used or b.grads.shown[i]:
+                    b.grads.show(i, p)
 
     def _abandon_backward(self) -> None:
         """The last backward ended in an exception that the caller survived: forget what it left half done."""
         with torch.no_grad(), self.told("abandon"):
             for unit in self.units:
                 for b in unit.buckets:
-                    b.abandon()
+                    b.grads.abandon()
                 unit.kept_for.clear()
                 unit.release()
-                if self.in_backward is not None:
-                    self.in_backward.abandon()
                 if unit.backward_id == self.backward_id:
                     for b, i, p in unit.slots:
-                        if b.shown[i]:
-                            b.show(i, p)
+                        if b.grads.shown[i] and not b.grads.spent[i]:
+                            b.grads.show(i, p)
         self._inflight.clear()
         self.backward_active = False
+        if self.in_backward is not None:
+            self.in_backward.abandon()
 
     def _reduce_rest(self) -> set[int]:
         with torch.no_grad():
@@ -411,12 +426,12 @@ class Engine:
                 self._launch(self.units[index])
             launched = {u.index for u in self._launched}
             # 2. Which parameters got a gradient, and where more arrived after their unit's reduce?
-            arrived = {id(p) for u in self.units for b, i, p in u.slots if b.seen[i]}
+            arrived = {id(p) for u in self.units for b, i, p in u.slots if b.grads.seen[i]}
             message = Message(self, arrived, [u.index for u in self.units if u.any_arrived])
             transfer = message.start()
             for unit in self._launched:
                 for b in unit.buckets:
-                    b.finish_reduce()
+                    b.grads.finish_reduce()
             self._inflight.clear()
             used, again, order = message.finish(transfer)
             # 3. What nobody expected: units used for the first time, or a second arrival in one backward.
@@ -426,11 +441,11 @@ class Engine:
                     self._launch(unit)
             for unit in self.units:
                 for b in unit.buckets:
-                    b.finish_reduce()
+                    b.grads.finish_reduce()
                 if self.in_backward is not None:
                     self.in_backward.update(unit, used)
                 for b in unit.buckets:
-                    b.seen = [False] * len(b.params)
+                    b.grads.seen = [False] * len(b.params)
             self._order = [i for i in order if i in wanted] + [
                 i for i in self._default_order() if i in wanted and i not in order
             ]
@@ -448,7 +463,7 @@ class Engine:
                 )
             with self.told("scale", factor):
                 slots = [(b, i) for u in self.units for b, i, p in u.slots if p.grad is not None]
-                if pieces := [g for b, i in slots for g in b.step_grads(i) or ()]:
+                if pieces := [g for b, i in slots for g in b.grads.for_step(i) or ()]:
                     torch._foreach_mul_(pieces, factor)
 
     def told(self, kind: str, *args: Any) -> AbstractContextManager[None]:

@@ -27,8 +27,7 @@ def install(unit: Unit) -> None:
         return prefix + name[len(unit.name) + 1 if unit.name else 0 :]  # the unit is renamed when a parent adopts it
 
     def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if unit.gathering is not None:
-            unit.gather()
+        unit.settle()
         unit.reading_state = True
 
     @torch.no_grad()
@@ -53,8 +52,7 @@ def install(unit: Unit) -> None:
                 where=f"unit {unit.label}",
                 fix="call it without assign, or load before sharding",
             )
-        if unit.gathering is not None:
-            unit.gather()
+        unit.settle()
         for bucket, index, p in unit.slots:
             shape = bucket.layout.slots[index].shape
             for name in unit.names[id(p)]:
@@ -101,6 +99,7 @@ def held(param: nn.Parameter) -> Held | None:
     unit = unit_of(param)
     if unit is None:
         return None
+    unit.catch_up()
     bucket, index = unit.places[id(param)]
     pieces = [(lo, hi, t) for (lo, hi), t in zip(bucket.ranges(index), bucket.piece_params[index], strict=True)]
     shape = bucket.layout.slots[index].shape
@@ -115,8 +114,7 @@ def units_of(module: nn.Module) -> list[Unit]:
 def settle(module: nn.Module) -> None:
     """Before master values are written to: wait for what is still on its way from the last step."""
     for unit in units_of(module):
-        if unit.gathering is not None:
-            unit.gather()
+        unit.settle()
         for bucket in unit.buckets:
             if bucket.values is not None:
                 bucket.values.materialise()

@@ -20,6 +20,7 @@ from shardwise.tiers.home import Home
 from shardwise.tiers.transfer import Transfer
 
 if TYPE_CHECKING:
+    from shardwise.engine.later import Update
     from shardwise.engine.schedule import Engine
 
 
@@ -94,6 +95,8 @@ class Unit:
         self.watch_trainable()
         self.gathered = True
         self.staged = False
+        self.updates: list[Update] = []  # asked for, and not waited for
+        self._owed: list[Bucket] = []  # whose values will have to follow
         self.gathering: list[Transfer] | None = None
         self.kept_for: set[str] = set()  # stay gathered until the end of this "forward", "backward" or "reading"
         self.handles: list[Any] = []
@@ -112,13 +115,14 @@ class Unit:
     # --- values ------------------------------------------------------------------------------
     def stage(self) -> None:
         """Begin to bring this rank's shards from their home, ahead of the gather."""
-        if self.away and not self.gathered and self.gathering is None:
+        if self.away and not self.gathered and self.gathering is None and not self.updates:
             self.staged = True
             for b in self.buckets:
                 b.stage()
 
     def start_gather(self) -> None:
         """Begin to bring the values here, unless they are here or on their way."""
+        self.catch_up()
         if self.gathered or self.gathering is not None:
             return
         with torch.no_grad(), self.engine.told("gather", self.index):
@@ -131,7 +135,8 @@ class Unit:
             return
         self.start_gather()
         transfers, self.gathering = self.gathering, None
-        assert transfers is not None
+        if transfers is None:
+            return  # they were here, as soon as an update had taken place
         for t in transfers:
             t.wait()
         self.gathered = True
@@ -171,14 +176,41 @@ class Unit:
             self.gathered = False
             guard(self.params)
 
+    def postpone(self, updates: Sequence[Update], buckets: Sequence[Bucket]) -> None:
+        """As :meth:`publish`, of updates that are under way: :meth:`catch_up` does the rest."""
+        if self.gathering is not None:
+            self.gather()
+        if self.split:
+            self.kept_for.clear()
+            self.release()
+        else:
+            self.gathered = False
+            guard(self.params)
+        self.updates, self._owed = list(updates), list(buckets)
+
+    def catch_up(self) -> None:
+        """Wait for updates that were asked for; then values follow."""
+        if not self.updates:
+            return
+        updates, self.updates = self.updates, []
+        owed, self._owed = self._owed, []
+        for one in updates:
+            one.wait()
+        if not self.split:
+            self.gathered = True
+            unguard(self.params)
+        with torch.no_grad():
+            self.publish(owed)
+
     def settle(self) -> None:
-        """Before values are written to: wait for those that are still on their way from the last step."""
+        """Before values are read or written past the engine: wait for what is under way since the last step."""
+        self.catch_up()
         if self.gathering is not None:
             self.gather()
 
     def touch(self, param: nn.Parameter, operation: str) -> None:
         """Somebody uses a guarded parameter: bring the values, if all ranks are here for the same reason."""
-        if self.gathering is not None:
+        if self.gathering is not None or (self.updates and not self.split):
             self.gather()
         elif self.engine.forward_active or self.engine.backward_active:
             self.gather()
@@ -204,7 +236,7 @@ class Unit:
             self.calls.clear()
             self.pending = sum(1 for _, _, p in self.slots if p.requires_grad)
             for b in self.buckets:
-                b.read_flags()
+                b.grads.read_flags()
 
     def _arrived(self, bucket: Bucket, index: int, param: nn.Parameter) -> None:
         engine = self.engine
@@ -227,7 +259,7 @@ class Unit:
                 fix="build the embedding with sparse=False",
             )
         with torch.no_grad():
-            bucket.arrive(index, grad.detach())
+            bucket.grads.arrive(index, grad.detach())
         self.pending -= 1
         if self.pending == 0:
             self.check_complete()
@@ -240,7 +272,7 @@ class Unit:
 
     @property
     def any_arrived(self) -> bool:
-        return any(any(b.arrived) for b in self.buckets)
+        return any(any(b.grads.arrived) for b in self.buckets)
 
 
 def _arrived(unit: weakref.ref[Unit], slot: int, param: nn.Parameter) -> None:

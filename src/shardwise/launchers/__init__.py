@@ -139,9 +139,7 @@ def _variables(
     if name != "no":
         out[environment.MIXED_PRECISION] = name
     if strategy is not None:
-        chosen = Strategy.parse(strategy)
-        chosen.require_available()
-        out[environment.STRATEGY] = str(chosen)
+        out[environment.STRATEGY] = str(Strategy.parse(strategy))
     if cpu:
         out[environment.CPU] = "1"
         out["CUDA_VISIBLE_DEVICES"] = ""

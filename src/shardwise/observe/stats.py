@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.comm import CommCount, World
+from shardwise.engine.bucket import Bucket
 from shardwise.engine.build import engines, require_engine
 from shardwise.engine.schedule import Engine
 from shardwise.strategy import Strategy
@@ -76,7 +77,9 @@ def _homes(engines: list[Engine]) -> list[Home]:
 
 
 def _links(engines: list[Engine]) -> list[Link]:
-    return [home.link for home in _homes(engines)] + [e.saved.link for e in engines if e.saved is not None]
+    return [link for home in _homes(engines) for link in (home.link, home.step_link)] + [
+        e.saved.link for e in engines if e.saved is not None
+    ]
 
 
 def _disk(engines: list[Engine]) -> DiskStats:
@@ -149,9 +152,9 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
             n, value, master = b.layout.numel, _width(b.dtype), _width(b.master_dtype)
             wire = _width(b.reduce_dtype)
             trainable = any(p.requires_grad for p in b.params)
-            params_home = row.offload_params
+            params_home = _place(row.offload_params, b)
             split_params = (row.split_params and shard > 1) or params_home != "device"
-            home = row.offload_optimizer if trainable and row.offload_ratio else "device"
+            home = _place(row.offload_optimizer, b) if trainable and row.offload_ratio else "device"
             kept = 1 - row.offload_ratio if home == "nvme" else 1.0
             apart = (home, params_home) != ("device", "device") and (value != master or b.apart)
             if split_params:
@@ -169,18 +172,25 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
             sent += gathers * (shard - 1) * (n // shard) * value
             if trainable:
                 sent += (size - 1) * (n // size) * wire + (copies - 1) * (n // size) * master
-                gradients += (n // shard if row.split_grads else n) * master
+                gradients += (n // shard if row.split_grads or _place(row.offload_grads, b) == "cpu" else n) * master
                 held = n // shard if row.split_optimizer else n
                 optimizer += round(kept * tensors * held * master)
                 through = (tensors + apart if home == "nvme" else 0) + (params_home == "nvme" and not apart)
                 low = held * value if params_home == "nvme" and apart else 0
                 largest = max(largest, through * held * master + low)
                 arriving[-1] += n * wire
-    ahead = row.offload_prefetch if row.offload_params != "device" else 0
+    away = any(_place(row.offload_params, b) != "device" for u in engine.units for b in u.buckets)
+    ahead = row.offload_prefetch if away else 0
     buffers = _root_and(2 + ahead, values) + max(arriving) * (size - 1) // size
     if row.split_grads and shard > 1:
         buffers += _root_and(2, arriving)
     return Expected(sent, parameters, gradients, optimizer, buffers, row.offload_buffers * largest)
+
+
+def _place(home: str, bucket: Bucket) -> str:
+    """Where a home is, seen from the device: ``cpu`` is the device itself where that is one."""
+    separate = bucket.device.type != "cpu" if bucket.home is None else bucket.home.separate
+    return "device" if home == "cpu" and not separate else home
 
 
 def _root_and(count: int, sizes: list[int]) -> int:

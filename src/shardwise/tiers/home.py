@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 
 from shardwise.tiers.aligned import ALIGN, BufferPool
 from shardwise.tiers.disk import DiskStats, DiskStore, Extent
+from shardwise.tiers.heap import give_back
 from shardwise.tiers.ledger import Ledger
 from shardwise.tiers.link import Link
 from shardwise.tiers.transfer import Transfer
@@ -71,6 +75,7 @@ class Home:
         buffers: int = 3,
         depth: int = 4,
         pin: bool = False,
+        checksum: bool = False,
         ratio: float = 1.0,
         device: torch.device | None = None,
         ahead: int = 2,
@@ -78,19 +83,29 @@ class Home:
         warn: bool = True,
     ) -> None:
         self.kind, self.ledger, self.buffers, self.pin, self.ratio = kind, ledger, buffers, pin, ratio
-        self.disk = DiskStore(path, rank=rank, depth=depth, warn=warn) if kind == "nvme" else None
+        self.disk = DiskStore(path, rank=rank, depth=depth, checksum=checksum, warn=warn) if kind == "nvme" else None
         self.link = Link(device or torch.device("cpu"))
+        self.step_link = Link(self.link.device)  # of updates, which values on their way do not wait for
         self.separate = self.link.device.type != "cpu" if separate is None else separate
         self.ahead = ahead
         self.under_way: deque[Any] = deque()  # values that are being read ahead
+        self.landing: deque[Callable[[], None]] = deque()  # waits for gradients on their way here
+        self.failed: Exception | None = None  # why an update that nobody has waited for did not take place
+        self._trimmed = 0.0
         self._pools: dict[str, BufferPool] = {}
         self._dropped: list[Extent] = []
         self._total = self._placed = 0  # bytes of all shelves, and of them on the disk
+        self._asked = self._taken = 0  # bytes of units, and of those whose state comes here
 
     @property
     def store(self) -> DiskStore:
         assert self.disk is not None, "only a disk has a store"
         return self.disk
+
+    @cached_property
+    def thread(self) -> ThreadPoolExecutor:
+        """Where updates take place that nobody waits for yet. One, so that they keep their order."""
+        return ThreadPoolExecutor(1, thread_name_prefix="shardwise-updates")
 
     @property
     def stats(self) -> DiskStats:
@@ -101,7 +116,8 @@ class Home:
         if self.disk is not None:
             self.disk.drain()
             self.disk.reset_stats()
-        self.link.to_host_bytes = self.link.to_device_bytes = 0
+        for link in (self.link, self.step_link):
+            link.to_host_bytes = link.to_device_bytes = 0
 
     # --- buffers -----------------------------------------------------------------------------
     def lend(self, nbytes: int, purpose: str = "step", count: int = 0) -> Loan:
@@ -121,8 +137,25 @@ class Home:
             self.count(pool.nbytes)
         return Loan(pool, pool.acquire())
 
+    def trim(self, *, now: bool = False) -> None:
+        """Give freed host memory back to the system, where a disk is used to need less of it. Once a second at most.
+
+        Args:
+            now: also if that was less than a second ago.
+        """
+        if self.disk is not None and (now or perf_counter() - self._trimmed > 1.0):
+            give_back()
+            self._trimmed = perf_counter()
+
     def count(self, nbytes: int) -> None:
         self.ledger.add("offload_buffers", nbytes)
+
+    def takes(self, nbytes: int) -> bool:
+        """Does a unit's state of a size that goes with ``nbytes`` belong to the ``ratio`` that comes here?"""
+        self._asked += nbytes
+        taken = self.ratio * self._asked - self._taken >= nbytes / 2
+        self._taken += nbytes * taken
+        return taken
 
     def share(self, nbytes: int) -> int:
         """How many of ``nbytes`` more bytes go to the disk, so that all that do are ``ratio`` of all there are."""

@@ -55,7 +55,7 @@ class Link:
             return Copy()
         low = source.to(host.dtype)  # before it crosses: half the bytes
         event = self._beside(low, host)
-        low.record_stream(self._side())
+        low.record_stream(self.stream)
         return Copy(event)
 
     def to_device(self, host: torch.Tensor, target: torch.Tensor) -> Copy:
@@ -68,13 +68,15 @@ class Link:
 
     def _beside(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
         """Copy on the stream of our own, after what the device was told so far."""
-        stream = self._side()
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
             return stream.record_event()
 
-    def _side(self) -> torch.cuda.Stream:
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """A stream of its own."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
         return self._stream

@@ -122,6 +122,8 @@ class DeepSpeedPlugin:
             shard_size=facts.shard_size,
             offload_params=facts.offload_params,
             offload_optimizer=facts.offload_optimizer,
+            offload_ratio=facts.offload_ratio,
+            nvme_path=facts.nvme_path,
             param_dtype=facts.param_dtype,
             reduce_dtype=facts.reduce_dtype,
             activation_offload=facts.offload_activations,

@@ -79,13 +79,12 @@ _ZERO_REFUSED = {
     "zero_quantized_gradients": "use communication_data_type bf16",
     "zenflow": "leave it out",
 }
-_OFFLOAD_READ = {"device", "nvme_path"}
+_OFFLOAD_READ = {"device", "nvme_path", "ratio"}
 _OFFLOAD_TUNING = {
     "buffer_count", "buffer_size", "max_in_cpu", "pin_memory", "pipeline_read", "pipeline_write", "pipeline",
     "fast_init", "cpuadam_cores_perc",
 }  # fmt: skip
 _OFFLOAD_REFUSED = {
-    "ratio": "all of it or nothing: give 1.0, or leave it out",
     "super_offload": "leave it out",
 }
 _ACTIVATIONS_TUNING = {
@@ -111,7 +110,8 @@ class DsFacts:
         stage: of ZeRO; ``None`` if it is not said.
         shard_size: ranks of a MiCS group, or ``None``.
         offload_optimizer, offload_params: ``device``, ``cpu`` or ``nvme``.
-        nvme_paths: by ``optimizer`` and ``param``, where one is given.
+        nvme_path: a folder on the disk of home ``nvme``, or ``None``.
+        offload_ratio: the part of the optimizer state that is offloaded.
         offload_activations: ``device`` or ``cpu``.
         param_dtype: ``fp16``, ``bf16`` or ``None``.
         reduce_dtype: the dtype of gradients on the wire, or ``None``.
@@ -126,7 +126,8 @@ class DsFacts:
     offload_optimizer: str = "device"
     offload_params: str = "device"
     offload_activations: str = "device"
-    nvme_paths: dict[str, str] = field(default_factory=dict)
+    nvme_path: str | None = None
+    offload_ratio: float = 1.0
     param_dtype: str | None = None
     reduce_dtype: str | None = None
     accumulation: int | None = None
@@ -180,7 +181,9 @@ def read_ds_config(config: Mapping[str, Any], where: str = "DeepSpeed configurat
     idle = _sort(config, "", _QUIET, _TUNING, _REFUSED, where)
     zero = _section(config, "zero_optimization", where)
     idle += _sort(zero, "zero_optimization.", _ZERO_READ | _ZERO_QUIET, _ZERO_TUNING, _ZERO_REFUSED, where)
-    homes, paths = {}, {}
+    homes: dict[str, str] = {}
+    paths: dict[str, str] = {}
+    ratio = 1.0
     for kind in ("optimizer", "param"):
         name = f"offload_{kind}"
         part = _section(zero, name, where)
@@ -196,6 +199,11 @@ def read_ds_config(config: Mapping[str, Any], where: str = "DeepSpeed configurat
         homes[kind] = home
         if _said(part.get("nvme_path")) and part["nvme_path"] != "none":
             paths[kind] = str(part["nvme_path"])
+        found = _number(part.get("ratio"), f"zero_optimization.{name}.ratio", float, where)
+        ratio = ratio if found is None or kind != "optimizer" else found
+    folders = sorted({paths[kind] for kind, home in homes.items() if home == "nvme" and kind in paths})
+    if len(folders) > 1:
+        raise ConfigError(f"two values of nvme_path: {' and '.join(folders)}", where=where, fix="give one folder")
     stage = _number(zero.get("stage"), "zero_optimization.stage", int, where)
     if stage is not None and stage not in range(4):
         raise ConfigError(f"zero_optimization.stage={stage} does not exist", where=where, fix="0, 1, 2 or 3")
@@ -218,7 +226,8 @@ def read_ds_config(config: Mapping[str, Any], where: str = "DeepSpeed configurat
         offload_optimizer=homes["optimizer"],
         offload_params=homes["param"],
         offload_activations="cpu" if _said(saved.get("cpu_checkpointing")) else "device",
-        nvme_paths=paths,
+        nvme_path=folders[0] if folders else None,
+        offload_ratio=ratio,
         param_dtype=halves,
         reduce_dtype=_DTYPES[str(wire)] if _said(wire) else None,
         accumulation=_accumulation(config, where),

@@ -34,7 +34,7 @@ class FullyShardedDataParallelPlugin:
         mixed_precision_policy: ``bf16``, ``fp16`` or ``fp32``, or an object or dict with ``param_dtype`` and
             ``reduce_dtype``. Without a ``reduce_dtype`` gradients are reduced in the dtype of the master values.
         auto_wrap_policy, transformer_cls_names_to_wrap, min_num_params: which modules are units: see ``units``.
-        cpu_offload: parameters and optimizer state live on the CPU.
+        cpu_offload: parameters, gradients and optimizer state live on the CPU.
         ignored_modules: refused.
         activation_checkpointing: units are computed again in backward.
         activation_checkpointing_offload: what is kept for that, and what else a forward saves, is on the CPU meanwhile.
@@ -42,7 +42,8 @@ class FullyShardedDataParallelPlugin:
         use_orig_params, sync_module_states, backward_prefetch, forward_prefetch, limit_all_gathers,
             state_dict_type, state_dict_config, optim_state_dict_config: accepted. Parameters are the module's
             own, rank 0's values go to everyone, gathers run ahead of their use, and state dicts hold whole tensors.
-        cpu_ram_efficient_loading, param_init_fn: no effect, with a warning: models have values when prepared.
+        param_init_fn: fills modules that were built on the meta device. See :func:`shardwise.fully_shard`.
+        cpu_ram_efficient_loading: no effect, with a warning: build the model on the meta device on every rank.
 
     Raises:
         ConfigError, StrategyError: a value that is unknown or not served.
@@ -101,9 +102,7 @@ class FullyShardedDataParallelPlugin:
     def _idle(self) -> list[str]:
         idle = []
         if self.cpu_ram_efficient_loading:
-            idle.append("cpu_ram_efficient_loading (every rank builds the model before it is prepared)")
-        if self.param_init_fn is not None and not self.sync_module_states:
-            idle.append("param_init_fn (models have values when they are prepared)")
+            idle.append("cpu_ram_efficient_loading (build the model on the meta device, on every rank)")
         policy = self.mixed_precision_policy
         if policy is not None and not isinstance(policy, (str, torch.dtype)):
             if _entry(policy, "buffer_dtype") not in (None, torch.float32):
@@ -131,6 +130,7 @@ class FullyShardedDataParallelPlugin:
         return Strategy(
             next(iter(told.values()), "zero3"),
             offload_params=home,
+            offload_grads=home,
             offload_optimizer=home,
             param_dtype=param,
             reduce_dtype=reduce,

@@ -178,13 +178,7 @@ class _Vote:
 
     def leave(self) -> None:
         """Close this rank's connections: the others may wait in a collective that it will never join."""
-        world = World.current()
-        for group in world._groups.values():
-            group.pg = None
-        world._groups.clear()
-        world._meshes.clear()
-        world.default_pg = None
-        del world
+        World.current().leave()
         if dist.is_initialized():
             if "nccl" in self.backend:
                 dist.distributed_c10d._abort_process_group()

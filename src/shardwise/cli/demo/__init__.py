@@ -44,7 +44,6 @@ def demo(
     from shardwise.cli.launch import choose_nproc, ranks_environment, thread_environment
 
     chosen = Strategy.parse(strategy)
-    chosen.require_available()
     if size not in SIZES:
         raise LaunchError(f"--size {size} is not known", fix=f"one of {', '.join(SIZES)}")
     if steps is not None and steps < 1:
