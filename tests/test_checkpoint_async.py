@@ -77,6 +77,19 @@ def test_it_holds_what_was_there_when_it_began(tmp_path, strategy):
     run(2, goes_on_meanwhile, tmp_path / "a", strategy)
 
 
+def weights_at_once(folder):
+    model, opt = build("zero3")
+    step(model, opt, 0)
+    checkpoint.async_save(folder / "checkpoint_0", models=[model], optimizers=[opt])
+    other, _ = build("zero1", seed=3)
+    assert checkpoint.load_model(other, folder / "latest").path == folder / "checkpoint_0"
+    assert_same(whole(other), whole(model))
+
+
+def test_load_model_waits_for_it(tmp_path):
+    run(2, weights_at_once, tmp_path)
+
+
 def test_state_at_home_on_a_disk(tmp_path):
     run(2, goes_on_meanwhile, tmp_path / "a", f"zero3,offload_optimizer=nvme,nvme_path={tmp_path}")
 
