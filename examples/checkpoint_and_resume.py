@@ -2,9 +2,11 @@
 
 python examples/checkpoint_and_resume.py --folder /tmp/run --stop-after 20
 python examples/checkpoint_and_resume.py --folder /tmp/run
+shardwise launch -n 2 --max-restarts 3 examples/checkpoint_and_resume.py --folder /tmp/run2 --background
 
 The second run takes up the newest complete checkpoint: model, optimizer, scheduler, random states, and the place in
-the data. Its losses are those of a run that was never stopped.
+the data. Its losses are those of a run that was never stopped. In the third, training goes on while a checkpoint is
+written, and a rank that is killed costs the steps since the last complete one.
 """
 
 import argparse
@@ -35,6 +37,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--save-every", type=int, default=10, help="steps")
     parser.add_argument("--stop-after", type=int, default=0, help="steps; 0: run to the end")
+    parser.add_argument("--background", action="store_true", help="go on while a checkpoint is written")
     options = parser.parse_args(argv)
 
     project = ProjectConfiguration(options.folder, automatic_checkpoint_naming=True, total_limit=2)
@@ -64,10 +67,12 @@ def main(argv: list[str] | None = None) -> list[float]:
             progress.steps += 1
             if progress.steps % options.save_every == 0:
                 progress.epoch = epoch + accelerator.gradient_state.end_of_dataloader
-                accelerator.save_state()
+                accelerator.async_save_state() if options.background else accelerator.save_state()
             if progress.steps == options.stop_after:
                 accelerator.print(f"stopped after step {progress.steps}")
+                accelerator.end_training()
                 return losses
+    accelerator.end_training()  # waits for a save in the background
     accelerator.print(f"{progress.steps} steps, last loss {losses[-1]:.6f}" if losses else "nothing left to do")
     return losses
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import pickle
 import random
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +26,8 @@ import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, whole, world
 from ranks import run
 from shardwise import checkpoint
+from shardwise.checkpoint import filling
+from shardwise.checkpoint.payload import around, known
 from shardwise.checkpoint.slices import boxes
 from shardwise.errors import CheckpointError
 
@@ -360,6 +364,55 @@ def test_boxes_are_the_range(shape, data):
     assert len(boxes(shape, start, stop)) <= max(2 * len(shape) - 1, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.uint8])
+def test_an_archive_made_by_hand_is_torchs(dtype):
+    for shape in ((), (0, 4), (3,), (5, 7, 2), (1, 1)):
+        tensor = (torch.randn(shape) * 10).to(dtype)
+        before, after = around(dtype, shape)
+        data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        again = torch.load(io.BytesIO(before + data + after), weights_only=True)
+        assert torch.equal(again, tensor) and again.dtype == dtype and again.stride() == tensor.stride()
+    assert not known(torch.complex64)
+
+
+def test_an_archive_of_more_than_four_gigabytes(tmp_path):
+    n = 5 << 30
+    before, after = around(torch.uint8, (n,))
+    with open(tmp_path / "large.pt", "wb") as file:  # nearly all of it a hole
+        file.write(before)
+        file.seek(len(before) + n - 3)
+        file.write(b"abc" + after)
+    large = torch.load(tmp_path / "large.pt", weights_only=True, mmap=True)
+    assert large.shape == (n,) and bytes(large[-3:].tolist()) == b"abc"
+
+
+def several_blocks(path, strategy, save):
+    """Files of several blocks, tensors that lie in two of them, and dtypes that torch itself must write."""
+    torch.manual_seed(int(save))
+    model = nn.Sequential(*(nn.Linear(1000, 1200) for _ in range(4)))
+    model.register_buffer("complex", torch.randn(5, 3, dtype=torch.complex64))
+    shardwise.fully_shard(model, strategy=strategy)
+    if save:
+        checkpoint.save(path, models=[model])
+        checkpoint.verify(path)
+    else:
+        model.complex.zero_()
+        checkpoint.load(path, models=[model])
+    return whole(model)
+
+
+def test_several_blocks(tmp_path):
+    saved = run(2, several_blocks, tmp_path / "a", "zero3", True)[0]
+    assert (tmp_path / "a" / "__0_0.distcp").stat().st_size > 1 << 23
+    for size, strategy in ((3, "zero3"), (1, "ddp")):
+        assert_same(run(size, several_blocks, tmp_path / "a", strategy, False)[-1], saved)
+    data = bytearray((tmp_path / "a" / "__1_0.distcp").read_bytes())
+    data[-1000] ^= 1
+    (tmp_path / "a" / "__1_0.distcp").write_bytes(data)
+    with pytest.raises(CheckpointError, match="__1_0"):
+        checkpoint.verify(tmp_path / "a")
+
+
 # --- what is refused ---------------------------------------------------------------------------------
 def manifest_of(path):
     return json.loads((path / "shardwise.json").read_text())
@@ -374,7 +427,7 @@ def agree(path, name):
     """Let the manifest say of a changed file that it is as it should be."""
     outer = manifest_of(path)
     data = (path / name).read_bytes()
-    outer["shardwise"]["files"][name] = {"size": len(data), "crc32": zlib.crc32(data)}
+    outer["shardwise"]["files"][name] = {"size": len(data), "crc32": [zlib.crc32(data)]}
     put_manifest(path, outer)
 
 
@@ -701,6 +754,56 @@ def test_numbers_latest_and_limit(tmp_path):
         checkpoint.latest(root)
     with pytest.raises(CheckpointError, match="total_limit=0"):
         checkpoint.prune(root, 0)
+
+
+@pytest.mark.parametrize("harm", ["manifest", "file", "short"])
+def test_latest_passes_over_what_is_not_whole_and_the_limit_keeps_what_is(tmp_path, harm):
+    for i in range(4):
+        checkpoint.save(tmp_path / f"checkpoint_{i}", state={"n": i})
+    for i in (2, 3):
+        path = tmp_path / f"checkpoint_{i}"
+        if harm == "manifest":
+            manifest_cut(path)
+        elif harm == "file":
+            (path / "state.pt").unlink()
+        else:
+            (path / "state.pt").write_bytes((path / "state.pt").read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="checkpoint_3.*the newest complete one is .*checkpoint_1"):
+        assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint_1"
+    with pytest.warns(UserWarning, match="checkpoint_3"):
+        assert checkpoint.load(tmp_path / "latest").state == {"n": 1}
+    assert checkpoint.prune(tmp_path, 1) == [tmp_path / "checkpoint_0"]
+    with pytest.warns(UserWarning, match="checkpoint_2"):
+        assert checkpoint.find(tmp_path / "latest") == tmp_path / "checkpoint_1"
+    (tmp_path / "checkpoint_1" / "state.pt").unlink()
+    with pytest.raises(CheckpointError, match="none of the checkpoints there is complete"):
+        checkpoint.load(tmp_path / "latest")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        checkpoint.load(tmp_path / "nothing" / "latest")
+
+
+def not_all_in_memory(path):
+    """With little memory left, what goes into tensors in use is read twice: compared, then loaded in parts."""
+    saved = trained(path, "zero3", d=64, odd=False)
+    outcomes = []
+    for room in (0, 50_000):
+        with mock.patch.object(filling, "available", lambda room=room: room):
+            model, opt = build("zero2", seed=4, d=64, odd=False)
+            step(model, opt, 0)
+            checkpoint.load(path, models=[model], optimizers=[opt])
+            assert_same(whole(model), saved)
+            if room and rank() == 0:
+                bit_flipped(path)
+            torch.distributed.barrier()
+            if room:
+                outcomes.append(failure(checkpoint.load, path, models=[model], optimizers=[opt]))
+                assert_same(whole(model), saved)
+    return outcomes[0]
+
+
+def test_loading_with_little_memory(tmp_path):
+    for text in run(2, not_all_in_memory, tmp_path / "a"):
+        assert "wrong checksum" in text
 
 
 # --- whole models --------------------------------------------------------------------------------------

@@ -67,7 +67,9 @@ def test_checkpoint_and_resume(size, tmp_path):
     first = everywhere(
         size, "checkpoint_and_resume", "--folder", str(tmp_path / "cut"), "--stop-after", "10", "--save-every", "4"
     )
-    second = everywhere(size, "checkpoint_and_resume", "--folder", str(tmp_path / "cut"), "--save-every", "4")
+    second = everywhere(
+        size, "checkpoint_and_resume", "--folder", str(tmp_path / "cut"), "--save-every", "4", "--background"
+    )
     assert first == whole[:10] and second == whole[8:], "the second run goes on after the checkpoint of step 8"
     assert len(list((tmp_path / "cut" / "checkpoints").glob("checkpoint_*"))) == 2
 

@@ -82,3 +82,5 @@ def test_both_lists_of_public_names_agree(package):
     assert imported == {name: f"{package.__name__}.{home}" for name, home in package._HOME.items()}
     for name in package.__all__:
         assert getattr(package, name) is not None
+    modules = {path.stem for path in Path(package.__file__).parent.iterdir()}
+    assert not modules & set(package._HOME), "importing that module would put it in the place of the name"

@@ -15,7 +15,8 @@ import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
 from shardwise import checkpoint
-from shardwise.checkpoint.reading import BLOCK, Reader
+from shardwise.checkpoint.files import BLOCK
+from shardwise.checkpoint.reading import Reader
 from shardwise.checkpoint.stored import Stored, box_parts
 from shardwise.errors import CheckpointError
 

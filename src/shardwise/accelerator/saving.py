@@ -44,8 +44,13 @@ class Saving(Base):
         return Path(self.project_dir) / "checkpoints"
 
     def has_checkpoint(self) -> bool:
-        """Is there a complete checkpoint that :meth:`load_state` without arguments would load? A collective."""
-        return bool(operations.from_first(int(checkpoint.latest(self._checkpoints()) is not None)))
+        """Is there a complete checkpoint that :meth:`load_state` without arguments would load? A collective.
+
+        It waits for a save that is under way.
+        """
+        checkpoint.settle_saves()
+        folder = self._checkpoints()
+        return bool(operations.from_first(int(World.current().rank == 0 and checkpoint.latest(folder) is not None)))
 
     # --- hooks ---------------------------------------------------------------------------------
     def register_for_checkpointing(self, *objects: Any) -> None:
@@ -98,11 +103,29 @@ class Saving(Base):
 
         Cost: a collective. Every rank writes what it holds; models with hooks are also gathered on rank 0.
         """
+        return str(self._save(output_dir, checkpoint.save))
+
+    def async_save_state(self, output_dir: str | os.PathLike[str] | None = None) -> checkpoint.AsyncSave:
+        """:meth:`save_state` that returns when everything is copied, and is written while the training goes on.
+
+        The next save or load, and :meth:`end_training`, wait for it first, and raise what went wrong on every rank.
+        Until it is complete, the latest checkpoint is the one before.
+
+        Returns:
+            A handle: ``wait()`` for the folder or the error, ``done``.
+
+        Cost: the copy; host memory for all that this rank writes, kept for the next time. Hooks, and models that they
+        see, are dealt with at once.
+        """
+        return self._save(output_dir, checkpoint.async_save)
+
+    def _save(self, output_dir: str | os.PathLike[str] | None, save: Callable[..., Any]) -> Any:
+        checkpoint.settle_saves()
         named = output_dir is None or self.project_configuration.automatic_checkpoint_naming
         path = self._next_checkpoint() if named else Path(os.fspath(output_dir))  # type: ignore[arg-type]
         models, beside = self._run_save_hooks(path)
         positions = [loader.state_dict() for loader in self._dataloaders]
-        saved = checkpoint.save(
+        saved = save(
             path,
             models=models,
             optimizers=[o.optimizer for o in self._optimizers],
@@ -116,12 +139,11 @@ class Saving(Base):
             rank_state={"rng": checkpoint.rng_state(), "loaders": positions},
             info={"step": self.step, "accelerator": self._counts()},
             files_from=None if beside is None else beside.move_into,
+            total_limit=self.project_configuration.total_limit if named else None,
         )
         if named:
             self.project_configuration.iteration = int(path.name.rpartition("_")[2]) + 1
-            if self.project_configuration.total_limit is not None:
-                checkpoint.prune(path.parent, self.project_configuration.total_limit)
-        return str(saved)
+        return saved
 
     def _run_save_hooks(self, path: Path) -> tuple[list[nn.Module], _Beside | None]:
         """The models that the hooks leave to us, and the folder with what they wrote."""
@@ -155,7 +177,8 @@ class Saving(Base):
         with the batches that were left; :meth:`skip_first_batches` does it the explicit way.
 
         Args:
-            input_dir: a folder; without it, the newest complete one of the project's ``checkpoints``.
+            input_dir: a folder; without it, or with ``"latest"``, the newest complete one of the project's
+                ``checkpoints``. ``folder/latest`` is the newest complete one in any folder.
             load_kwargs: accepted for Accelerate's sake; ``strict`` is read from it.
             strict: raise if parameters differ in name or shape; otherwise load those that fit.
 
@@ -168,7 +191,10 @@ class Saving(Base):
                 f"load_kwargs holds {', '.join(sorted(load_kwargs))}", fix="only strict= has a meaning here"
             )
         strict = (load_kwargs or {}).get("strict", strict)
-        path = Path(os.fspath(input_dir)) if input_dir is not None else self._newest_checkpoint()
+        checkpoint.settle_saves()
+        newest = input_dir is None or (os.fspath(input_dir) == "latest" and self.project_dir is not None)
+        path = self._newest_checkpoint() if newest else Path(os.fspath(input_dir))  # type: ignore[arg-type]
+        path = checkpoint.find(path)
         models = list(self._models)
         for hook in list(self._load_hooks.values()):
             hook(models, str(path))
@@ -192,13 +218,7 @@ class Saving(Base):
             self.project_configuration.iteration = int(number) + 1
 
     def _newest_checkpoint(self) -> Path:
-        found = checkpoint.latest(self._checkpoints())
-        newest = operations.gather_object(None if found is None else str(found))[0]
-        if newest is None:
-            raise CheckpointError(
-                "there is no complete checkpoint", where=str(self._checkpoints()), fix="save one first"
-            )
-        return Path(newest)
+        return checkpoint.find(self._checkpoints() / "latest")
 
     def _counts(self) -> dict[str, int]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+from shardwise import checkpoint
 from shardwise.accelerator.base import Base
 from shardwise.errors import TrackerError
 from shardwise.logging import get_logger
@@ -133,14 +134,18 @@ class Trackers(Base):
         return BlankTracker(name)
 
     def end_training(self) -> None:
-        """Finish all trackers. All are finished even if one of them raises.
+        """Finish all trackers, even if one of them raises, and wait for a save in the background.
 
         Raises:
+            CheckpointError: that save failed.
             Exception: whatever a client raises.
         """
-        if self._phase == "running":
-            self._phase = "ended"
-            _finish(self.trackers)
+        try:
+            if self._phase == "running":
+                self._phase = "ended"
+                _finish(self.trackers)
+        finally:
+            checkpoint.wait_for_saves()
 
     @property
     def _names(self) -> list[str]:

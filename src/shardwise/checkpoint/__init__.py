@@ -23,10 +23,15 @@ raise. All errors are :class:`~shardwise.errors.CheckpointError` and name the fi
 =======================================  =====================================================================
 ``save(directory, ...)``                 collective; returns the final path. The directory appears complete or
                                          not at all, and replaces an older one only when it is complete
+``async_save(directory, ...)``           collective; returns when all is copied, and writes while the training goes
+                                         on. :class:`AsyncSave`: ``wait()``, ``done``
+``wait_for_saves()``                     wait for a save in the background, and raise what it ended with. No collective
+``settle_saves()``                       the same as a collective; saves and loads begin with it
 ``load(directory, ...)``                 collective; checks everything before it changes anything, then loads in
                                          place. Returns :class:`Loaded`. ``strict=False`` loads what fits
 ``read_manifest(directory)``             the :class:`Manifest`: step, strategies, world size, files. Any one rank
 ``verify(directory)``                    collective; reads all files against their checksums
+``find(directory)``                      collective; the path, or what ``directory/latest`` stands for
 ``latest(directory)``                    the newest complete checkpoint inside, or ``None``. Any one rank
 ``next_path(directory)``                 ``directory/checkpoint_<n>`` with the next free n. Any one rank
 ``prune(directory, total_limit)``        collective; deletes the oldest, never the newest complete one
@@ -41,6 +46,8 @@ raise. All errors are :class:`~shardwise.errors.CheckpointError` and name the fi
 What goes into ``state`` and ``rank_state``: tensors, numbers, strings, bytes, NumPy arrays and numbers, and dicts,
 lists, tuples and sets of these. Tensors come back on the CPU. Anything else is refused when saving, with the
 place in the nest. Nothing in a checkpoint is ever unpickled without a closed list of harmless classes.
+
+Wherever a checkpoint is read, ``checkpoints/latest`` stands for the newest complete one in ``checkpoints``.
 
 Ranks without a file of their own (the saving run had fewer) get ``rank_state=None``; keep their fresh random
 generators, or derive them from the seed. Whatever must survive a change of the world size, such as the
@@ -70,22 +77,27 @@ from typing import TYPE_CHECKING
 from shardwise.lazy import importing
 
 if TYPE_CHECKING:  # torch.distributed.checkpoint takes most of a second to import: only those who save wait for it
+    from shardwise.checkpoint.background import AsyncSave, settle_saves, wait_for_saves
+    from shardwise.checkpoint.checking import find, verify
     from shardwise.checkpoint.converting import compare, export
-    from shardwise.checkpoint.export import full_state_dict, save_model
-    from shardwise.checkpoint.files import Manifest, read_manifest, verify
+    from shardwise.checkpoint.exporting import full_state_dict, save_model
+    from shardwise.checkpoint.files import Manifest, read_manifest
     from shardwise.checkpoint.importing import LoadedModel, load_model
     from shardwise.checkpoint.loading import Loaded, load
     from shardwise.checkpoint.rng import rng_state, set_rng_state
-    from shardwise.checkpoint.saving import save
+    from shardwise.checkpoint.saving import async_save, save
     from shardwise.checkpoint.series import latest, next_path, prune
 
 _HOME = {
+    "AsyncSave": "background",
     "Loaded": "loading",
     "LoadedModel": "importing",
     "Manifest": "files",
+    "async_save": "saving",
     "compare": "converting",
     "export": "converting",
-    "full_state_dict": "export",
+    "find": "checking",
+    "full_state_dict": "exporting",
     "latest": "series",
     "load": "loading",
     "load_model": "importing",
@@ -94,9 +106,11 @@ _HOME = {
     "read_manifest": "files",
     "rng_state": "rng",
     "save": "saving",
-    "save_model": "export",
+    "save_model": "exporting",
     "set_rng_state": "rng",
-    "verify": "files",
+    "settle_saves": "background",
+    "verify": "checking",
+    "wait_for_saves": "background",
 }
 __all__ = [*_HOME]
 __getattr__ = importing(__name__, _HOME)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpoint import files
-from shardwise.checkpoint.files import MANIFEST, checksum
+from shardwise.checkpoint import blocks, files
+from shardwise.checkpoint.checking import every_block, readings
+from shardwise.checkpoint.files import BLOCK, MANIFEST
 from shardwise.checkpoint.naming import match_names
 from shardwise.checkpoint.progress import Progress
-from shardwise.checkpoint.reading import BLOCK, Reader
+from shardwise.checkpoint.reading import Reader
 from shardwise.checkpoint.sources import open_source
 from shardwise.checkpoint.stored import KINDS, Source, Stored
 from shardwise.checkpoint.writers import DTYPES, SafeWriter, bytes_of, shards_of
@@ -42,7 +43,7 @@ def check(path: str | os.PathLike[str], progress: bool = False) -> tuple[Source,
         manifest = files.read_manifest(own)
         with Progress("checking", sum(entry.size for entry in manifest.files.values()), progress) as bar:
             for name, entry in manifest.files.items():
-                problem = _problem(own / name, entry, bar)
+                problem = _problem(own, name, entry, bar)
                 if problem:
                     problems.append(f"{name}: {problem}")
         if problems:
@@ -61,13 +62,15 @@ def _own(path: Path) -> Path | None:
     return None if path.is_file() else files.resolve(path)
 
 
-def _problem(path: Path, entry: files.FileEntry, bar: Progress) -> str:
-    if not path.is_file():
-        return "the file is missing"
-    if path.stat().st_size != entry.size:
-        return f"the file has {path.stat().st_size} bytes instead of {entry.size}"
-    if checksum(path, bar.add).crc32 != entry.crc32:
-        return "the contents have changed since it was written (wrong checksum)"
+def _problem(path: Path, name: str, entry: files.FileEntry, bar: Progress) -> str:
+    one = {name: entry}
+    try:
+        files.check_size(path / name, entry)
+        blocks.read(readings(path, one, every_block(one)), bar.add)
+    except CheckpointError as error:
+        return error.what
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
     return ""
 
 
@@ -101,7 +104,7 @@ def export(
     Raises:
         CheckpointError: damaged, no telling which part, a dtype that safetensors lacks, or it cannot be written.
 
-    Cost: reads a checkpoint of Shardwise twice, to check and to write. Host memory: two blocks of 8 MiB.
+    Cost: reads a checkpoint of Shardwise twice, to check and to write. Host memory: five blocks of 8 MiB.
     """
     limit = bytes_of(max_shard_size)
     if dtype is not None and not (dtype.is_floating_point and dtype in DTYPES):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from shardwise.checkpoint.files import MANIFEST, read_manifest
-from shardwise.checkpoint.storage import METADATA, _IndexUnpickler, read_metadata
+from shardwise.checkpoint.checking import read_whole
+from shardwise.checkpoint.files import MANIFEST, check_sizes, read_manifest
+from shardwise.checkpoint.storage import METADATA, IndexUnpickler, parse_metadata
 from shardwise.checkpoint.stored import Part, Source, Stored, box_parts
 from shardwise.checkpoint.torchfile import DAMAGED, PlainDict, StandIn
 from shardwise.errors import CheckpointError
@@ -19,14 +20,13 @@ _PATHS = frozenset((m, n) for m in ("pathlib", "pathlib._local") for n in ("Posi
 
 
 def open_shardwise(path: Path) -> Source:
-    """A checkpoint of Shardwise. Checks its manifest, not the checksums of its files."""
+    """A checkpoint of Shardwise. Checks its manifest, its files' sizes and its index, but not all checksums."""
     manifest = read_manifest(path)
-    metadata = read_metadata(path, manifest.files)
+    check_sizes(path, manifest)
+    data = read_whole(path, manifest.files, [METADATA])[METADATA]
+    metadata = parse_metadata(data, path / METADATA, manifest.files)
     facts: dict[str, Any] = {"manifest": manifest}
     files = {path / name: entry.size for name, entry in manifest.files.items()} | {path / MANIFEST: 0}
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise CheckpointError("the file is missing", where=str(missing), fix="use another checkpoint")
     return Source(path, "shardwise", _sections(path, metadata), facts, files)
 
 
@@ -51,7 +51,7 @@ def _bad(file: Path, what: str) -> CheckpointError:
     return CheckpointError(what, where=str(file), fix="nothing was loaded; use another copy")
 
 
-class _ForeignIndex(_IndexUnpickler):
+class _ForeignIndex(IndexUnpickler):
     """Indexes of other tools may contain the path they were written to."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -10,13 +10,11 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardwise.checkpoint.ranks import Together, from_first
-from shardwise.comm import World
 from shardwise.errors import CheckpointError
 
 FORMAT = 1
@@ -24,15 +22,20 @@ FORMAT = 1
 MANIFEST = "shardwise.json"
 _OURS = re.compile(r"shardwise\.json|\.metadata|__\d+_\d+\.distcp|state\.pt|rank_\d+\.pt")
 LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}")
-_CHUNK = 1 << 24  # bytes read at a time
+BLOCK = 8 << 20
+"""Bytes that have one checksum, so that a part of a file can be read and compared. A part of the format."""
+
+
+class NewerFormatError(CheckpointError):
+    """A newer version of Shardwise wrote it."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file's length in bytes and the crc32 of its contents."""
+    """A file's length in bytes, and the crc32 of each :data:`BLOCK` of it; the last one may be shorter."""
 
     size: int
-    crc32: int
+    crc32: list[int]
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,10 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     Raises:
         CheckpointError: nothing there, not a checkpoint, damaged, or written by a newer version.
     """
-    return _parse(resolve(Path(directory)) / MANIFEST)
+    return parse(resolve(Path(directory)) / MANIFEST)
 
 
-def _parse(path: Path) -> Manifest:
+def parse(path: Path) -> Manifest:
     damaged = CheckpointError(
         "the manifest is damaged", where=str(path), fix="load another checkpoint; this one was changed or cut off"
     )
@@ -89,7 +92,7 @@ def _parse(path: Path) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise damaged from error
     if version > FORMAT:
-        raise CheckpointError(
+        raise NewerFormatError(
             f"written in format {version}; this version of Shardwise reads up to {FORMAT}",
             where=str(path),
             fix="pip install --upgrade shardwise",
@@ -98,18 +101,33 @@ def _parse(path: Path) -> Manifest:
         if crc != _crc_of(body):
             raise damaged
         files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
+        if any(len(entry.crc32) != -(-entry.size // BLOCK) for entry in files.values()):
+            raise damaged
         return Manifest(**body, files=files)
     except (TypeError, KeyError, AttributeError) as error:
         raise damaged from error
 
 
 # --- one directory ---------------------------------------------------------------------------
+def named(directory: Path) -> Path:
+    """``folder/latest`` stands for the newest complete checkpoint in a folder, if nothing there has that name."""
+    if directory.name != "latest" or directory.exists():
+        return directory
+    from shardwise.checkpoint.series import latest  # it reads manifests
+
+    found = latest(directory.parent)
+    if found is None:
+        raise CheckpointError("there is no complete checkpoint", where=str(directory.parent), fix="save one first")
+    return found
+
+
 def resolve(directory: Path) -> Path:
     """The directory to read for a checkpoint of this name.
 
     That is the directory itself, unless a run was killed between taking the old one away and putting the new
     one in its place: then the new one, which is complete, or else the old one.
     """
+    directory = named(directory)
     if (directory / MANIFEST).is_file():
         return directory
     left = list(leftovers(directory))
@@ -201,7 +219,7 @@ def discard(directory: Path) -> None:
 
 def _keep_foreign(old: Path, new: Path) -> None:
     try:
-        ours = {name.split("/")[0] for name in _parse(old / MANIFEST).files}
+        ours = {name.split("/")[0] for name in parse(old / MANIFEST).files}
     except (CheckpointError, OSError):
         ours = set()  # no manifest to ask, so only what has the name of one of our files is ours
     for path in old.iterdir():
@@ -228,75 +246,30 @@ def _sync_directories(root: Path) -> None:
         sync_directory(Path(folder))
 
 
-def checksum(path: Path, seen: Callable[[int], None] | None = None) -> FileEntry:
-    """Length and crc32 of a file, read in parts. ``seen`` is told the bytes of each."""
-    crc, size = 0, 0
-    with path.open("rb") as file:
-        while part := file.read(_CHUNK):
-            crc, size = zlib.crc32(part, crc), size + len(part)
-            if seen is not None:
-                seen(len(part))
-    return FileEntry(size, crc)
-
-
 def listing(root: Path) -> set[str]:
     """Every file under ``root``, by its path relative to it."""
     return {(Path(folder) / name).relative_to(root).as_posix() for folder, _, names in os.walk(root) for name in names}
 
 
-# --- checking ----------------------------------------------------------------------------------
-def verify(directory: str | os.PathLike[str]) -> Manifest:
-    """Read every file of a checkpoint against the manifest. Collective: each rank reads a part of the files.
-
-    Returns:
-        The manifest.
+def check_sizes(path: Path, manifest: Manifest) -> None:
+    """Are all files there, and as long as they were written?
 
     Raises:
-        CheckpointError: on every rank, naming the first file that is missing, cut off or changed.
-
-    Cost: reads the whole checkpoint once, over all ranks together.
+        CheckpointError: names the first that is not.
     """
-    return opened(directory)[1]
+    for name, entry in manifest.files.items():
+        check_size(path / name, entry)
 
 
-def opened(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
-    """:func:`verify`, and where the files are."""
-    given = Path(os.path.realpath(directory))
-    doing = f"reading checkpoint {given}"
-    world = World.current()
-    chosen = ""
-    with Together(doing):
-        if world.rank == 0:
-            chosen = str(resolve(given))
-    path = Path(from_first(chosen))
-    with Together(doing):
-        manifest = _parse(path / MANIFEST) if (path / MANIFEST).is_file() else _unseen(path)
-        for name, entry in manifest.files.items():
-            _check_size(path / name, entry)
-    with Together(doing, slow=True):
-        largest_first = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-        for name in largest_first[world.rank :: world.size]:
-            if checksum(path / name).crc32 != manifest.files[name].crc32:
-                raise _damaged(path / name, "the contents have changed since it was written (wrong checksum)")
-    return path, manifest
-
-
-def _unseen(path: Path) -> Manifest:
-    raise CheckpointError(
-        "rank 0 sees this checkpoint, this rank does not",
-        where=str(path),
-        fix="keep checkpoints on a file system that all hosts share",
-    )
-
-
-def _check_size(path: Path, entry: FileEntry) -> None:
+def check_size(path: Path, entry: FileEntry) -> None:
+    """The same for one file."""
     try:
         size = path.stat().st_size
-    except FileNotFoundError:
-        raise _damaged(path, "the file is missing") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise damaged(path, "the file is missing") from None
     if size != entry.size:
-        raise _damaged(path, f"the file has {size} bytes instead of {entry.size}")
+        raise damaged(path, f"the file has {size} bytes instead of {entry.size}")
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
+def damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(what, where=str(path), fix="nothing was loaded; load another checkpoint")

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.checkpoint import files
-from shardwise.checkpoint.files import MANIFEST
+from shardwise.checkpoint.background import settle_saves
+from shardwise.checkpoint.checking import whole
+from shardwise.checkpoint.files import BLOCK, MANIFEST
 from shardwise.checkpoint.models import ModelState, model_states
 from shardwise.checkpoint.naming import Fit, fit
 from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Together, from_first, share
-from shardwise.checkpoint.reading import BLOCK, Reader
+from shardwise.checkpoint.reading import Reader
 from shardwise.checkpoint.sources import open_source
 from shardwise.checkpoint.stored import KINDS, Source, Stored
 from shardwise.comm import World
@@ -80,6 +81,7 @@ def load_model(
     unit's shards where values live on a disk. Files of torch before 1.6, and tensors that were saved transposed, are
     read whole. Checksums of Shardwise's own checkpoints are read first.
     """
+    settle_saves()
     given = Path(os.path.realpath(path))
     doing = f"loading the model from {given}"
     with Together(doing):
@@ -87,7 +89,7 @@ def load_model(
         _check(state)
         own = not given.exists() or (given / MANIFEST).is_file()
     if from_first(str(own)) == "True":
-        given, _ = files.opened(given)
+        given, _ = whole(given)
     with Together(doing, slow=True):
         source = open_source(given)
         found = fit(state, source, part)

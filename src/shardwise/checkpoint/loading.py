@@ -13,12 +13,15 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
 
-from shardwise.checkpoint import files, safe
+from shardwise.checkpoint import safe
+from shardwise.checkpoint.background import settle_saves
+from shardwise.checkpoint.checking import found, left_over, packed, read_whole
 from shardwise.checkpoint.files import Manifest
+from shardwise.checkpoint.filling import Fill
 from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizers import OptimizerState
-from shardwise.checkpoint.ranks import Together
-from shardwise.checkpoint.storage import read_metadata, read_tensors
+from shardwise.checkpoint.ranks import Together, share
+from shardwise.checkpoint.storage import METADATA, parse_metadata
 from shardwise.comm import World
 from shardwise.engine.state_dict import publish, settle
 from shardwise.errors import CheckpointError
@@ -54,7 +57,7 @@ def load(
     """Load a checkpoint in place, whatever strategy and number of ranks saved it. Collective.
 
     Args:
-        directory: what :func:`save` returned.
+        directory: what :func:`save` returned, or ``folder/latest`` for the newest complete one in a folder.
         models, optimizers: in the order they were saved in.
         strict: raise if names, shapes or groups differ. Otherwise load what fits and list the rest.
 
@@ -66,17 +69,21 @@ def load(
             checkpoint, damaged or of a newer format; or its contents do not fit.
 
     Buffers that differed between ranks come back as each rank's own at an equal world size, else as rank 0's.
-    Cost: reads the files twice, to check and to load; each rank loads only what it holds.
+    Cost: each rank reads what it holds, and its part of what nobody needs. To change nothing before all of it is
+    checked, what goes into tensors that are in use is held in host memory meanwhile; where that would take more than
+    half of what is free, it is read twice instead.
     """
+    settle_saves()
     world = World.current()
-    path, manifest = files.opened(directory)
+    path, manifest = found(directory)
     doing = f"loading checkpoint {path}"
     with Together(doing, slow=True):
-        metadata = read_metadata(path, manifest.files)
-        common = _needs(safe.read(path / "state.pt"), path / "state.pt", ("state", "extra", "optimizers"))
-        own: dict[str, Any] | None = None
-        if (name := f"rank_{world.rank}.pt") in manifest.files:
-            own = _needs(safe.read(path / name), path / name, ("rank_state", "buffers"))
+        own_name = f"rank_{world.rank}.pt"
+        names = [METADATA, "state.pt", *([own_name] if own_name in manifest.files else [])]
+        small = read_whole(path, manifest.files, names)
+        metadata = parse_metadata(small[METADATA], path / METADATA, manifest.files)
+        common = _needs(small["state.pt"], path / "state.pt", ("state", "extra", "optimizers"))
+        own = _needs(small[own_name], path / own_name, ("rank_state", "buffers")) if own_name in small else None
         states = model_states(models)
         labels = parameter_labels(states)
         steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers)]
@@ -91,16 +98,14 @@ def load(
             )
     for s in states:
         settle(s.module)
-    with Together(doing, slow=True):
-        tensors: dict[str, torch.Tensor] = {}
-        finish: list[Callable[[], Any]] = []
+    try:
+        fill, finish = _checked(path, manifest, metadata, states, steppers, common["optimizers"], doing)
+    except CheckpointError:  # on every rank
         for s in states:
-            tensors.update(_model_targets(s, metadata))
-        for stepper, saved in zip(steppers, common["optimizers"], strict=False):
-            found, after = stepper.targets(saved, metadata)
-            tensors.update(found)
-            finish += after
-        read_tensors(path, metadata, tensors)
+            publish(s.module)
+        raise
+    with Together(doing, slow=True):
+        fill.put()
         for call in finish:
             call()
         for s in states:
@@ -110,7 +115,38 @@ def load(
     return Loaded(common["state"], None if own is None else own["rank_state"], manifest, differences)
 
 
-def _needs(value: Any, path: Path, keys: Sequence[str]) -> dict[str, Any]:
+def _checked(
+    path: Path,
+    manifest: Manifest,
+    metadata: Metadata,
+    states: Sequence[ModelState],
+    steppers: Sequence[OptimizerState],
+    optimizers: Sequence[Mapping[str, Any]],
+    doing: str,
+) -> tuple[Fill, list[Callable[[], Any]]]:
+    """Compare the whole checkpoint with its checksums, over all ranks, and hold what there is memory for. Collective.
+
+    Returns:
+        What puts the tensors into their places, and what to call after that.
+    """
+    with Together(doing):
+        tensors: dict[str, torch.Tensor] = {}
+        finish: list[Callable[[], Any]] = []
+        for s in states:
+            tensors.update(_model_targets(s, metadata))
+        for stepper, saved in zip(steppers, optimizers, strict=False):
+            found_, after = stepper.targets(saved, metadata)
+            tensors.update(found_)
+            finish += after
+        fill = Fill(path, manifest.files, metadata, tensors, {id_ for s in steppers for id_ in s.fresh})
+    also = left_over(manifest.files, share(packed(manifest.files, fill.touched())))
+    with Together(doing, slow=True):
+        fill.check(also)
+    return fill, finish
+
+
+def _needs(data: bytes, path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    value = safe.loads(data, path)
     if not isinstance(value, dict) or any(key not in value for key in keys):
         raise CheckpointError("not the file that Shardwise wrote", where=str(path), fix="load another checkpoint")
     return value
@@ -127,17 +163,17 @@ def _differences(
     for what, given, saved in (("models", states, manifest.models), ("optimizers", steppers, manifest.optimizers)):
         if len(given) != len(saved):
             out.append(f"{len(given)} {what} were given, the checkpoint has {len(saved)}: {', '.join(saved)}")
-    found: dict[str, Any] = metadata.state_dict_metadata
+    stored: dict[str, Any] = metadata.state_dict_metadata
     for s in states:
         prefix = f"{s.label}."
-        saved_names = {name[len(prefix) :] for name in found if name.startswith(prefix)}
+        saved_names = {name[len(prefix) :] for name in stored if name.startswith(prefix)}
         mine = {**s.parameters, **s.buffers}
         names = mine.keys() | s.aliases.keys()
         for name, tensor in mine.items():
             if name not in saved_names:
                 out.append(f"{s.label}: '{name}' is not in the checkpoint")
-            elif tuple(found[prefix + name].size) != tuple(tensor.shape):
-                size = tuple(found[prefix + name].size)
+            elif tuple(stored[prefix + name].size) != tuple(tensor.shape):
+                size = tuple(stored[prefix + name].size)
                 out.append(f"{s.label}: '{name}' has shape {size} in the checkpoint, not {tuple(tensor.shape)}")
         out += [f"{s.label}: '{name}' is in the checkpoint only" for name in sorted(saved_names - names)]
         for alias, name in s.aliases.items():

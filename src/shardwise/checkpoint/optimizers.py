@@ -67,6 +67,7 @@ class OptimizerState:
     def __init__(self, index: int, optimizer: Optimizer, names: Mapping[int, tuple[str, str]]) -> None:
         attach(optimizer)
         self.label, self.optimizer = ("optimizer" if index == 0 else f"optimizer_{index}"), optimizer
+        self.fresh: set[int] = set()  # addresses of tensors made to be loaded into, which nothing uses yet
         self.groups: list[list[Slot]] = []
         for g, group in enumerate(optimizer.param_groups):
             slots = []
@@ -228,6 +229,7 @@ class OptimizerState:
                     tensors[name] = Slices(slot.shape, dtype, slot.mine.device, parts)
             else:
                 tensors[name] = read = torch.empty(found.size, dtype=found.properties.dtype)
+                self.fresh.add(read.data_ptr())
                 for state, piece in zip(new, pieces, strict=True):
                     state[key] = None  # keeps the order of keys
                     device = _device(key, kind, hyper, piece)
@@ -245,7 +247,9 @@ class OptimizerState:
             and old.is_contiguous()
         ):
             return old
-        return torch.empty_like(piece.detach(), dtype=dtype)
+        new = torch.empty_like(piece.detach(), dtype=dtype)
+        self.fresh.add(new.data_ptr())
+        return new
 
     def _dtype(self, slot: Slot, saved: torch.dtype, metadata: Metadata) -> torch.dtype:
         """State of the parameter's own dtype follows it; other state (8 bit, or fp32 beside bf16) stays as it is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -13,9 +14,14 @@ from shardwise.errors import CheckpointError, CommError, ShardwiseError
 
 _OP = Op("exchange", "the checkpoint", 0)  # in process groups that nobody else uses
 _SOON = 660.0  # unlike any other timeout, which gives it a group of its own
-_LATER = 6 * 3600.0
+LATER = 6 * 3600.0
+_APART = LATER + 1  # again a group of its own
 """Seconds to wait for the other ranks: to begin with, and while they read and write files. A rank that dies is
 noticed at once; this is for one that never comes, because only some ranks save."""
+
+
+Share = Callable[[bytes, float], list[bytes]]
+"""How ranks tell each other something: :func:`share`, or :class:`Apart`."""
 
 
 def share(data: bytes, timeout: float = _SOON) -> list[bytes]:
@@ -25,21 +31,58 @@ def share(data: bytes, timeout: float = _SOON) -> list[bytes]:
     """
     if World.current().size == 1:
         return [data]
-    sizes = [int(row.view(torch.int64)) for row in _gather(torch.tensor([len(data)]).view(torch.uint8), timeout)]
+    return _share(data, lambda flat: World.current().control_group(timeout).all_gather(flat, _OP).wait())
+
+
+class Apart:
+    """:func:`share` for a thread beside the training: in a process group of its own, and out of the way of what says
+    where this rank is. Made by all ranks together, by the main thread."""
+
+    def __init__(self) -> None:
+        self._world = World.current()
+        self._group = self._world.control_group(_APART)
+
+    def __call__(self, data: bytes, timeout: float = LATER) -> list[bytes]:
+        return [data] if self._world.size == 1 else _share(data, self._all_gather, self._world)
+
+    def _all_gather(self, flat: torch.Tensor) -> None:
+        pg = self._group.pg
+        if pg is None:
+            raise CommError(
+                "the process groups were closed while a checkpoint was being written; it was not finished",
+                where=f"rank {self._world.rank}",
+                fix="call checkpoint.wait_for_saves() before closing them",
+            )
+        rows, peers = flat.view(self._world.size, -1), self._group.peers()
+        try:
+            works = [pg.recv([rows[r]], r, _OP.tag) for r in peers]
+            works += [pg.send([rows[self._world.rank]], r, _OP.tag) for r in peers]
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise CommError(
+                "another rank ended while a checkpoint was being written; it was not finished",
+                where=f"rank {self._world.rank}",
+                fix="load the latest complete one",
+            ) from error
+
+
+def _share(data: bytes, all_gather: Callable[[torch.Tensor], object], world: World | None = None) -> list[bytes]:
+    world = world or World.current()
+
+    def gather(mine: torch.Tensor) -> list[torch.Tensor]:
+        flat = torch.empty(world.size * mine.numel(), dtype=torch.uint8)
+        rows = list(flat.view(world.size, -1))
+        rows[world.rank].copy_(mine)
+        if mine.numel():
+            all_gather(flat)
+        return rows
+
+    sizes = [int(row.view(torch.int64)) for row in gather(torch.tensor([len(data)]).view(torch.uint8))]
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     if data:
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return [row[:n].numpy().tobytes() for row, n in zip(_gather(padded, timeout), sizes, strict=True)]
-
-
-def _gather(mine: torch.Tensor, timeout: float) -> list[torch.Tensor]:
-    world = World.current()
-    flat = torch.empty(world.size * mine.numel(), dtype=torch.uint8)
-    rows = list(flat.view(world.size, -1))
-    rows[world.rank].copy_(mine)
-    if mine.numel():
-        world.control_group(timeout).all_gather(flat, _OP).wait()
-    return [row.clone() for row in rows]
+    return [row[:n].numpy().tobytes() for row, n in zip(gather(padded), sizes, strict=True)]
 
 
 def from_first(text: str) -> str:
@@ -56,6 +99,7 @@ class Together:
     Args:
         doing: what the block does, for the message: ``writing checkpoint /a/b``.
         slow: the block reads or writes much, and some ranks may take far longer than others.
+        by: how ranks tell each other.
 
     Raises:
         CheckpointError: on the ranks that had no error of their own, with the first failing rank's words.
@@ -63,11 +107,11 @@ class Together:
     Cost: two small collectives when the block ends.
     """
 
-    def __init__(self, doing: str, slow: bool = False) -> None:
-        self.doing, self.timeout = doing, _LATER if slow else _SOON
+    def __init__(self, doing: str, slow: bool = False, by: Share = share) -> None:
+        self.doing, self.timeout, self.share = doing, LATER if slow else _SOON, by
 
     def __enter__(self) -> None:
-        if World.current().size > 1:
+        if self.share is share and World.current().size > 1:
             World.current().control_group(self.timeout)  # made while all ranks are here
 
     def __exit__(
@@ -77,7 +121,7 @@ class Together:
             return
         mine = None if error is None else _described(error, self.doing)
         words = b"" if mine is None else json.dumps([mine.what, mine.where, mine.fix]).encode()
-        told = share(words, self.timeout)
+        told = self.share(words, self.timeout)
         if error is not None:
             if mine is not error and isinstance(error, (OSError, ShardwiseError)):
                 assert mine is not None

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
+from shardwise.checkpoint.files import BLOCK
 from shardwise.checkpoint.stored import Layout, Part, Stored
 from shardwise.checkpoint.torchfile import read_nest
 from shardwise.errors import CheckpointError
 
-BLOCK = 1 << 23
-"""Bytes that are read, converted or written at a time."""
 _MOST_OPEN = 32
 
 

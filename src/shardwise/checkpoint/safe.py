@@ -10,7 +10,7 @@ import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,40 +40,36 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone() if tensor.untyped_storage().nbytes() > own else tensor
 
 
-def write(value: Mapping[str, Any], file: BinaryIO) -> None:
-    """Write a mapping to a file opened for writing.
+def dumps(value: Mapping[str, Any]) -> memoryview:
+    """A mapping as the contents of a file that :func:`loads` can read.
 
     Raises:
         CheckpointError: something in it could not be read back; names the entry.
     """
+    data = io.BytesIO()
     try:
-        torch.save(map_tensors(dict(value), _compact), file)
-    except _CANNOT as error:
-        raise _refusal(value, error) from error
-
-
-def check(value: Mapping[str, Any], path: Path) -> None:
-    """Find out whether the file that :func:`write` just made of ``value`` can be read.
-
-    Raises:
-        CheckpointError: it cannot; names the entry.
-    """
-    try:
+        torch.save(map_tensors(dict(value), _compact), data)
+        data.seek(0)
         with torch.serialization.safe_globals(_numpy_types()):
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            torch.load(data, map_location="cpu", weights_only=True)
     except _CANNOT as error:
         raise _refusal(value, error) from error
+    return data.getbuffer()
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a file of :func:`write`, tensors on the CPU. Nothing in it is run.
+def loads(data: bytes, path: Path) -> dict[str, Any]:
+    """What :func:`dumps` was given, tensors on the CPU. Nothing in it is run.
+
+    Args:
+        data: contents of a file.
+        path: of the file, for errors.
 
     Raises:
         CheckpointError: it is damaged, or holds more than data; names the file.
     """
     try:
         with torch.serialization.safe_globals(_numpy_types()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except _CANNOT as error:
         raise CheckpointError(
             f"refused: the file holds something other than plain data ({_first_line(error)})",

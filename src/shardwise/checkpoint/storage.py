@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
+import hashlib
+import io
 import pickle
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import filesystem as dcp_files
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
+from shardwise.checkpoint.blocks import BlockFile
 from shardwise.checkpoint.files import FileEntry
-from shardwise.checkpoint.ranks import Together, share
+from shardwise.checkpoint.payload import around, known
+from shardwise.checkpoint.ranks import LATER, Share, Together, share
 from shardwise.comm import World
 from shardwise.errors import CheckpointError
 
@@ -33,136 +32,128 @@ _CANNOT_READ = (pickle.PickleError, AttributeError, TypeError, ValueError, Runti
 
 
 # --- writing -----------------------------------------------------------------------------------
-class Counted:
-    """A binary file that knows the length and the crc32 of what was written to it."""
-
-    def __init__(self, raw: Any) -> None:
-        self.raw, self.crc, self.size = raw, 0, 0
-
-    def write(self, data: Any) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        self.size += memoryview(data).nbytes
-        return self.raw.write(data)
-
-    @property
-    def entry(self) -> FileEntry:
-        return FileEntry(self.size, self.crc)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.raw, name)
+class Plans(dict[bytes, tuple[SavePlan, Metadata]]):
+    """Who writes what, for the next save of the same things: by a hash of what each rank holds."""
 
 
-class _CountingFiles(FileSystem):
-    def __init__(self) -> None:
-        self.entries: dict[str, FileEntry] = {}
+@dataclass(frozen=True)
+class Written:
+    """What this rank has copied into its file, and what the index needs to know besides."""
 
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as stream:
-            counted = Counted(stream)
-            yield counted
-        self.entries[Path(path).name] = counted.entry
+    results: list[tuple[MetadataIndex, Any]]
+    metadata: Metadata
+    aliases: Mapping[tuple[str, str], tuple[str, str]]
 
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        super().rename(path, new_path)
-        self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
-
-
-class _Writer(FileSystemWriter):
-    """Lists tied parameters under all of their names, and leaves the path of the writing machine out.
-
-    Writes slice by slice. The base class would keep a copy of everything it writes until its file is complete.
-    """
-
-    def __init__(self, path: Path, aliases: Mapping[tuple[str, str], tuple[str, str]]) -> None:
-        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1)
-        self.fs = self.files = _CountingFiles()
-        self.aliases = aliases
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = []
-        if plan.items:
-            name = f"{plan.storage_data.prefix}0.distcp"
-            with self.files.create_stream(Path(self.path) / name, "wb") as stream:
-                for item in plan.items:
-                    tensor = cast(torch.Tensor, planner.resolve_data(item)).detach().cpu()
-                    if tensor.untyped_storage().nbytes() != tensor.nbytes:
-                        tensor = tensor.clone()  # a view would be saved with all of its storage
-                    start = stream.size
-                    torch.save(tensor, stream)
-                    info = dcp_files._StorageInfo(name, start, stream.size - start)
-                    results.append(WriteResult(item.index, stream.size - start, info))
-                stream.flush()
-                os.fsync(stream.fileno())
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
-        written: dict[str, list[Any]] = {}
-        for result in (r for per_rank in results for r in per_rank):
-            written.setdefault(result.index.fqn, []).append(result)
-        extra: list[Any] = []
-        for alias, original in self.aliases.items():
-            name, source = ".".join(alias), ".".join(original)
-            metadata.state_dict_metadata[name] = metadata.state_dict_metadata[source]
-            metadata.planner_data[name] = alias
-            for r in written.get(source, ()):
-                index = MetadataIndex(name, r.index.offset, r.index.index)
-                extra.append(dataclasses.replace(r, index=index))
-        super().finish(metadata, [*results, extra])
+    def index(self, share: Share) -> bytes:
+        """The contents of the index, on rank 0; nothing elsewhere. Collective."""
+        everything = share(pickle.dumps(self.results), LATER)
+        if World.current().rank:
+            return b""
+        metadata = replace(
+            self.metadata,
+            state_dict_metadata=dict(self.metadata.state_dict_metadata),
+            planner_data=dict(self.metadata.planner_data),
+            storage_data={index: info for data in everything for index, info in pickle.loads(data)},
+            storage_meta=StorageMeta(save_id=uuid.uuid4().hex),
+            version=CURRENT_DCP_VERSION,
+        )
+        _add_aliases(metadata, self.aliases)
+        return pickle.dumps(metadata)
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Any], aliases: Mapping[tuple[str, str], tuple[str, str]]
-) -> dict[str, FileEntry]:
-    """Write what this rank holds. Collective.
+    new_file: Callable[[str], BlockFile],
+    tensors: dict[str, Any],
+    aliases: Mapping[tuple[str, str], tuple[str, str]],
+    doing: str,
+    plans: Plans,
+) -> Written:
+    """Copy what this rank holds into a file. Collective.
 
     Args:
-        path: an existing directory that all ranks share.
+        new_file: makes a file of that name in the checkpoint.
         tensors: a nest of dicts of tensors. What several ranks bring under one name and place is written by
             one of them.
         aliases: further names (as paths in the nest) of tensors that are in it.
+        doing: for errors.
+        plans: of earlier saves; takes this one's.
 
-    Returns:
-        The files this rank wrote.
-
-    Cost: a plan per rank, some hundred bytes per slice, to every other rank. Writes one file per rank.
+    Cost: a plan per rank, some hundred bytes per slice, to every other rank. One file per rank, and one buffer at a
+    time of whatever is not in host memory.
     """
-    world = World.current()
-    planner, writer = DefaultSavePlanner(), _Writer(path, aliases)
-    doing = f"writing checkpoint {path}"
+    rank = World.current().rank
+    planner = DefaultSavePlanner()
     with Together(doing):
-        planner.set_up_planner(tensors, writer.storage_meta(), world.rank == 0)
-        writer.set_up_storage_writer(world.rank == 0, rank=world.rank, use_collectives=True)
-        mine = pickle.dumps(writer.prepare_local_plan(planner.create_local_plan()))
-    plans = [pickle.loads(data) for data in share(mine)]  # from the ranks of this run, not from a file
+        planner.set_up_planner(tensors, StorageMeta(), rank == 0)
+        mine = pickle.dumps(planner.create_local_plan())
+    told = share(mine)  # from the ranks of this run, not from a file
     with Together(doing, slow=True):
-        plans, metadata = planner.create_global_plan(plans)
-        plans = writer.prepare_global_plan(plans)
-        plan = planner.finish_plan(plans[world.rank])
-        results = writer.write_data(plan, planner).wait()
-    everything = [pickle.loads(data) for data in share(pickle.dumps(results))]
-    with Together(doing):
-        if world.rank == 0:
-            writer.finish(metadata, everything)
-    return writer.files.entries
+        key = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in told)).digest()
+        if key not in plans:
+            decided, metadata = planner.create_global_plan([pickle.loads(data) for data in told])
+            plans.clear()
+            plans[key] = planner.finish_plan(decided[rank]), metadata
+        plan, metadata = plans[key]
+        results = _write_items(new_file, plan, planner)
+    return Written(results, metadata, aliases)
+
+
+def _write_items(
+    new_file: Callable[[str], BlockFile], plan: SavePlan, planner: SavePlanner
+) -> list[tuple[MetadataIndex, Any]]:
+    name, results = f"__{World.current().rank}_0.distcp", []
+    file = new_file(name) if plan.items else None
+    for item in plan.items:
+        assert file is not None
+        tensor = cast(torch.Tensor, planner.resolve_data(item)).detach()
+        start = file.size
+        if (
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and tensor.layout == torch.strided
+            and known(tensor.dtype)
+        ):
+            before, after = around(tensor.dtype, tuple(tensor.shape))
+            file.write(before)
+            file.put(tensor.contiguous())
+            file.write(after)
+        else:
+            tensor = tensor.cpu()
+            if tensor.layout == torch.strided and tensor.untyped_storage().nbytes() != tensor.nbytes:
+                tensor = tensor.clone()  # a view would be saved with all of its storage
+            torch.save(tensor, cast(Any, file))
+        results.append((item.index, dcp_files._StorageInfo(name, start, file.size - start)))
+    if file is not None:
+        file.end()
+    return results
+
+
+def _add_aliases(metadata: Metadata, aliases: Mapping[tuple[str, str], tuple[str, str]]) -> None:
+    """List tied parameters under all of their names."""
+    places: dict[str, list[tuple[MetadataIndex, Any]]] = {}
+    for index, info in metadata.storage_data.items():
+        places.setdefault(index.fqn, []).append((index, info))
+    for alias, original in aliases.items():
+        name, source = ".".join(alias), ".".join(original)
+        metadata.state_dict_metadata[name] = metadata.state_dict_metadata[source]
+        metadata.planner_data[name] = alias
+        for index, info in places.get(source, ()):
+            metadata.storage_data[MetadataIndex(name, index.offset, index.index)] = info
 
 
 # --- reading -----------------------------------------------------------------------------------
-def read_metadata(path: Path, files: Mapping[str, FileEntry]) -> Metadata:
+def parse_metadata(data: bytes, file: Path, files: Mapping[str, FileEntry]) -> Metadata:
     """The index of a checkpoint's tensors.
+
+    Args:
+        data: contents of the file.
+        file: its path, for errors.
+        files: the checkpoint's.
 
     Raises:
         CheckpointError: it is damaged, or asks for anything but the classes an index is made of.
     """
-    file = path / METADATA
     try:
-        with file.open("rb") as stream:
-            index = _IndexUnpickler(stream, file).load()
+        index = IndexUnpickler(io.BytesIO(data), file).load()
         _check_index(file, index, files)
     except _CANNOT_READ as error:
         if isinstance(error, CheckpointError):
@@ -199,7 +190,7 @@ _INDEX_CLASSES = frozenset(
 )  # fmt: skip
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class IndexUnpickler(pickle.Unpickler):
     """Knows the classes an index consists of, and nothing else."""
 
     def __init__(self, stream: Any, file: Path) -> None:
@@ -216,36 +207,3 @@ class _IndexUnpickler(pickle.Unpickler):
             where=str(self.file),
             fix="nothing was loaded or run; use another checkpoint, and find out who changed this one",
         )
-
-
-class _Reader(FileSystemReader):
-    def __init__(self, path: Path, metadata: Metadata) -> None:
-        super().__init__(path)
-        self.metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
-
-
-def read_tensors(path: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill tensors in place with what the checkpoint has under their names. Each rank reads what it needs.
-
-    Args:
-        tensors: by name; all of them are in the checkpoint with the same shape.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    reader = _Reader(path, metadata)
-    try:
-        planner.set_up_planner(cast(Any, tensors), metadata, True)
-        reader.set_up_storage_reader(metadata, True)
-        plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
-        reader.read_data(plan, planner).wait()
-    except (pickle.PickleError, RuntimeError, ValueError, AssertionError, EOFError, KeyError) as error:
-        raise CheckpointError(
-            f"its tensors cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
-            where=str(path),
-            fix="what was being loaded into is only partly loaded: load another checkpoint before going on",
-        ) from error

@@ -224,8 +224,10 @@ def _facts(source: Source) -> dict[str, Any]:
     facts |= {key: value for key, value in rest.items() if key != "bytes" and value not in ("", [])}
     if manifest is not None:
         from shardwise.checkpoint import safe
+        from shardwise.checkpoint.checking import read_whole
 
-        small = safe.read(source.path / "state.pt").get("state", {})
+        data = read_whole(source.path, manifest.files, ["state.pt"])["state.pt"]
+        small = safe.loads(data, source.path / "state.pt").get("state", {})
         facts |= {"also": [str(key) for key in small]} if small else {}
     return {**facts, "files": len(source.files), "bytes": sum(source.files.values())}
 

@@ -44,7 +44,7 @@ def init(device: str | torch.device | None = None, *, timeout: float = 600.0) ->
             )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **_after_a_restart(timeout))
         except RuntimeError as error:
             raise CommError(
                 f"the {os.environ['WORLD_SIZE']} ranks did not find each other: {str(error).splitlines()[0]}",
@@ -52,6 +52,20 @@ def init(device: str | torch.device | None = None, *, timeout: float = 600.0) ->
                 fix="check that all ranks started and that MASTER_ADDR:MASTER_PORT is reachable",
             ) from error
     return World.current(device)
+
+
+def _after_a_restart(timeout: float) -> dict[str, Any]:
+    """Where ranks that an elastic agent started anew meet.
+
+    The agent's store outlives them, and what the ranks before wrote there, their addresses too, is no longer true.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, size, is_master=False, timeout=timedelta(seconds=timeout))
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": size}
 
 
 def default_device() -> torch.device:
@@ -79,6 +93,7 @@ class World:
         self.fake = self.default_pg is not None and dist.get_backend(self.default_pg) == "fake"
         self.faults = Faults(self.rank, self.size, self.tracker, active=not self.fake)
         self.join: Any = None  # the open join_uneven_inputs block, an engine.join.Join
+        self.saver: Any = None  # of asynchronous saves, a checkpoint.background.Background
         self._abandoned: list[Any] | None = []
         self._groups: dict[object, Group] = {}
         self._meshes: dict[object, Mesh] = {}

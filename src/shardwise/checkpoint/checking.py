@@ -1,0 +1,129 @@
+"""Is a checkpoint there, and whole?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from shardwise.checkpoint import blocks
+from shardwise.checkpoint.blocks import Range, Reading
+from shardwise.checkpoint.files import MANIFEST, FileEntry, Manifest, check_sizes, damaged, named, parse, resolve
+from shardwise.checkpoint.ranks import Together, from_first
+from shardwise.comm import World
+from shardwise.errors import CheckpointError
+
+
+def verify(directory: str | os.PathLike[str]) -> Manifest:
+    """Read every file of a checkpoint against the manifest. Collective: each rank reads a part of the files.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: on every rank, naming the first file that is missing, cut off or changed.
+
+    Cost: reads the whole checkpoint once, over all ranks together.
+    """
+    return whole(directory)[1]
+
+
+def whole(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
+    """:func:`found`, where every byte is as it was written. Collective: each rank reads a part."""
+    path, manifest = found(directory)
+    nothing = [packed(manifest.files, {})]
+    with Together(f"reading checkpoint {path}", slow=True):
+        blocks.read(readings(path, manifest.files, left_over(manifest.files, nothing)))
+    return path, manifest
+
+
+def find(directory: str | os.PathLike[str]) -> Path:
+    """The path of a checkpoint: what is given, or what ``folder/latest`` stands for. Collective: rank 0 looks.
+
+    Raises:
+        CheckpointError: on every rank: there is none to be the latest.
+    """
+    return _by_first(directory, named)
+
+
+def _by_first(directory: str | os.PathLike[str], look: Callable[[Path], Path]) -> Path:
+    given = Path(os.path.realpath(directory))
+    chosen = ""
+    with Together(f"reading checkpoint {given}"):
+        if World.current().rank == 0:
+            chosen = str(look(given))
+    return Path(from_first(chosen))
+
+
+def found(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
+    """Where the files of a checkpoint are, and its manifest. Collective. Files are there and as long as they should be.
+
+    Raises:
+        CheckpointError: on every rank: it is missing, incomplete, not a checkpoint, or of a newer format.
+    """
+    path = _by_first(directory, resolve)
+    with Together(f"reading checkpoint {path}"):
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(
+                "rank 0 sees this checkpoint, this rank does not",
+                where=str(path),
+                fix="keep checkpoints on a file system that all hosts share",
+            )
+        manifest = parse(path / MANIFEST)
+        check_sizes(path, manifest)
+    return path, manifest
+
+
+def readings(
+    path: Path,
+    files: Mapping[str, FileEntry],
+    also: Mapping[str, set[int]],
+    ranges: Mapping[str, list[Range]] | None = None,
+) -> list[Reading]:
+    """What to read: the ranges by file, and further blocks of files only to compare them."""
+    wanted = ranges or {}
+    return [
+        Reading(path / name, entry.size, wanted.get(name, ()), entry.crc32, sorted(also.get(name, ())))
+        for name, entry in files.items()
+        if name in wanted or name in also
+    ]
+
+
+def every_block(files: Mapping[str, FileEntry]) -> dict[str, set[int]]:
+    """All blocks, by file."""
+    return {name: set(range(len(entry.crc32))) for name, entry in files.items()}
+
+
+def read_whole(path: Path, files: Mapping[str, FileEntry], names: Sequence[str]) -> dict[str, bytes]:
+    """The contents of some small files of a checkpoint, compared with their checksums. Any rank may call it alone.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    if missing := [name for name in names if name not in files]:
+        raise damaged(path / missing[0], "the file is missing")
+    into = {name: torch.empty(files[name].size, dtype=torch.uint8) for name in names}
+    blocks.read(readings(path, files, {}, {name: [Range(0, tensor)] for name, tensor in into.items()}))
+    return {name: tensor.numpy().tobytes() for name, tensor in into.items()}
+
+
+def packed(files: Mapping[str, FileEntry], touched: Mapping[str, set[int]]) -> bytes:
+    """Which blocks a rank reads, one byte per block, for :func:`left_over`."""
+    return bytes(index in touched.get(name, ()) for name in sorted(files) for index in range(len(files[name].crc32)))
+
+
+def left_over(files: Mapping[str, FileEntry], told: Sequence[bytes]) -> dict[str, set[int]]:
+    """This rank's part of the blocks that no rank reads. All ranks together compare all of them.
+
+    Args:
+        told: every rank's :func:`packed`.
+    """
+    world = World.current()
+    every = [(name, index) for name in sorted(files) for index in range(len(files[name].crc32))]
+    nobodys = [block for block, *by in zip(every, *told, strict=True) if not any(by)]
+    out: dict[str, set[int]] = {}
+    for name, index in nobodys[len(nobodys) * world.rank // world.size : len(nobodys) * (world.rank + 1) // world.size]:
+        out.setdefault(name, set()).add(index)
+    return out
