@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from models import PRESETS
 from shardwise.cli.demo import corpus
 from shardwise.cli.demo.model import GPT, SIZES
-from test_launch import command, finish, refused, start
+from test_launch import command, refused, start
 
 STEPS = 6
 
@@ -85,15 +84,9 @@ def test_one_rank_prints_tables(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_the_demo(tmp_path: Path) -> None:
     process = start("demo", "--cpu", "--size", "tiny", "--minutes", 5, cwd=tmp_path)
-    assert process.stderr is not None
-    alarm = threading.Timer(100, process.kill)
-    alarm.start()
-    for line in process.stderr:
-        if line.startswith("training "):
-            break
+    process.until(lambda: "\ntraining " in process.err)
     process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
-    alarm.cancel()
+    code, out, err = process.finish()
     assert code == 130
     assert "stopped by Ctrl-C" in err and "Traceback" not in err and out == ""
 

@@ -14,7 +14,7 @@ import pytest
 from shardwise.cli.doctor import _plan, strategies
 from shardwise.cli.doctor.job import FAILURE, HANG, SECOND, Job
 from shardwise.cli.doctor.verdict import judge
-from test_launch import command, finish, refused, start
+from test_launch import command, refused, start
 
 
 def test_a_healthy_machine_gets_a_plain_verdict(tmp_path: Path) -> None:
@@ -71,13 +71,10 @@ def ranks_of(process: Any) -> list[int]:
 )
 def test_a_rank_that_ends_or_hangs_is_named_with_its_place(number: int, message: str, tmp_path: Path) -> None:
     process = start("doctor", "--cpu", "-n", 2, "--patience", 15, cwd=tmp_path)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "training under ddp" in line:
-            os.kill(ranks_of(process)[1], number)
-            break
+    process.until(lambda: "training under ddp" in process.err)
+    os.kill(ranks_of(process)[1], number)
     begun = time.monotonic()
-    code, out, err = finish(process)
+    code, out, err = process.finish()
     assert code == 1
     assert time.monotonic() - begun < 80
     assert message in out and "Not everything works on this machine" in out, out + err
@@ -86,12 +83,9 @@ def test_a_rank_that_ends_or_hangs_is_named_with_its_place(number: int, message:
 
 def test_ctrl_c_ends_it(tmp_path: Path) -> None:
     process = start("doctor", "--cpu", "-n", 2, cwd=tmp_path)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("doctor: starting"):
-            break
+    process.until(lambda: "doctor: starting" in process.err)
     process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
+    code, _, err = process.finish()
     assert code == 130 and "stopped by Ctrl-C" in err and "Traceback" not in err
 
 
