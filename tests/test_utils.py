@@ -326,6 +326,13 @@ def search(strategy, where, start):
     return sizes, train(), operations.gather_object(rank())
 
 
+@pytest.fixture(scope="module")
+def fresh_ranks():
+    """Process groups are torn down and made anew, which other tests' ranks should not go through."""
+    close_all()
+
+
+@pytest.mark.usefixtures("fresh_ranks")
 @pytest.mark.parametrize(
     ("strategy", "where", "start"),
     [("ddp", "forward", 7), ("zero3", "forward", 6), ("zero3", "backward", 6), ("ddp", "end", 6),
