@@ -124,9 +124,12 @@ def _finish_transfers() -> None:
     if World._current is not None and World._current.faults.failed:
         return
     for engine in list(engines):
-        with suppress(CommError):  # the rank we owed it to has ended itself
-            for unit in engine.units:
-                unit.settle()
+        try:
+            with suppress(CommError):  # the rank we owed it to has ended itself
+                for unit in engine.units:
+                    unit.settle()
+        except OffloadError as error:
+            print(f"shardwise: the last update did not take place: {error}", file=sys.stderr, flush=True)
 
 
 def engine_of(module: nn.Module) -> Engine | None:
