@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpoint import blocks
-from shardwise.checkpoint.blocks import Range, Reading
+from shardwise.checkpoint import readback
 from shardwise.checkpoint.files import MANIFEST, FileEntry, Manifest, check_sizes, damaged, named, parse, resolve
 from shardwise.checkpoint.ranks import Together, from_first
+from shardwise.checkpoint.readback import Run
 from shardwise.comm import World
 from shardwise.errors import CheckpointError
 
@@ -35,7 +35,7 @@ def whole(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
     path, manifest = found(directory)
     nothing = [packed(manifest.files, {})]
     with Together(f"reading checkpoint {path}", slow=True):
-        blocks.read(readings(path, manifest.files, left_over(manifest.files, nothing)))
+        readback.check(path, manifest.files, left_over(manifest.files, nothing))
     return path, manifest
 
 
@@ -76,21 +76,6 @@ def found(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
     return path, manifest
 
 
-def readings(
-    path: Path,
-    files: Mapping[str, FileEntry],
-    also: Mapping[str, set[int]],
-    ranges: Mapping[str, list[Range]] | None = None,
-) -> list[Reading]:
-    """What to read: the ranges by file, and further blocks of files only to compare them."""
-    wanted = ranges or {}
-    return [
-        Reading(path / name, entry.size, wanted.get(name, ()), entry.crc32, sorted(also.get(name, ())))
-        for name, entry in files.items()
-        if name in wanted or name in also
-    ]
-
-
 def every_block(files: Mapping[str, FileEntry]) -> dict[str, set[int]]:
     """All blocks, by file."""
     return {name: set(range(len(entry.crc32))) for name, entry in files.items()}
@@ -104,8 +89,9 @@ def read_whole(path: Path, files: Mapping[str, FileEntry], names: Sequence[str])
     """
     if missing := [name for name in names if name not in files]:
         raise damaged(path / missing[0], "the file is missing")
+    readback.check(path, files, every_block({name: files[name] for name in names}), keep=True)
     into = {name: torch.empty(files[name].size, dtype=torch.uint8) for name in names}
-    blocks.read(readings(path, files, {}, {name: [Range(0, tensor)] for name, tensor in into.items()}))
+    readback.copy(path, [Run(name, 0, torch.uint8, tensor) for name, tensor in into.items()])
     return {name: tensor.numpy().tobytes() for name, tensor in into.items()}
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpoint import blocks, files
-from shardwise.checkpoint.checking import every_block, readings
+from shardwise.checkpoint import files, readback
+from shardwise.checkpoint.checking import every_block
 from shardwise.checkpoint.files import BLOCK, MANIFEST
 from shardwise.checkpoint.naming import match_names
 from shardwise.checkpoint.progress import Progress
@@ -66,7 +66,7 @@ def _problem(path: Path, name: str, entry: files.FileEntry, bar: Progress) -> st
     one = {name: entry}
     try:
         files.check_size(path / name, entry)
-        blocks.read(readings(path, one, every_block(one)), bar.add)
+        readback.check(path, one, every_block(one), bar.add)
     except CheckpointError as error:
         return error.what
     except OSError as error:

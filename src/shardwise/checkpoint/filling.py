@@ -1,11 +1,12 @@
-"""Tensors filled from a checkpoint: all of it is compared with its checksums before any of them changes."""
+"""Tensors filled from a checkpoint: which bytes of its files go where, whatever the ranks held that wrote them."""
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -15,48 +16,52 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 
-from shardwise.checkpoint import blocks
-from shardwise.checkpoint.blocks import Range
-from shardwise.checkpoint.checking import readings
+from shardwise.checkpoint import readback
+from shardwise.checkpoint.blocks import Crew
 from shardwise.checkpoint.files import BLOCK, FileEntry
 from shardwise.checkpoint.payload import around, known
-from shardwise.comm import World
+from shardwise.checkpoint.readback import Opened, Run, Seen
 from shardwise.errors import CheckpointError
-from shardwise.tiers.aligned import aligned_empty
 
 _CANNOT_READ = (pickle.PickleError, RuntimeError, ValueError, AssertionError, EOFError, KeyError)
-_LINE = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Item:
-    """A box of one stored tensor, and where it goes.
+    """A box of one stored tensor.
 
     Args:
         name: of the tensor.
+        target: makes the tensor that takes the box, when its turn comes.
         file, start, nbytes: the bytes that hold it: a run of the tensor's memory, or all of what ``torch.save`` made.
-        target: takes the box.
         before: what must stand before the tensor's memory, and where; ``None``: ``torch.load`` reads it.
         dtype, strides: of the stored tensor.
         box: offsets and lengths in the stored tensor.
-        alike: the target's memory is as in the file.
-        direct: besides, nothing uses the target yet.
     """
 
     name: str
+    target: Callable[[], torch.Tensor]
     file: str
     start: int
     nbytes: int
-    target: torch.Tensor
     before: tuple[int, bytes] | None
     dtype: torch.dtype
     strides: tuple[int, ...]
     box: tuple[torch.Size, torch.Size]
-    alike: bool = False
-    direct: bool = False
+
+    @property
+    def blocks(self) -> range:
+        first = self.start if self.before is None else self.before[0]
+        return range(first // BLOCK, (self.start + self.nbytes - 1) // BLOCK + 1)
+
+    def run(self, target: torch.Tensor) -> Run | None:
+        """The box as elements in a row, if that is what it is in the file and in the target."""
+        if self.before is None or not target.is_contiguous() or self.nbytes != target.numel() * self.dtype.itemsize:
+            return None
+        return Run(self.file, self.start, self.dtype, target.view(-1))
 
     def values(self, raw: torch.Tensor) -> torch.Tensor:
-        """The box, from the bytes."""
+        """The box, from all of its bytes."""
         if self.before is not None:
             return torch.as_strided(raw.view(self.dtype), self.box[1], self.strides)
         whole = torch.load(io.BytesIO(raw.numpy().data), map_location="cpu", weights_only=True)
@@ -70,66 +75,57 @@ class Fill:
 
     Args:
         path, files, metadata: of the checkpoint.
-        tensors: by name; all of them are in the checkpoint with the same shape.
-        fresh: addresses of those that nothing uses yet.
+        tensors: by name; all of them are in the checkpoint with the same shape. Their memory is not looked at before
+            it is their turn in :meth:`put`.
 
     Call :meth:`check`, and on all ranks after it :meth:`put`.
     """
 
     def __init__(
-        self,
-        path: Path,
-        files: Mapping[str, FileEntry],
-        metadata: Metadata,
-        tensors: dict[str, torch.Tensor],
-        fresh: set[int],
+        self, path: Path, files: Mapping[str, FileEntry], metadata: Metadata, tensors: dict[str, torch.Tensor]
     ) -> None:
-        self.path, self.files, self.metadata = path, files, metadata
-        self._chunks = {
-            (name, tuple(chunk.offsets)): tuple(chunk.sizes)
-            for name in tensors
-            for chunk in cast(Any, metadata.state_dict_metadata[name]).chunks
-        }
+        self.path, self.files = path, files
+        self._opened = Opened(path, cached=True)
+        stored: dict[str, Any] = metadata.state_dict_metadata
+        sizes = {(name, tuple(c.offsets)): tuple(c.sizes) for name in tensors for c in stored[name].chunks}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(cast(Any, tensors), metadata, True)
         plan = planner.finish_plan(planner.create_local_plan())
-        self.items = [self._item(read, planner.resolve_tensor(read).detach(), fresh) for read in plan.items]
-        self._again: list[_Item] = []  # read straight into tensors in use, once everything is compared
-        self._batches = self._fitting()
-        self._raws: list[torch.Tensor] = []
+        self.items: dict[str, list[_Item]] = {}
+        for read in plan.items:
+            item = _item(read, metadata, sizes, planner)
+            self.items.setdefault(item.name, []).append(item)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, in the files."""
+        return sum(item.nbytes for items in self.items.values() for item in items)
 
     def touched(self) -> dict[str, set[int]]:
         """The blocks, by file, that this rank reads."""
         out: dict[str, set[int]] = {}
-        for item in self.items:
-            first = item.start if item.before is None else item.before[0]
-            out.setdefault(item.file, set()).update(range(first // BLOCK, (item.start + item.nbytes - 1) // BLOCK + 1))
+        for items in self.items.values():
+            for item in items:
+                out.setdefault(item.file, set()).update(item.blocks)
         return out
 
-    def check(self, also: Mapping[str, set[int]]) -> None:
-        """Read and compare what this rank needs. Changes only tensors that nothing uses.
+    def check(self, also: Mapping[str, set[int]], seen: Seen | None = None) -> None:
+        """Compare what this rank needs.
 
         Args:
             also: further blocks to compare.
+            seen: told the bytes of each block.
 
         Raises:
             CheckpointError: a file is missing or damaged.
         """
-        every = {name: also.get(name, set()) | found for name, found in self.touched().items()}
-        every.update({name: found for name, found in also.items() if name not in every})
-        heads = [(item, torch.empty(len(item.before[1]), dtype=torch.uint8)) for item in self.items if item.before]
-        ranges: dict[str, list[Range]] = {}
-        for item, head in heads:
+        mine = self.touched()
+        readback.check(self.path, self.files, mine, seen, keep=True)
+        readback.check(self.path, self.files, also, seen)
+        for item in (item for items in self.items.values() for item in items if item.before is not None):
             assert item.before is not None
-            ranges.setdefault(item.file, []).append(Range(item.before[0], head))
-        for item in self.items:
-            if item.direct:
-                ranges.setdefault(item.file, []).append(Range(item.start, _memory(item.target)))
-        if len(self._batches) == 1 and not self._again:
-            self._raws = self._wanted(self._batches[0], ranges)
-        blocks.read(readings(self.path, self.files, every, ranges))
-        for item, head in heads:
-            assert item.before is not None
+            head = torch.empty(len(item.before[1]), dtype=torch.uint8)
+            self._opened.read(item.file, item.before[0], head)
             if head.numpy().tobytes() != item.before[1]:
                 raise CheckpointError(
                     f"'{item.name}' is not stored as the index says",
@@ -137,111 +133,79 @@ class Fill:
                     fix="nothing was loaded; use another checkpoint, and find out who changed this one",
                 )
 
-    def put(self) -> None:
-        """Let the tensors have their values.
+    def put(self, names: Collection[str], seen: Seen | None = None) -> None:
+        """Let tensors have their values.
+
+        Args:
+            names: which.
+            seen: told the bytes of each part.
 
         Raises:
-            CheckpointError: what was checked before cannot be read now; some tensors may have changed.
+            CheckpointError: what was compared before cannot be read now; some tensors may have changed.
         """
-        straight: dict[str, list[Range]] = {}
-        for item in self._again:
-            straight.setdefault(item.file, []).append(Range(item.start, _memory(item.target)))
-        if straight:
-            blocks.read(readings(self.path, self.files, {}, straight))
-        for batch in self._batches:
-            raws = self._raws
-            if batch and not raws:
-                ranges: dict[str, list[Range]] = {}
-                raws = self._wanted(batch, ranges)
-                blocks.read(readings(self.path, self.files, {}, ranges))
-            for item, raw in zip(batch, raws, strict=True):
-                try:
-                    values = item.values(raw)
-                    if values.shape != item.target.shape:
-                        raise ValueError(f"'{item.name}' has another shape than the index says")
-                    item.target.copy_(values)
-                except _CANNOT_READ as error:
-                    line = str(error).splitlines()[0] if str(error) else ""
-                    raise CheckpointError(
-                        f"its tensors cannot be read ({type(error).__name__}: {line})",
-                        where=str(self.path),
-                        fix="what was being loaded into is only partly loaded: load another checkpoint before going on",
-                    ) from error
-        self._raws = []
+        runs: list[Run] = []
+        others: list[tuple[_Item, torch.Tensor]] = []
+        for item in (item for name in names for item in self.items.get(name, ())):
+            target = item.target()
+            run = item.run(target)
+            if run is not None:
+                runs.append(run)
+            else:
+                others.append((item, target))
+        readback.copy(self.path, runs, seen)
+        crew = Crew()
+        try:
+            for item, target in others:
+                crew.do(partial(self._put, item, target))
+            crew.end()
+        finally:
+            crew.stop()
 
-    # --- what to read ------------------------------------------------------------------------
-    def _item(self, read: ReadItem, target: torch.Tensor, fresh: set[int]) -> _Item:
-        index: MetadataIndex = read.storage_index
-        info = self.metadata.storage_data[index]
-        properties = cast(Any, self.metadata.state_dict_metadata[index.fqn]).properties
-        sizes = self._chunks[index.fqn, tuple(index.offset or ())]
-        box = (torch.Size(read.storage_offsets), torch.Size(read.lengths))
-        strides = tuple(prod(sizes[i + 1 :]) for i in range(len(sizes)))
-        item = _Item(
-            index.fqn, info.relative_path, info.offset, info.length, target, None, properties.dtype, strides, box
-        )
-        if not known(item.dtype):
-            return item
-        before, after = around(item.dtype, sizes)
-        if info.length != len(before) + prod(sizes) * item.dtype.itemsize + len(after):
-            return item
-        first = sum(o * s for o, s in zip(box[0], strides, strict=True))
-        count = sum((n - 1) * s for n, s in zip(box[1], strides, strict=True)) + 1 if prod(box[1]) else 0
-        item.before = info.offset, before
-        item.start = info.offset + len(before) + first * item.dtype.itemsize
-        item.nbytes = count * item.dtype.itemsize
-        item.alike = (
-            target.device.type == "cpu"
-            and target.dtype == item.dtype
-            and target.is_contiguous()
-            and count == target.numel()
-        )
-        item.direct = item.alike and target.untyped_storage().data_ptr() in fresh
+    def _put(self, item: _Item, target: torch.Tensor) -> None:
+        raw = torch.empty(item.nbytes, dtype=torch.uint8)
+        self._opened.read(item.file, item.start, raw)
+        try:
+            values = item.values(raw)
+            if values.shape != target.shape:
+                raise ValueError(f"'{item.name}' has another shape than the index says")
+            target.copy_(values)
+        except _CANNOT_READ as error:
+            line = str(error).splitlines()[0] if str(error) else ""
+            raise CheckpointError(
+                f"its tensors cannot be read ({type(error).__name__}: {line})",
+                where=str(self.path),
+                fix="what was being loaded into is only partly loaded: load another checkpoint before going on",
+            ) from error
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._opened.close()
+
+
+def _item(
+    read: ReadItem,
+    metadata: Metadata,
+    sizes: Mapping[tuple[str, tuple[int, ...]], Sequence[int]],
+    planner: DefaultLoadPlanner,
+) -> _Item:
+    index: MetadataIndex = read.storage_index
+    info = cast(Any, metadata.storage_data)[index]
+    dtype = cast(Any, metadata.state_dict_metadata[index.fqn]).properties.dtype
+    size = tuple(sizes[index.fqn, tuple(index.offset or ())])
+    box = (torch.Size(read.storage_offsets), torch.Size(read.lengths))
+    strides = tuple(prod(size[i + 1 :]) for i in range(len(size)))
+    target = partial(_target, planner, read)
+    item = _Item(index.fqn, target, info.relative_path, info.offset, info.length, None, dtype, strides, box)
+    if not known(dtype):
         return item
-
-    def _fitting(self) -> list[list[_Item]]:
-        """The items that need memory to be held in, in the order of their files, cut into what there is memory for."""
-        held = sorted((i for i in self.items if not i.direct), key=lambda i: (i.file, i.start))
-        room = available() // (2 * World.current().local_size)
-        if sum(item.nbytes for item in held) > room:
-            self._again = [item for item in held if item.alike]
-            held = [item for item in held if not item.alike]
-        batches: list[list[_Item]] = [[]]
-        taken = 0
-        for item in held:
-            if batches[-1] and taken + item.nbytes > room:
-                batches.append([])
-                taken = 0
-            batches[-1].append(item)
-            taken += item.nbytes
-        return batches
-
-    def _wanted(self, batch: list[_Item], ranges: dict[str, list[Range]]) -> list[torch.Tensor]:
-        """Memory for each item of a batch, and the ranges that fill it."""
-        places, end = [], 0
-        for item in batch:
-            places.append(end)
-            end += -(-item.nbytes // _LINE) * _LINE
-        memory = aligned_empty(end)
-        raws = [memory[at : at + item.nbytes] for at, item in zip(places, batch, strict=True)]
-        for item, raw in zip(batch, raws, strict=True):
-            ranges.setdefault(item.file, []).append(Range(item.start, raw))
-        return raws
+    before, after = around(dtype, size)
+    if info.length != len(before) + prod(size) * dtype.itemsize + len(after):
+        return item
+    first = sum(o * s for o, s in zip(box[0], strides, strict=True))
+    count = sum((n - 1) * s for n, s in zip(box[1], strides, strict=True)) + 1 if prod(box[1]) else 0
+    start = info.offset + len(before) + first * dtype.itemsize
+    return replace(item, before=(info.offset, before), start=start, nbytes=count * dtype.itemsize)
 
 
-def _memory(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def available() -> int:
-    """Bytes of host memory that are free, or can be freed at once."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # no Linux: as if there were enough
-        return 1 << 62
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:  # no group of its own
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+def _target(planner: DefaultLoadPlanner, read: ReadItem) -> torch.Tensor:
+    return planner.resolve_tensor(read).detach()

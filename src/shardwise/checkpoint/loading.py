@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from shardwise.checkpoint.files import Manifest
 from shardwise.checkpoint.filling import Fill
 from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizers import OptimizerState
+from shardwise.checkpoint.portions import Portions
+from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Together, share
 from shardwise.checkpoint.storage import METADATA, parse_metadata
 from shardwise.comm import World
-from shardwise.engine.state_dict import publish, settle
+from shardwise.engine.state_dict import held, publish, units_of
 from shardwise.errors import CheckpointError
 
 _SHOWN = 10  # differences that an error lists
@@ -53,6 +55,7 @@ def load(
     models: Sequence[nn.Module] = (),
     optimizers: Sequence[Optimizer] = (),
     strict: bool = True,
+    progress: bool = True,
 ) -> Loaded:
     """Load a checkpoint in place, whatever strategy and number of ranks saved it. Collective.
 
@@ -60,6 +63,7 @@ def load(
         directory: what :func:`save` returned, or ``folder/latest`` for the newest complete one in a folder.
         models, optimizers: in the order they were saved in.
         strict: raise if names, shapes or groups differ. Otherwise load what fits and list the rest.
+        progress: show a bar on rank 0, if it has a terminal and this takes longer than a second.
 
     Returns:
         The small state, for the caller to put back.
@@ -70,8 +74,8 @@ def load(
 
     Buffers that differed between ranks come back as each rank's own at an equal world size, else as rank 0's.
     Cost: each rank reads what it holds, and its part of what nobody needs. To change nothing before all of it is
-    checked, what goes into tensors that are in use is held in host memory meanwhile; where that would take more than
-    half of what is free, it is read twice instead.
+    checked, it passes over these bytes twice; the second time they come from the page cache, as far as there is free
+    memory for it. What lives on a disk is in memory one unit at a time.
     """
     settle_saves()
     world = World.current()
@@ -96,53 +100,33 @@ def load(
                 where=str(path),
                 fix="build the model and optimizers as they were when it was saved, or load what fits: strict=False",
             )
-    for s in states:
-        settle(s.module)
+    for unit in (unit for s in states for unit in units_of(s.module)):
+        unit.settle()
+    with Together(doing):
+        portions = Portions()
+        for s in states:
+            _plan(s, metadata, portions)
+        for stepper, saved in zip(steppers, common["optimizers"], strict=False):
+            stepper.plan(saved, metadata, portions)
+        fill = Fill(path, manifest.files, metadata, portions.tensors)
     try:
-        fill, finish = _checked(path, manifest, metadata, states, steppers, common["optimizers"], doing)
-    except CheckpointError:  # on every rank
-        for s in states:
-            publish(s.module)
-        raise
-    with Together(doing, slow=True):
-        fill.put()
-        for call in finish:
-            call()
-        for s in states:
-            _put_rest(s, common["extra"].get(s.label, {}), own, world.size == manifest.world_size)
+        also = left_over(manifest.files, share(packed(manifest.files, fill.touched())))
+        with Progress("loading", 2 * fill.nbytes, progress) as bar:
+            with Together(doing, slow=True):
+                fill.check(also, bar.add)
+            with Together(doing, slow=True):
+                for portion in portions:
+                    with portion.here():
+                        fill.put(portion.tensors, bar.add)
+                        for call in portion.after:
+                            call()
+                for s in states:
+                    _put_rest(s, common["extra"].get(s.label, {}), own, world.size == manifest.world_size)
+    finally:
+        fill.close()
     for s in states:
         publish(s.module)
     return Loaded(common["state"], None if own is None else own["rank_state"], manifest, differences)
-
-
-def _checked(
-    path: Path,
-    manifest: Manifest,
-    metadata: Metadata,
-    states: Sequence[ModelState],
-    steppers: Sequence[OptimizerState],
-    optimizers: Sequence[Mapping[str, Any]],
-    doing: str,
-) -> tuple[Fill, list[Callable[[], Any]]]:
-    """Compare the whole checkpoint with its checksums, over all ranks, and hold what there is memory for. Collective.
-
-    Returns:
-        What puts the tensors into their places, and what to call after that.
-    """
-    with Together(doing):
-        tensors: dict[str, torch.Tensor] = {}
-        finish: list[Callable[[], Any]] = []
-        for s in states:
-            tensors.update(_model_targets(s, metadata))
-        for stepper, saved in zip(steppers, optimizers, strict=False):
-            found_, after = stepper.targets(saved, metadata)
-            tensors.update(found_)
-            finish += after
-        fill = Fill(path, manifest.files, metadata, tensors, {id_ for s in steppers for id_ in s.fresh})
-    also = left_over(manifest.files, share(packed(manifest.files, fill.touched())))
-    with Together(doing, slow=True):
-        fill.check(also)
-    return fill, finish
 
 
 def _needs(data: bytes, path: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -194,11 +178,14 @@ def _same_place(metadata: Metadata, a: str, b: str) -> bool:
     return places(a) == places(b)
 
 
-def _model_targets(s: ModelState, metadata: Metadata) -> dict[str, torch.Tensor]:
-    """The model's tensors that the checkpoint has with the same shape, by their names there."""
+def _plan(s: ModelState, metadata: Metadata, portions: Portions) -> None:
+    """The model's tensors that the checkpoint has with the same shape are to be filled."""
     found: dict[str, Any] = metadata.state_dict_metadata
-    out = {f"{s.label}.{name}": tensor for name, tensor in s.tensors(everything=True).items()}
-    return {k: t for k, t in out.items() if k in found and tuple(found[k].size) == tuple(t.shape)}
+    for name, tensor in s.tensors(everything=True).items():
+        key = f"{s.label}.{name}"
+        if key in found and tuple(found[key].size) == tuple(tensor.shape):
+            param = s.parameters.get(name)
+            portions.of(None if param is None else held(param)).tensors[key] = tensor
 
 
 def _put_rest(s: ModelState, extra: Mapping[str, Any], own: Mapping[str, Any] | None, same_size: bool) -> None:

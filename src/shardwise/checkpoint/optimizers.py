@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from shardwise.checkpoint.portions import Portion, Portions
 from shardwise.checkpoint.slices import Slices
 from shardwise.comm import World
-from shardwise.engine.optimizer import PER_PARAMETER, attach, bare_state_dict, flush, put_state
+from shardwise.engine.optimizer import PER_PARAMETER, attach, bare_state_dict, part, put_state
 from shardwise.engine.state_dict import Held, held
 from shardwise.errors import CheckpointError
 from shardwise.tiers.staged import Staged, fetch
@@ -67,7 +68,6 @@ class OptimizerState:
     def __init__(self, index: int, optimizer: Optimizer, names: Mapping[int, tuple[str, str]]) -> None:
         attach(optimizer)
         self.label, self.optimizer = ("optimizer" if index == 0 else f"optimizer_{index}"), optimizer
-        self.fresh: set[int] = set()  # addresses of tensors made to be loaded into, which nothing uses yet
         self.groups: list[list[Slot]] = []
         for g, group in enumerate(optimizer.param_groups):
             slots = []
@@ -173,41 +173,44 @@ class OptimizerState:
                 out.append(f"{self.label}: '{key}' of '{slot.label}' has shape {tuple(found.size)}, not {slot.shape}")
         return out
 
-    def targets(self, saved: Mapping[str, Any], metadata: Metadata) -> tuple[dict[str, torch.Tensor], list[Callable]]:
-        """Tensors to be filled from the checkpoint, by key, and what to call when they are.
+    def plan(self, saved: Mapping[str, Any], metadata: Metadata, portions: Portions) -> None:
+        """Say what is to be filled from the checkpoint, and what to do then.
 
         Parameters that the checkpoint does not have keep their state; those that had none there lose it.
         """
-        tensors: dict[str, torch.Tensor] = {}
-        finish: list[Callable[[], None]] = []
         groups = {label: group["values"] for group in saved["groups"] for label in group["params"]}
+        offloaded: dict[int, Held] = {}
         for group, slots in zip(self.optimizer.param_groups, self.groups, strict=True):
             fitting = [groups[s.label] for s in slots if s.label in groups]
             if fitting:
-                finish.append(partial(_set_values, group, fitting[0]))
+                portions.rest.after.append(partial(_set_values, group, fitting[0]))
             for slot in slots:
                 if slot.label in groups:
                     hyper = {**group, **groups[slot.label]}
-                    self._target(slot, saved["state"].get(slot.label), hyper, metadata, tensors, finish)
-        finish.append(partial(flush, self.optimizer))
+                    self._plan(slot, saved["state"].get(slot.label), hyper, metadata, portions.of(slot.mine))
+                if slot.mine is not None and slot.mine.bucket.home is not None:
+                    offloaded[id(slot.mine.bucket)] = slot.mine
+        for mine in offloaded.values():
+            state_of = part(self.optimizer, mine.bucket)
+            portions.of(mine).after.append(partial(state_of.flush, self.optimizer.state))
         if saved["named"]:
-            finish.append(lambda: self.optimizer.state.update(saved["named"]))
+            portions.rest.after.append(lambda: self.optimizer.state.update(saved["named"]))
         if saved["extra"]:  # only its own load_state_dict knows what to do with it
-            finish.append(lambda: self.optimizer.load_state_dict({**self.optimizer.state_dict(), **saved["extra"]}))
-        return tensors, finish
+            portions.rest.after.append(
+                lambda: self.optimizer.load_state_dict({**self.optimizer.state_dict(), **saved["extra"]})
+            )
 
-    def _target(
+    def _plan(
         self,
         slot: Slot,
         kinds: Mapping[str, str] | None,
         hyper: Mapping[str, Any],
         metadata: Metadata,
-        tensors: dict[str, torch.Tensor],
-        finish: list[Callable],
+        portion: Portion,
     ) -> None:
         pieces = [piece for _, _, piece in slot.pieces]
         if kinds is None:
-            finish += [partial(self._put, slot, piece, None) for piece in pieces]
+            portion.after += [partial(self._put, slot, piece, None) for piece in pieces]
             return
         if self._misfits(slot, kinds, metadata):
             return  # with strict=False: keeps the state it has
@@ -223,18 +226,17 @@ class OptimizerState:
                 for state, piece in zip(new, pieces, strict=True):
                     state[key] = self._tensor(piece, key, dtype)
                 if slot.mine is None:
-                    tensors[name] = new[0][key]
+                    portion.tensors[name] = new[0][key]
                 else:
                     parts = [(a, b, s[key]) for (a, b, _), s in zip(slot.pieces, new, strict=True)]
-                    tensors[name] = Slices(slot.shape, dtype, slot.mine.device, parts)
+                    portion.tensors[name] = Slices(slot.shape, dtype, slot.mine.device, parts)
             else:
-                tensors[name] = read = torch.empty(found.size, dtype=found.properties.dtype)
-                self.fresh.add(read.data_ptr())
+                portion.tensors[name] = read = torch.empty(found.size, dtype=found.properties.dtype)
                 for state, piece in zip(new, pieces, strict=True):
                     state[key] = None  # keeps the order of keys
                     device = _device(key, kind, hyper, piece)
-                    finish.append(partial(_fill, state, key, read, kind, device))
-        finish += [partial(self._put, slot, piece, state) for piece, state in zip(pieces, new, strict=True)]
+                    portion.after.append(partial(_fill, state, key, read, kind, device))
+        portion.after += [partial(self._put, slot, piece, state) for piece, state in zip(pieces, new, strict=True)]
 
     def _tensor(self, piece: torch.Tensor, key: str, dtype: torch.dtype) -> torch.Tensor:
         """The state tensor that is there in memory, or a new one: loading in place needs no second copy."""
@@ -247,9 +249,7 @@ class OptimizerState:
             and old.is_contiguous()
         ):
             return old
-        new = torch.empty_like(piece.detach(), dtype=dtype)
-        self.fresh.add(new.data_ptr())
-        return new
+        return torch.empty(piece.shape, dtype=dtype, device=piece.device)  # takes memory when it is filled
 
     def _dtype(self, slot: Slot, saved: torch.dtype, metadata: Metadata) -> torch.dtype:
         """State of the parameter's own dtype follows it; other state (8 bit, or fp32 beside bf16) stays as it is."""

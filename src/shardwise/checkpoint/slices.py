@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from shardwise.tiers.staged import Staged, fetch
+from shardwise.tiers.staged import fetch
 
 Box = tuple[tuple[int, ...], tuple[int, ...], int, int]
 """Offsets, sizes, and the range ``start:stop`` of the flattened tensor that the box covers."""
@@ -57,10 +57,10 @@ class Slices(torch.Tensor):
         dtype, device: of the slices.
         pieces: ``(start, stop, slice)``; the slice is contiguous and holds ``start:stop`` of the flattened
             tensor. Reading writes into it, so nothing is copied. One whose bytes are on a disk is fetched when its turn
-            comes; it can be saved, not read into.
+            comes to be saved; to be read into, it must be here by then.
     """
 
-    parts: list[tuple[Box, torch.Tensor]]
+    parts: list[tuple[Box, int, torch.Tensor]]
 
     @staticmethod
     def __new__(
@@ -80,11 +80,7 @@ class Slices(torch.Tensor):
         pieces: Sequence[tuple[int, int, torch.Tensor]],
     ) -> None:
         self.pieces = list(pieces)
-        self.parts = []
-        for start, stop, piece in pieces:
-            flat = None if isinstance(piece, Staged) else piece.detach().view(-1)
-            for box in boxes(shape, start, stop):
-                self.parts.append((box, piece if flat is None else flat[box[2] - start : box[3] - start].view(box[1])))
+        self.parts = [(box, start, piece) for start, stop, piece in pieces for box in boxes(shape, start, stop)]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -109,13 +105,10 @@ class Slices(torch.Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(box[0]), torch.Size(box[1])) for box, _ in self.parts]
+        return [ChunkStorageMetadata(torch.Size(box[0]), torch.Size(box[1])) for box, _, _ in self.parts]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        for box, part in self.parts:
+        for box, start, piece in self.parts:
             if box[0] == tuple(index.offset or ()):
-                if isinstance(part, Staged):
-                    start = next(a for a, b, piece in self.pieces if piece is part and a <= box[2] and box[3] <= b)
-                    return fetch(part).view(-1)[box[2] - start : box[3] - start].view(box[1])
-                return part
+                return fetch(piece).detach().view(-1)[box[2] - start : box[3] - start].view(box[1])
         raise KeyError(index)

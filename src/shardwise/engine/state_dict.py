@@ -111,15 +111,6 @@ def units_of(module: nn.Module) -> list[Unit]:
     return list({id(u): u for p in module.parameters() if (u := unit_of(p)) is not None}.values())
 
 
-def settle(module: nn.Module) -> None:
-    """Before master values are written to: wait for what is still on its way from the last step."""
-    for unit in units_of(module):
-        unit.settle()
-        for bucket in unit.buckets:
-            if bucket.values is not None:
-                bucket.values.materialise()
-
-
 @torch.no_grad()
 def publish(module: nn.Module) -> None:
     """After master values were written to: let the parameters' values follow. Collective."""

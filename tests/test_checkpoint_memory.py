@@ -1,0 +1,62 @@
+"""What saving and loading take of a host's memory beside the run's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import shardwise
+from ranks import run
+from shardwise import checkpoint
+from shardwise.checkpoint.files import BLOCK
+from test_load_model import Deep, peak_of
+
+MIB = 1 << 20
+
+
+def grown(path, strategy: str, width: int, depth: int) -> tuple[int, int, bool]:
+    """Bytes by which this rank grows in a save and in a load, and whether the state is what it was."""
+
+    def everything() -> list[float]:
+        with torch.no_grad(), shardwise.gathered(model):
+            values = [p.double().sum().item() for p in model.parameters()]
+        with shardwise.optimizer_state(optimizer) as state:
+            return values + [s["exp_avg"].double().sum().item() for s in state.values()]
+
+    model = shardwise.fully_shard(Deep(1, width, depth), strategy=strategy, units=nn.Linear)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        model(torch.randn(2, width)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def save() -> None:
+        checkpoint.save(path, models=[model], optimizers=[optimizer])
+
+    def load() -> None:
+        checkpoint.load(path, models=[model], optimizers=[optimizer])
+
+    step()
+    save(), load()  # imports, and what is allocated once
+    before = everything()
+    saved = peak_of(save)
+    step()
+    return saved, peak_of(load), everything() == before
+
+
+@pytest.mark.parametrize(
+    ("strategy", "width", "depth"),
+    [("zero3", 1024, 24), ("zero3,offload_params=nvme,offload_optimizer=nvme", 512, 96)],
+)
+def test_it_does_not_grow_with_the_state(tmp_path, strategy, width, depth):
+    if "nvme" in strategy:
+        strategy += f",nvme_path={tmp_path}"
+    numel = width * width * depth
+    state = 3 * 4 * numel // 2  # of each of two ranks: 144 MiB
+    unit = 3 * 4 * width * width // 2 if "nvme" in strategy else 0
+    for saved, loaded, equal in run(2, grown, tmp_path / "a", strategy, width, depth):
+        assert equal
+        assert saved <= 5 * BLOCK + 8 * unit + 8 * MIB < state // 2, saved / MIB
+        assert loaded <= 3 * MIB + 8 * unit + 8 * MIB < state // 4, loaded / MIB
