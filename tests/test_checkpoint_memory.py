@@ -48,15 +48,15 @@ def grown(path, strategy: str, width: int, depth: int) -> tuple[int, int, bool]:
 
 @pytest.mark.parametrize(
     ("strategy", "width", "depth"),
-    [("zero3", 1024, 24), ("zero3,offload_params=nvme,offload_optimizer=nvme", 512, 96)],
+    [("zero3", 1024, 12), ("zero3,offload_params=nvme,offload_optimizer=nvme", 512, 48)],
 )
 def test_it_does_not_grow_with_the_state(tmp_path, strategy, width, depth):
     if "nvme" in strategy:
         strategy += f",nvme_path={tmp_path}"
     numel = width * width * depth
-    state = 3 * 4 * numel // 2  # of each of two ranks: 144 MiB
+    state = 3 * 4 * numel // 2  # of each of two ranks: 72 MiB
     unit = 3 * 4 * width * width // 2 if "nvme" in strategy else 0
     for saved, loaded, equal in run(2, grown, tmp_path / "a", strategy, width, depth):
         assert equal
-        assert saved <= 5 * BLOCK + 8 * unit + 8 * MIB < state // 2, saved / MIB
-        assert loaded <= 3 * MIB + 8 * unit + 8 * MIB < state // 4, loaded / MIB
+        assert saved <= 5 * BLOCK + 8 * unit + 8 * MIB < state, saved / MIB
+        assert loaded <= 3 * MIB + 8 * unit + 8 * MIB < state // 2, loaded / MIB

@@ -266,6 +266,34 @@ def test_transformers_models(tmp_path):
     assert_same(whole(model), whole(saved))
 
 
+def on_meta(folder):
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    shardwise.fully_shard(model, strategy="zero3")
+    checkpoint.load_model(model, folder)
+    with torch.no_grad():
+        return model.eval()(torch.arange(12).view(1, 12)).logits
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama"])
+def test_a_transformers_model_that_is_built_on_the_meta_device(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if name == "GPT2":
+        config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=16)
+    else:
+        config = transformers.LlamaConfig(
+            num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32, vocab_size=50
+        )
+    saved = transformers.AutoModelForCausalLM.from_config(config).eval()
+    saved.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = saved(torch.arange(12).view(1, 12)).logits
+    for logits in run(2, on_meta, tmp_path):
+        assert torch.allclose(logits, expected, atol=1e-6)
+
+
 def elsewhere(folder):
     model = shardwise.fully_shard(make(5), strategy="zero2")
     before = whole(model)

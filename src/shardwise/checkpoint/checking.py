@@ -9,15 +9,20 @@ from pathlib import Path
 import torch
 
 from shardwise.checkpoint import readback
-from shardwise.checkpoint.files import MANIFEST, FileEntry, Manifest, check_sizes, damaged, named, parse, resolve
+from shardwise.checkpoint.files import BLOCK, MANIFEST, FileEntry, Manifest, check_sizes, damaged, named, parse, resolve
+from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Together, from_first
 from shardwise.checkpoint.readback import Run
 from shardwise.comm import World
 from shardwise.errors import CheckpointError
 
 
-def verify(directory: str | os.PathLike[str]) -> Manifest:
+def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manifest:
     """Read every file of a checkpoint against the manifest. Collective: each rank reads a part of the files.
+
+    Args:
+        directory: a checkpoint, or ``folder/latest``.
+        progress: show a bar on rank 0, if it has a terminal and this takes longer than a second.
 
     Returns:
         The manifest.
@@ -27,15 +32,16 @@ def verify(directory: str | os.PathLike[str]) -> Manifest:
 
     Cost: reads the whole checkpoint once, over all ranks together.
     """
-    return whole(directory)[1]
+    return whole(directory, progress)[1]
 
 
-def whole(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
+def whole(directory: str | os.PathLike[str], progress: bool = True) -> tuple[Path, Manifest]:
     """:func:`found`, where every byte is as it was written. Collective: each rank reads a part."""
     path, manifest = found(directory)
-    nothing = [packed(manifest.files, {})]
-    with Together(f"reading checkpoint {path}", slow=True):
-        readback.check(path, manifest.files, left_over(manifest.files, nothing))
+    mine = left_over(manifest.files, [packed(manifest.files, {})])
+    total = BLOCK * sum(map(len, mine.values()))
+    with Progress("checking", total, progress) as bar, Together(f"reading checkpoint {path}", slow=True):
+        readback.check(path, manifest.files, mine, bar.add)
     return path, manifest
 
 

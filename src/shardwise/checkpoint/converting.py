@@ -22,12 +22,12 @@ from shardwise.checkpoint.writers import DTYPES, SafeWriter, bytes_of, shards_of
 from shardwise.errors import CheckpointError
 
 
-def check(path: str | os.PathLike[str], progress: bool = False) -> tuple[Source, list[str]]:
+def check(path: str | os.PathLike[str], progress: bool = True) -> tuple[Source, list[str]]:
     """Look at everything that can be checked without a model. Any rank may call it alone.
 
     Args:
         path: what :func:`~shardwise.checkpoint.sources.open_source` takes.
-        progress: show a bar.
+        progress: show a bar, on a terminal.
 
     Returns:
         What is there, and what is wrong with it, one line per file. Of Shardwise's own checkpoints every byte is read
@@ -83,7 +83,7 @@ def export(
     part: str | None = None,
     max_shard_size: int | str = "10GB",
     dtype: torch.dtype | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Path:
     """Write the weights in a checkpoint as transformers reads them: ``model.safetensors``, or several and an index.
 
@@ -189,7 +189,7 @@ class Comparison:
 
 @torch.no_grad()
 def compare(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], *, part: str | None = None, progress: bool = False
+    a: str | os.PathLike[str], b: str | os.PathLike[str], *, part: str | None = None, progress: bool = True
 ) -> Comparison:
     """Compare all tensors of two checkpoints. In one process.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.checkpoint.models import ModelState, entries, model_states
+from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Together, from_first
 from shardwise.checkpoint.writers import DTYPES, BinWriter, SafeWriter, Writer, bytes_of, shards_of
 from shardwise.comm import World
@@ -69,6 +71,7 @@ def save_model(
     *,
     max_shard_size: int | str = "10GB",
     safe_serialization: bool = True,
+    progress: bool = True,
 ) -> Path:
     """Write a model's weights as transformers does: ``model.safetensors``, or numbered files and an index.
 
@@ -80,6 +83,7 @@ def save_model(
         directory: made if it is not there.
         max_shard_size: bytes per file at most (one tensor is never cut), or a text: ``500MB``, ``10GiB``.
         safe_serialization: if false, ``pytorch_model.bin`` files of ``torch.save`` instead.
+        progress: show a bar on rank 0, if it has a terminal and this takes longer than a second.
 
     Returns:
         The directory.
@@ -96,19 +100,23 @@ def save_model(
     doing = f"writing the model to {root}"
     writer: Writer | None = None
     with Together(doing):
-        shards = shards_of(_tensors(state), bytes_of(max_shard_size))
+        tensors = _tensors(state)
+        shards = shards_of(tensors, bytes_of(max_shard_size))
         _check_types(state, safe_serialization)
         if first:
             root.mkdir(parents=True, exist_ok=True)
             writer = (SafeWriter if safe_serialization else BinWriter)(root, shards, state.aliases, state.extra)
     failure: Exception | None = None
+    total = sum(prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
     try:
-        for name, value in _stream(state):
-            if writer is not None and failure is None:
-                try:
-                    writer.add(name, value)
-                except (OSError, RuntimeError) as error:  # the others are gathering: tell them when they are done
-                    failure = error
+        with Progress("writing", total, progress) as bar:
+            for name, value in _stream(state):
+                if writer is not None and failure is None:
+                    try:
+                        writer.add(name, value)
+                    except (OSError, RuntimeError) as error:  # the others are gathering: tell them when they are done
+                        failure = error
+                bar.add(value.nbytes)
         with Together(doing):
             if failure is not None:
                 raise failure

@@ -57,7 +57,7 @@ def load_model(
     *,
     strict: bool = True,
     part: str | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> LoadedModel:
     """Load a model's weights in place, from whatever holds them. Collective.
 
@@ -71,7 +71,7 @@ def load_model(
         path: a folder or file that all ranks see.
         strict: raise if names or shapes differ. Otherwise load what fits; the result lists the rest.
         part: which dict holds the weights, where there are several: ``model``, ``ema``, keys joined with dots.
-        progress: show a bar on rank 0, if it has a terminal.
+        progress: show a bar on rank 0, if it has a terminal and this takes longer than a second.
 
     Raises:
         CheckpointError: on every rank, before anything has changed: nothing there, damaged, not tensors, or it does
@@ -89,7 +89,7 @@ def load_model(
         _check(state)
         own = not given.exists() or (given / MANIFEST).is_file()
     if from_first(str(own)) == "True":
-        given, _ = whole(given)
+        given, _ = whole(given, progress)
     with Together(doing, slow=True):
         source = open_source(given)
         found = fit(state, source, part)

@@ -94,7 +94,7 @@ def verify(
     bad = 0
     for path in _series(directory) or [directory]:
         try:
-            source, problems = check(path, progress=True)
+            source, problems = check(path)
         except CheckpointError as error:
             if path == directory:
                 raise
@@ -130,7 +130,7 @@ def export(
     from shardwise.checkpoint.converting import export as write
 
     wanted = None if dtype is None else getattr(torch, dtypes[dtype])
-    root = write(directory, out, part=part, max_shard_size=max_shard_size, dtype=wanted, progress=True)
+    root = write(directory, out, part=part, max_shard_size=max_shard_size, dtype=wanted)
     written = sorted(p for p in root.glob("model*.safetensors*"))
     size = _size(sum(p.stat().st_size for p in written))
     say(f"shardwise: wrote {', '.join(p.name for p in written[:3])}{', ...' * (len(written) > 3)} ({size}) to {root}")
@@ -149,7 +149,7 @@ def diff(
     """
     from shardwise.checkpoint.converting import compare
 
-    found = compare(a, b, part=part, progress=True)
+    found = compare(a, b, part=part)
     if as_json:
         rows = [
             {"name": d.name, "difference": d.what, "a": _side(d.a), "b": _side(d.b), "largest": d.largest}
