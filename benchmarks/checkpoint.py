@@ -5,7 +5,7 @@
 *Raw* is the same number of processes that write as many bytes to new files and flush them, or read them past the page
 cache: aligned buffers of one block, a few threads each, no checksum, no order. It takes turns with the saves and loads
 within each round, and every ratio is taken within one round, so that a disk or a machine that others use as well hits
-both alike. *Resized* loads what two ranks saved on another number of ranks. *Stall* is the time until an asynchronous
+both alike. Before each load the system is told to forget the files, so that they come from the disk. *Resized* loads what two ranks saved on another number of ranks. *Stall* is the time until an asynchronous
 save returns; the first one, which takes the memory for the copies, is told apart.
 """
 
@@ -106,6 +106,15 @@ def timed(call: Any) -> tuple[float, Any]:
     return perf_counter() - start, result
 
 
+def cold(path: Path) -> None:
+    """Nothing of a checkpoint is in the page cache."""
+    if dist.get_rank() == 0:
+        for file in path.iterdir():
+            fd = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
 def measure(rank: int, folder: str, args: dict[str, Any]) -> dict[str, Any]:
     from shardwise import checkpoint
 
@@ -128,6 +137,7 @@ def measure(rank: int, folder: str, args: dict[str, Any]) -> dict[str, Any]:
     for turn in range(args["rounds"]):
         for pair in (("raw_write", "save"), ("raw_read", "load")):
             for kind in pair if turn % 2 == 0 else reversed(pair):
+                cold(path / "sync")
                 seconds.setdefault(kind, []).append(timed(calls[kind])[0])
         stall, handle = timed(lambda: checkpoint.async_save(path / "async", **things))
         seconds.setdefault("stall", []).append(stall)
@@ -141,9 +151,11 @@ def loads(rank: int, folder: str, args: dict[str, Any]) -> list[float]:
 
     torch.set_num_threads(1)
     model, optimizer, _ = trained("zero3", args["width"], args["layers"])
-    call = lambda: checkpoint.load(Path(folder) / "sync", models=[model], optimizers=[optimizer])  # noqa: E731
-    call()
-    return [timed(call)[0] for _ in range(args["rounds"])]
+    path, out = Path(folder) / "sync", []
+    for _ in range(args["rounds"] + 1):
+        cold(path)
+        out.append(timed(lambda: checkpoint.load(path, models=[model], optimizers=[optimizer]))[0])
+    return out[1:]  # the first one made connections and memory
 
 
 def main() -> None:

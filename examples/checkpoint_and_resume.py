@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     model, optimizer, training, scheduler = accelerator.prepare(model, optimizer, training, scheduler)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
-    if accelerator.has_checkpoint():
-        accelerator.load_state()
+    if accelerator.load_state(resume="latest"):
         accelerator.print(f"going on after step {progress.steps}")
 
     losses = []

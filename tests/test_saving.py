@@ -192,12 +192,15 @@ def test_several_models_each_with_its_own_strategy(tmp_path):
 # --- automatic names ------------------------------------------------------------------------------
 def named(folder):
     one = Run(folder, "zero2", total_limit=2)
-    assert not one.accelerator.has_checkpoint()
+    assert not one.accelerator.has_checkpoint() and not one.accelerator.load_state(resume="latest")
     one.train(4, save_after=[1, 2, 3])
     assert one.accelerator.has_checkpoint() and one.accelerator.save_iteration == 3
     again = Run(folder, "zero2")
-    again.accelerator.load_state()
+    assert again.accelerator.load_state(resume="latest")
     assert again.counter.value == 3 and again.accelerator.save_iteration == 3
+    assert Run(folder, "zero2").accelerator.load_state(folder / "checkpoints", resume="latest")
+    with pytest.raises(CheckpointError, match="resume='newest'"):
+        one.accelerator.load_state(resume="newest")
     fresh = Run(folder, "zero2")  # does not begin at 0 over what is there
     fresh.train(1, save_after=[1])
     return sorted(p.name for p in (folder / "checkpoints").iterdir())
@@ -207,6 +210,21 @@ def named(folder):
 def test_automatic_names(size, tmp_path):
     for names in everywhere(size, named, tmp_path):
         assert names == ["checkpoint_1", "checkpoint_2", "checkpoint_3"]
+
+
+def none_whole(folder):
+    one = Run(folder, "zero2")
+    one.train(1, save_after=[1])
+    if rank() == 0:
+        (folder / "checkpoints" / "checkpoint_0" / "state.pt").unlink()
+    one.accelerator.wait_for_everyone()
+    for look in (one.accelerator.has_checkpoint, lambda: one.accelerator.load_state(resume="latest")):
+        with pytest.raises(CheckpointError, match="none of the checkpoints there is complete"):
+            look()
+
+
+def test_where_no_checkpoint_is_whole_a_run_does_not_begin_anew(tmp_path):
+    run(2, none_whole, tmp_path)
 
 
 def nowhere():

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shardwise import checkpoint, operations
 from shardwise.accelerator.base import Base
+from shardwise.checkpoint.checking import newest
 from shardwise.comm import World
 from shardwise.engine.build import engine_of
 from shardwise.errors import CheckpointError
@@ -49,8 +50,7 @@ class Saving(Base):
         It waits for a save that is under way.
         """
         checkpoint.settle_saves()
-        folder = self._checkpoints()
-        return bool(operations.from_first(int(World.current().rank == 0 and checkpoint.latest(folder) is not None)))
+        return newest(self._checkpoints()) is not None
 
     # --- hooks ---------------------------------------------------------------------------------
     def register_for_checkpointing(self, *objects: Any) -> None:
@@ -170,7 +170,8 @@ class Saving(Base):
         load_kwargs: dict[str, Any] | None = None,
         *,
         strict: bool = True,
-    ) -> None:
+        resume: str | None = None,
+    ) -> bool:
         """Load what :meth:`save_state` saved, under this or another strategy and number of ranks.
 
         Prepare and register the same things in the same order first. The next iteration of a dataloader goes on
@@ -181,6 +182,12 @@ class Saving(Base):
                 ``checkpoints``. ``folder/latest`` is the newest complete one in any folder.
             load_kwargs: accepted for Accelerate's sake; ``strict`` is read from it.
             strict: raise if parameters differ in name or shape; otherwise load those that fit.
+            resume: ``"latest"``: the newest complete one in the project's ``checkpoints``, or in the folder
+                ``input_dir``, if there is one. So a script can begin with ``load_state(resume="latest")``, whether it
+                is started for the first time or again.
+
+        Returns:
+            Whether there was one: always, without ``resume``.
 
         Raises:
             CheckpointError: a file is missing or damaged, or something was saved that is not here, or the other way
@@ -192,9 +199,9 @@ class Saving(Base):
             )
         strict = (load_kwargs or {}).get("strict", strict)
         checkpoint.settle_saves()
-        newest = input_dir is None or (os.fspath(input_dir) == "latest" and self.project_dir is not None)
-        path = self._newest_checkpoint() if newest else Path(os.fspath(input_dir))  # type: ignore[arg-type]
-        path = checkpoint.find(path)
+        path = self._checkpoint_at(input_dir, resume)
+        if path is None:
+            return False
         models = list(self._models)
         for hook in list(self._load_hooks.values()):
             hook(models, str(path))
@@ -216,9 +223,19 @@ class Saving(Base):
         number = path.name.rpartition("_")[2]
         if path.name.startswith("checkpoint_") and number.isdigit():
             self.project_configuration.iteration = int(number) + 1
+        return True
 
-    def _newest_checkpoint(self) -> Path:
-        return checkpoint.find(self._checkpoints() / "latest")
+    def _checkpoint_at(self, input_dir: str | os.PathLike[str] | None, resume: str | None) -> Path | None:
+        given = None if input_dir is None else Path(os.fspath(input_dir))
+        if resume is not None:
+            if resume != "latest":
+                raise CheckpointError(
+                    f"resume={resume!r}", fix='resume="latest", or the folder of a checkpoint as input_dir'
+                )
+            return newest(self._checkpoints() if given is None else given)
+        if given is None or (given == Path("latest") and self.project_dir is not None):
+            given = self._checkpoints() / "latest"
+        return checkpoint.find(given)
 
     def _counts(self) -> dict[str, int]:
         return {

@@ -13,6 +13,7 @@ from shardwise.checkpoint.files import BLOCK, MANIFEST, FileEntry, Manifest, che
 from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Together, from_first
 from shardwise.checkpoint.readback import Run
+from shardwise.checkpoint.series import latest
 from shardwise.comm import World
 from shardwise.errors import CheckpointError
 
@@ -51,16 +52,26 @@ def find(directory: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: on every rank: there is none to be the latest.
     """
-    return _by_first(directory, named)
+    return Path(_by_first(directory, named))
 
 
-def _by_first(directory: str | os.PathLike[str], look: Callable[[Path], Path]) -> Path:
+def newest(folder: str | os.PathLike[str]) -> Path | None:
+    """:func:`latest` as a collective: the newest complete checkpoint in a folder, or ``None``. Rank 0 looks.
+
+    Raises:
+        CheckpointError: on every rank: there are checkpoints, and none of them is complete.
+    """
+    chosen = _by_first(folder, lambda path: latest(path) or "")
+    return Path(chosen) if chosen else None
+
+
+def _by_first(directory: str | os.PathLike[str], look: Callable[[Path], Path | str]) -> str:
     given = Path(os.path.realpath(directory))
     chosen = ""
     with Together(f"reading checkpoint {given}"):
         if World.current().rank == 0:
             chosen = str(look(given))
-    return Path(from_first(chosen))
+    return from_first(chosen)
 
 
 def found(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
@@ -69,7 +80,7 @@ def found(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
     Raises:
         CheckpointError: on every rank: it is missing, incomplete, not a checkpoint, or of a newer format.
     """
-    path = _by_first(directory, resolve)
+    path = Path(_by_first(directory, resolve))
     with Together(f"reading checkpoint {path}"):
         if not (path / MANIFEST).is_file():
             raise CheckpointError(
