@@ -5,8 +5,9 @@
 *Raw* is the same number of processes that write as many bytes to new files and flush them, or read them past the page
 cache: aligned buffers of one block, a few threads each, no checksum, no order. It takes turns with the saves and loads
 within each round, and every ratio is taken within one round, so that a disk or a machine that others use as well hits
-both alike. Before each load the system is told to forget the files, so that they come from the disk. *Resized* loads what two ranks saved on another number of ranks. *Stall* is the time until an asynchronous
-save returns; the first one, which takes the memory for the copies, is told apart.
+both alike. Before each load the system is told to forget the files, so that they come from the disk. *Resized* loads
+what two ranks saved on another number of ranks. *Stall* is the time until an asynchronous save returns; the first one,
+which takes the memory for the copies, is told apart.
 """
 
 from __future__ import annotations
