@@ -222,7 +222,7 @@ def test_how_many_ranks_and_which_devices_are_left(monkeypatch: pytest.MonkeyPat
     # Devices are tried in processes of their own; here one fails and one never answers.
     tries = "import os, sys, time\nname = os.environ['CUDA_VISIBLE_DEVICES']\ntime.sleep(60 * (name == '3'))\n"
     monkeypatch.setattr(fewer, "_TRY", f"{tries}sys.exit(name == '1')")
-    monkeypatch.setattr(fewer, "_TRY_S", 2.0)
+    monkeypatch.setattr(fewer, "_TRY_S", 4.0)
     raised = [(0, RAISED), (1, RAISED), (2, RAISED), (3, RAISED)]
     assert Fewer(1, cuda=True).after(raised, four) == Start(2, ("0", "2"), ("1", "3"))
 
