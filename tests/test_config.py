@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ ALL = Settings(
     nproc=2, devices=None, nnodes=2, node_rank=1, rdzv_endpoint="host0:29400", rdzv_id="7", max_restarts=3,
     strategy="zero2,reduce_dtype=bf16", mixed_precision="no", gradient_accumulation_steps=4, cpu=True,
 )  # fmt: skip
+
+# What contradicts something of the above.
+ONE_HOST = Settings(nproc=2, devices="0,1", max_restarts=3, min_nproc=1)
 
 
 @pytest.fixture(autouse=True)
@@ -46,20 +49,21 @@ def ran(
 
 
 # --- our own files ------------------------------------------------------------------------------
+@pytest.mark.parametrize("wanted", [ALL, replace(ONE_HOST, strategy="ddp", mixed_precision="no", cpu=False)])
 def test_every_value_is_a_flag_and_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wanted: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags: list[object] = []
     for f in fields(Settings):
-        value = getattr(ALL, f.name)
+        value = getattr(wanted, f.name)
         if f.name == "cpu":
-            flags.append("--cpu")
+            flags.append("--cpu" if value else "--no-cpu")
         elif value is not None:
             flags += [f"--{f.name.replace('_', '-')}", value]
     printed, err = ran(monkeypatch, capsys, "config", *flags, "-o", "mine.yaml")
-    assert printed == ALL.said()
+    assert printed == wanted.said()
     assert "wrote mine.yaml" in err and "shardwise launch --config mine.yaml your_script.py" in err
-    assert files.read(Path("mine.yaml")).settings == ALL
+    assert files.read(Path("mine.yaml")).settings == wanted
     read = files.read(Path("mine.yaml")).settings
     assert read.mixed_precision == "no"  # which a bare YAML 'no' is not
 
@@ -82,6 +86,21 @@ def test_the_default_file_is_used_and_said_and_flags_win(
     code, _, err = command("launch", "--no-config", "--cpu", "-n", 1, name, cwd=tmp_path)
     assert code == 0 and err == ""
     assert said(tmp_path)[0][0]["SHARDWISE_STRATEGY"] is None
+
+
+def test_a_flag_may_contradict_the_files_fewest_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files.write(replace(ONE_HOST, nproc=4, devices=None, min_nproc=3), Path("mine.yaml"))
+    for flags in (["-n", "2"], ["--max-restarts", "0"]):
+        assert "no script 'nothere.py'" in refused(
+            monkeypatch, capsys, "launch", "--config", "mine.yaml", *flags, "nothere.py"
+        )
+    err = refused(
+        monkeypatch, capsys,
+        "launch", "--config", "mine.yaml", "--nnodes", "2", "--rdzv-endpoint", "host0:1", "nothere.py",
+    )  # fmt: skip
+    assert "--min-nproc 3 on 2 hosts" in err
 
 
 def test_a_file_is_not_replaced_unless_told(

@@ -139,6 +139,105 @@ def test_restarts_are_said_and_can_succeed(tmp_path: Path) -> None:
     assert "rank 0 ended with exit code 3" in err and "starting all ranks anew (1 restart left)" in err
 
 
+LOSES = """
+import json, os, signal, sys
+rank, attempt = (int(os.environ[k]) for k in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+keys = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TORCHELASTIC_MAX_RESTARTS")
+with open(f"said-{attempt}-{rank}", "w") as f:
+    json.dump({k: os.environ[k] for k in keys}, f)
+if (attempt, rank) in ((0, 1), (2, 0)):
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(3 if (attempt, rank) == (1, 0) else 0)
+"""
+
+
+def test_a_lost_rank_and_its_device_are_left_out_and_one_that_raised_is_not(tmp_path: Path) -> None:
+    import json
+
+    from shardwise.cli.launch import cores
+
+    code, _, err = command(
+        "launch", "-n", 3, "--min-nproc", 1, "--max-restarts", 4, script(tmp_path, LOSES), cwd=tmp_path,
+        CUDA_VISIBLE_DEVICES="14,15,16,17",
+    )  # fmt: skip
+    assert code == 0, err
+    assert [line for line in err.splitlines() if "starting" in line] == [
+        "shardwise: starting anew with 2 ranks instead of 3, without device 15 (4 restarts left)",
+        "shardwise: starting all ranks anew (3 restarts left)",
+        "shardwise: starting anew with 1 rank instead of 2, without device 14 (2 restarts left)",
+    ]
+    for attempt, (size, devices) in enumerate([(3, "14,15,16,17"), (2, "14,16,17"), (2, "14,16,17"), (1, "16,17")]):
+        found = [json.loads(p.read_text()) for p in tmp_path.glob(f"said-{attempt}-*")]
+        assert found == size * [
+            {
+                "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "CUDA_VISIBLE_DEVICES": devices,
+                "OMP_NUM_THREADS": str(max(1, cores() // size)), "TORCHELASTIC_MAX_RESTARTS": "4",
+            }
+        ]  # fmt: skip
+
+
+KILLED, ABORTED, CRASHED, RAISED = -signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, 1
+
+
+@pytest.mark.parametrize(
+    ("ended", "sick", "lost"),
+    [
+        ([(2, KILLED), (0, RAISED), (1, RAISED)], [], [2]),
+        ([(2, KILLED), (0, ABORTED), (1, ABORTED)], [], [2]),  # NCCL aborts survivors
+        ([(0, ABORTED), (1, ABORTED), (2, KILLED)], [], [2]),
+        ([(1, ABORTED), (0, RAISED)], [], [1]),
+        ([(1, ABORTED), (0, ABORTED), (2, ABORTED)], [], [1]),
+        ([(1, CRASHED), (0, RAISED)], [], [1]),
+        ([(1, CRASHED), (0, CRASHED), (2, CRASHED)], [], []),
+        ([(0, RAISED), (2, KILLED)], [], [2]),
+        ([(1, KILLED), (0, KILLED)], [], [1, 0]),
+        ([(0, KILLED), (1, KILLED), (2, KILLED)], [], []),  # no rank is the cause
+        ([(0, RAISED), (1, RAISED), (2, RAISED)], [], []),
+        ([(0, RAISED)], [], []),
+        ([(0, RAISED), (1, RAISED)], [1], [1]),  # a device that fell off is an exception, or an abort of any rank
+        ([(0, ABORTED), (1, ABORTED)], [1], [1]),
+        ([(0, KILLED)], [1], [1, 0]),
+        ([(0, KILLED)], [0, 1, 2], [0]),  # nothing answers: the driver's affair
+    ],
+)
+def test_who_is_lost(ended: list[tuple[int, int]], sick: list[int], lost: list[int]) -> None:
+    from shardwise.cli.fewer import lost_ranks
+
+    assert lost_ranks(ended, 3, sick) == lost
+
+
+def test_how_many_ranks_and_which_devices_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shardwise.cli import fewer
+    from shardwise.cli.fewer import Fewer, Start
+
+    lost = [(1, KILLED), (2, KILLED)]
+    four = Start(4, ("0", "1", "2", "3"))
+    assert Fewer(1).after(lost, four) == Start(2, ("0", "3"), ("1", "2"))
+    assert Fewer(3).after(lost, four) == Start(3, ("0", "2", "3"), ("1",)), "the first to fail is left out"
+    assert Fewer(2, multiple=2).after(lost[:1], four) == Start(2, ("0", "2", "3"), ("1",))
+    assert Fewer(1).after(lost, Start(4)) == Start(2)
+    assert Fewer(1).after(lost, Start(4, ("0",))) == Start(2, ("0",)), "four ranks on one device are on the CPU"
+    spare = Fewer(2).after([(0, KILLED)], Start(2, ("5", "7", "9")))
+    assert spare == Start(2, ("7", "9"), ("5",)) and spare.words(Start(2)) == "all ranks anew, without device 5"
+    # Devices are tried in processes of their own; here one fails and one never answers.
+    tries = "import os, sys, time\nname = os.environ['CUDA_VISIBLE_DEVICES']\ntime.sleep(60 * (name == '3'))\n"
+    monkeypatch.setattr(fewer, "_TRY", f"{tries}sys.exit(name == '1')")
+    monkeypatch.setattr(fewer, "_TRY_S", 4.0)
+    raised = [(0, RAISED), (1, RAISED), (2, RAISED), (3, RAISED)]
+    assert Fewer(1, cuda=True).after(raised, four) == Start(2, ("0", "2"), ("1", "3"))
+
+
+@pytest.mark.gpu
+def test_devices_are_tried() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from shardwise.cli.fewer import answering
+
+    assert answering(["0", "99"]) == [True, False]
+
+
 @pytest.mark.parametrize("numbered", [True, False])
 def test_two_hosts_meet(tmp_path: Path, numbered: bool) -> None:
     import socket
@@ -174,6 +273,17 @@ def test_two_hosts_meet(tmp_path: Path, numbered: bool) -> None:
         (["--rdzv-endpoint", "host0", "x.py"], "is not host:port"),
         (["--rdzv-endpoint", "host0:99999", "x.py"], "no valid port"),
         (["--max-restarts", "-1", "x.py"], "--max-restarts -1"),
+        (["--min-nproc", "1", "x.py"], "--min-nproc 1 is about restarts, and there are none\n  fix: --max-restarts"),
+        (["--min-nproc", "0", "--max-restarts", "1", "x.py"], "--min-nproc 0 is not a number of ranks"),
+        (["--min-nproc", "3", "-n", "2", "--max-restarts", "1", "x.py"], "--min-nproc 3 is more than the 2 ranks"),
+        (
+            ["--min-nproc", "1", "--max-restarts", "1", "--nnodes", "2", "--rdzv-endpoint", "host0:29400", "x.py"],
+            "each host of several keeps its number of ranks\n  fix: leave it out",
+        ),
+        (
+            ["--strategy", "hsdp,shard_size=2", "-n", "4", "--min-nproc", "1", "--max-restarts", "1", "x.py"],
+            "shard_size=2 does not divide --min-nproc 1\n  fix: give a multiple of 2",
+        ),
         (["--gradient-accumulation-steps", "0", "x.py"], "--gradient-accumulation-steps 0"),
         (["--devices", "0,0", "x.py"], "is not a list of devices"),
         (["--devices", "0", "--cpu", "x.py"], "contradict"),
@@ -209,6 +319,8 @@ def test_more_ranks_than_cuda_devices_needs_cpu_said(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     err = refused(monkeypatch, capsys, "launch", "--nproc", "4", "x.py")
     assert "CUDA devices (2)" in err and "--cpu" in err
+    err = refused(monkeypatch, capsys, "launch", "--min-nproc", "4", "--max-restarts", "1", "x.py")
+    assert "--min-nproc 4 is more than the 2 ranks there are" in err
 
 
 def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

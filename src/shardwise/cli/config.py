@@ -38,6 +38,7 @@ def config(
     rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the hosts meet.")] = None,
     rdzv_id: Annotated[str | None, typer.Option(help="Tells runs that meet at one endpoint apart.")] = None,
     max_restarts: Annotated[int | None, typer.Option(help="How often to start all ranks anew after a failure.")] = None,
+    min_nproc: Annotated[int | None, typer.Option(help="After losing a rank, at least this many go on.")] = None,
     strategy: Annotated[str | None, typer.Option(help="ddp, zero1, zero2, zero3, hsdp, or with keys.")] = None,
     mixed_precision: Annotated[str | None, typer.Option(metavar="no|fp16|bf16", help="To compute in.")] = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches per step.")] = None,
@@ -57,7 +58,7 @@ def config(
     ~/.config/shardwise/config.yaml, which launch uses by itself; launch --config FILE uses any other.
     """
     flags = Settings(
-        nproc, devices, nnodes, node_rank, rdzv_endpoint, rdzv_id, max_restarts,
+        nproc, devices, nnodes, node_rank, rdzv_endpoint, rdzv_id, max_restarts, min_nproc,
         strategy, mixed_precision, gradient_accumulation_steps, cpu,
     )  # fmt: skip
     path = out if out is not None else files.default_path()

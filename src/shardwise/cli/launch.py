@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 from shardwise import environment
 from shardwise.cli import settings as files
 from shardwise.cli.console import say
+from shardwise.cli.fewer import Fewer
 from shardwise.cli.settings import Settings
 from shardwise.errors import LaunchError
 from shardwise.strategy import Strategy
@@ -79,6 +80,12 @@ def launch(
     max_restarts: Annotated[
         int | None, typer.Option(help="How often to start all ranks anew after a failure.", show_default="0")
     ] = None,
+    min_nproc: Annotated[
+        int | None,
+        typer.Option(
+            help="After losing a rank, start anew without it, with at least this many.", show_default="--nproc"
+        ),
+    ] = None,
     strategy: Annotated[
         str | None, typer.Option(help="Use this strategy in place of the script's: ddp, zero1, zero2, zero3, hsdp, ...")
     ] = None,
@@ -107,7 +114,7 @@ def launch(
     code is 0 if all ranks succeeded, 1 if one failed, 2 for a wrong request and 130 after Ctrl-C.
     """
     flags = Settings(
-        nproc, devices, nnodes, node_rank, rdzv_endpoint, rdzv_id, max_restarts,
+        nproc, devices, nnodes, node_rank, rdzv_endpoint, rdzv_id, max_restarts, min_nproc,
         strategy, mixed_precision, gradient_accumulation_steps, cpu,
     )  # fmt: skip
     wanted = flags.over(_from_file(config, no_config, flags))
@@ -115,6 +122,8 @@ def launch(
     command = [*_target(script, module), *(args or [])]
     extra = ranks_environment(wanted)
     number = choose_nproc(wanted.nproc, wanted.cpu, devices=wanted.device_list())
+    wanted = replace(wanted, nproc=number)
+    wanted.check()  # once more: what was asked for must suit a number that was not, too
     # The agent's modules take a second to import, and a wrong request should not wait for them.
     from shardwise.cli.ranks import Ranks, run_ranks
 
@@ -127,6 +136,7 @@ def launch(
             endpoint=wanted.rdzv_endpoint or "",
             run_id=wanted.rdzv_id or "",
             max_restarts=wanted.max_restarts or 0,
+            **_fewer(wanted, extra),
             environment={**extra, **thread_environment(number)},
         )
     )
@@ -198,6 +208,26 @@ def ranks_environment(wanted: Settings) -> dict[str, str]:
     return out
 
 
+def _fewer(wanted: Settings, variables: dict[str, str]) -> dict[str, Any]:
+    """The part of :class:`~shardwise.cli.ranks.Ranks` about starts with fewer ranks.
+
+    Args:
+        wanted: settings with the number of ranks.
+        variables: what the ranks get on top of this process's environment.
+    """
+    import torch
+
+    if wanted.min_nproc is None:
+        return {}
+    count = 0 if wanted.cpu else torch.cuda.device_count()
+    said = {**os.environ, **variables}.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    multiple = Strategy.parse(wanted.strategy).shard_size if wanted.strategy is not None else None
+    return {
+        "fewer": Fewer(wanted.min_nproc, multiple or 1, cuda=count > 0),
+        "devices": [name for part in said.split(",") if (name := part.strip())],
+    }
+
+
 def visible(names: list[str], already: str | None) -> list[str]:
     """Devices as the ranks must be told of them: numbers count what this process sees, which may be a part."""
     seen = [name.strip() for name in already.split(",")] if already else []
@@ -235,6 +265,8 @@ def _from_file(config: Path | None, no_config: bool, flags: Settings) -> Setting
         settings = replace(settings, cpu=None)
     if flags.nnodes == 1:
         settings = replace(settings, node_rank=None, rdzv_endpoint=None)
+    if flags.max_restarts == 0 or (flags.nproc is not None and flags.nproc < (settings.min_nproc or 0)):
+        settings = replace(settings, min_nproc=None)
     how = "" if config is not None else " (--no-config leaves it out)"
     kind = ", Accelerate's format" if found.kind == "accelerate" else ""
     say(f"shardwise: settings from {path}{kind}{how}")

@@ -26,6 +26,8 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousPara
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
 from shardwise.cli.console import say, show_cursor
+from shardwise.cli.fewer import Fewer, Start
+from shardwise.cli.launch import cores
 from shardwise.errors import LaunchError
 
 # Survivors of a failed rank have this long to print their report. It covers the time that shardwise.comm.faults
@@ -46,7 +48,10 @@ class Ranks:
         endpoint: ``host:port`` where the hosts meet; empty for a free port of this host.
         run_id: tells several runs at one endpoint apart.
         max_restarts: how often all ranks are started anew after a failure.
-        environment: variables for the ranks, on top of this process's.
+        fewer: how far they may become fewer then; ``None`` if there are as many each time. One host only.
+        devices: the devices the ranks see, as in ``CUDA_VISIBLE_DEVICES``; what ``fewer`` leaves some out of.
+        environment: variables for the ranks, on top of this process's. ``OMP_NUM_THREADS`` in it is this host's cores
+            divided among the ranks, and divided anew when they become fewer.
         limit_s: all ranks are ended if they run for longer; ``None`` for no limit.
     """
 
@@ -57,6 +62,8 @@ class Ranks:
     endpoint: str = ""
     run_id: str = ""
     max_restarts: int = 0
+    fewer: Fewer | None = None
+    devices: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
     limit_s: float | None = None
 
@@ -86,7 +93,7 @@ def run_ranks(ranks: Ranks, failed: list[int] | None = None) -> int:
             agent.kill()
             show_cursor()
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-            say(f"\nshardwise: stopped by {name}; all {ranks.nproc} ranks have ended")
+            say(f"\nshardwise: stopped by {name}; all {agent.start.nproc} ranks have ended")
             return 128 + number
         except (RendezvousError, TimeoutError, ConnectionError) as error:
             raise LaunchError(
@@ -106,12 +113,22 @@ def run_ranks(ranks: Ranks, failed: list[int] | None = None) -> int:
 
 
 class _Agent(LocalElasticAgent):
-    """torch's agent, with patience: survivors of a failure may finish their last words."""
+    """torch's agent, with patience: survivors of a failure may finish their last words.
+
+    And a start after a failure may have fewer ranks.
+    """
 
     _ended: dict[int, float]  # pid: when it was first seen ended, this round
     _started = 0.0
     limit_s: float | None = None
     out_of_time = False
+
+    def __init__(self, spec: WorkerSpec, ranks: Ranks) -> None:
+        super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull), shutdown_timeout=_SHUTDOWN_S)
+        self.start = Start(ranks.nproc, tuple(ranks.devices))
+        self.limit_s = ranks.limit_s
+        self._fewer = ranks.fewer
+        self._divides_cores = "OMP_NUM_THREADS" in ranks.environment
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._ended = {}
@@ -134,8 +151,23 @@ class _Agent(LocalElasticAgent):
             for line in self.summary(result):
                 say(line)
             left = self._remaining_restarts
-            say(f"shardwise: starting all ranks anew ({left} restart{'s' * (left > 1)} left)")
+            say(f"shardwise: starting {self._next_start(result)} ({left} restart{'s' * (left > 1)} left)")
         return result
+
+    def _next_start(self, result: RunResult) -> str:
+        """Decide what the start after this failure has, and say it in a few words."""
+        if self._fewer is None:
+            return "all ranks anew"
+        before = self.start
+        by_themselves = [(f.local_rank, f.exitcode) for _, f in self.failures(result) if f.pid in self._ended]
+        self.start = self._fewer.after(by_themselves, before)
+        # torch's agent reads these each time it starts ranks; it goes on counting restarts.
+        self._worker_group.spec.local_world_size = self.start.nproc
+        if self.start.left_out:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.start.devices)
+        if self._divides_cores and self.start.nproc < before.nproc:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // self.start.nproc))
+        return self.start.words(before)
 
     def failures(self, result: RunResult) -> list[tuple[int, ProcessFailure]]:
         """The failed ranks, in the order in which they ended."""
@@ -203,9 +235,7 @@ def _agent(ranks: Ranks) -> _Agent:
     )
     # The agent makes torch's handlers for these; Ctrl-C has its own below.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
-    agent = _Agent(spec, DefaultLogsSpecs(log_dir=os.devnull), shutdown_timeout=_SHUTDOWN_S)
-    agent.limit_s = ranks.limit_s
-    return agent
+    return _Agent(spec, ranks)
 
 
 class _Stop:

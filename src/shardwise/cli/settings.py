@@ -41,6 +41,7 @@ class Settings:
         nnodes, node_rank: hosts, and this host's number.
         rdzv_endpoint, rdzv_id: where the hosts meet (``host:port``), and as which run.
         max_restarts: how often all ranks are started anew after a failure.
+        min_nproc: ranks that a start after losing some has at least; as many as before if nothing was said.
         strategy, mixed_precision, gradient_accumulation_steps: what wins over the script's own.
         cpu: run on the CPU.
     """
@@ -52,6 +53,7 @@ class Settings:
     rdzv_endpoint: str | None = None
     rdzv_id: str | None = None
     max_restarts: int | None = None
+    min_nproc: int | None = None
     strategy: str | None = None
     mixed_precision: str | None = None
     gradient_accumulation_steps: int | None = None
@@ -85,6 +87,7 @@ class Settings:
             ("nproc", 1, "ranks"),
             ("nnodes", 1, "hosts"),
             ("max_restarts", 0, "restarts"),
+            ("min_nproc", 1, "ranks"),
             ("gradient_accumulation_steps", 1, "micro-batches"),
         ):
             value = getattr(self, name)
@@ -97,6 +100,7 @@ class Settings:
         if complete:
             self._check_hosts()
             self._check_shards()
+            self._check_fewer()
 
     def _check_hosts(self) -> None:
         nnodes = self.nnodes or 1
@@ -142,6 +146,30 @@ class Settings:
             raise LaunchError(
                 f"shard_size={size} does not divide {ranks} rank{'s' * (ranks > 1)}",
                 fix="choose a divisor, or another --nproc",
+            )
+        if size is not None and self.min_nproc is not None and self.min_nproc % size:
+            raise LaunchError(
+                f"shard_size={size} does not divide --min-nproc {self.min_nproc}", fix=f"give a multiple of {size}"
+            )
+
+    def _check_fewer(self) -> None:
+        if self.min_nproc is None:
+            return
+        if not self.max_restarts:
+            raise LaunchError(
+                f"--min-nproc {self.min_nproc} is about restarts, and there are none",
+                fix="--max-restarts 3, or leave it out",
+            )
+        if (self.nnodes or 1) > 1:
+            raise LaunchError(
+                f"--min-nproc {self.min_nproc} on {self.nnodes} hosts: each host of several keeps its number of ranks",
+                fix="leave it out; --max-restarts starts the same ranks anew, and a start by hand may have fewer hosts",
+            )
+        if self.nproc is not None and self.min_nproc > self.nproc:
+            raise LaunchError(
+                f"--min-nproc {self.min_nproc} is more than the {self.nproc} rank{'s' * (self.nproc > 1)} there "
+                f"{'are' if self.nproc > 1 else 'is'}",
+                fix=f"give {self.nproc} or less",
             )
 
     def device_list(self) -> list[str]:
