@@ -20,12 +20,14 @@ class AsyncSave:
 
     Args:
         path: where the checkpoint will stand.
-        work: writes it and takes part in the ranks' agreement. Runs in a thread; an interpreter does not end before it.
+        work: copies what is left to copy and then calls what it is given; writes it all, and takes part in the ranks'
+            agreement. Runs in a thread; an interpreter does not end before it.
     """
 
-    def __init__(self, path: Path, work: Callable[[], None]) -> None:
+    def __init__(self, path: Path, work: Callable[[Callable[[], None]], None]) -> None:
         self.path = path
         self._work = work
+        self._copied = threading.Event()
         self._error: BaseException | None = None
         self.told = False  # somebody knows how it ended
         self._thread = threading.Thread(target=self._run, name="shardwise-save", daemon=False)
@@ -35,6 +37,13 @@ class AsyncSave:
     def done(self) -> bool:
         """Has it ended, well or not? Ranks may see it a moment apart."""
         return not self._thread.is_alive()
+
+    def wait_for_copy(self) -> None:
+        """Wait until this rank's optimizer state is copied, or the save has failed. No collective.
+
+        ``optimizer.step()`` does it by itself. Call it before changing optimizer state in other ways.
+        """
+        self._copied.wait()
 
     def wait(self) -> Path:
         """Wait until the checkpoint stands.
@@ -57,8 +66,11 @@ class AsyncSave:
         return self.path
 
     def _run(self) -> None:
-        with self:
-            self._work()
+        try:
+            with self:
+                self._work(self._copied.set)
+        finally:
+            self._copied.set()
 
     def __enter__(self) -> None:
         return

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from shardwise.checkpoint.files import BLOCK, FileEntry, damaged
+from shardwise.errors import CheckpointError
 from shardwise.tiers.aligned import ALIGN, aligned_empty, padded
 from shardwise.tiers.mounts import in_memory
 
@@ -78,6 +79,12 @@ class Crew:
             self._jobs.put(None)
         for thread in threads:
             thread.join()
+
+    def drop(self) -> None:
+        """:meth:`stop`, without the jobs that have not begun."""
+        if self.failure is None:
+            self.failure = CheckpointError("given up")
+        self.stop()
 
     def end(self) -> None:
         """:meth:`stop`, and raise what a job has raised."""
@@ -150,7 +157,8 @@ class BlockFile:
             self._pass_on()
 
     def give_to(self, crew: Crew) -> None:
-        """Let a crew write what has stayed in memory."""
+        """Let a crew write what has stayed in memory, and what comes."""
+        self._crew = crew
         waiting, self._waiting = self._waiting, []
         for job, after in waiting:
             crew.do(job, after)

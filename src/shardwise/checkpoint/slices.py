@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -14,6 +15,11 @@ from shardwise.tiers.staged import Staged, fetch
 
 Box = tuple[tuple[int, ...], tuple[int, ...], int, int]
 """Offsets, sizes, and the range ``start:stop`` of the flattened tensor that the box covers."""
+
+
+@lru_cache(maxsize=4096)  # a parameter and its optimizer state are cut alike, at every save
+def _boxes(shape: tuple[int, ...], start: int, stop: int) -> tuple[Box, ...]:
+    return tuple(boxes(shape, start, stop))
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
@@ -83,7 +89,7 @@ class Slices(torch.Tensor):
         self.parts = []
         for start, stop, piece in pieces:
             flat = None if isinstance(piece, Staged) else piece.detach().view(-1)
-            for box in boxes(shape, start, stop):
+            for box in _boxes(tuple(shape), start, stop):
                 self.parts.append((box, piece if flat is None else flat[box[2] - start : box[3] - start].view(box[1])))
 
     @classmethod
@@ -92,6 +98,11 @@ class Slices(torch.Tensor):
             whole = args[0]
             return Slices(whole.shape, whole.dtype, whole.device, whole.pieces)
         raise NotImplementedError(f"{func} on slices of a tensor")
+
+    @property
+    def here(self) -> bool:
+        """Are all bytes in memory?"""
+        return not any(isinstance(piece, Staged) for _, _, piece in self.pieces)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Slices({tuple(self.shape)}, {[(a, b) for a, b, _ in self.pieces]})"
