@@ -157,8 +157,7 @@ class BlockFile:
             self._pass_on()
 
     def give_to(self, crew: Crew) -> None:
-        """Let a crew write what has stayed in memory, and what comes."""
-        self._crew = crew
+        """Let a crew write what has stayed in memory."""
         waiting, self._waiting = self._waiting, []
         for job, after in waiting:
             crew.do(job, after)

@@ -266,8 +266,6 @@ class _Save:
     def in_background(self, share: Share, copied: Callable[[], None]) -> None:
         crew = Crew()
         try:
-            for file in self.files.by_name.values():
-                file.give_to(crew)
             self.finish(crew, share, copied)
         finally:
             crew.stop()
@@ -286,6 +284,8 @@ class _Save:
                     self.copy.end()
                 finally:
                     copied()
+                for file in self.files.by_name.values():  # not before: an update waits for the copy
+                    file.give_to(crew)
                 ranks.mine = pickle.dumps(self.copy.results)
             with Together(self.doing, slow=True, by=share) as done:
                 if self.world.rank == 0:
