@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from shardwise.checkpoint.blocks import Buffers
 from shardwise.checkpoint.ranks import Apart, Together
@@ -86,6 +87,25 @@ class AsyncSave:
         return f"shardwise: checkpoint {self.path} was not written\n{self._error}"
 
 
+class _Unflushed:
+    """A standard stream that cannot be flushed when the interpreter ends: then the exit status is 120, see ``sys.exit``.
+
+    A save that failed and that nobody asked about is lost output of the same kind, and at that point there is no other
+    way to a status that leaves everybody else's ``atexit`` functions alone.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def flush(self) -> None:
+        self._stream.flush()
+        if sys.is_finalizing():
+            raise OSError("a checkpoint was not written")
+
+
 class Background:
     """What saves keep for the next one, and the asynchronous one that is under way. Made by all ranks together.
 
@@ -98,8 +118,10 @@ class Background:
         atexit.register(self._end)
 
     def _end(self) -> None:
-        if self.last is not None and World.current().rank == 0 and (words := self.last.last_words()):
-            print(words, file=sys.stderr, flush=True)
+        if self.last is not None and (words := self.last.last_words()):
+            if World.current().rank == 0:
+                print(words, file=sys.stderr, flush=True)
+            sys.stderr = cast(TextIO, _Unflushed(sys.stderr))
 
     @staticmethod
     def of(world: World) -> Background:
