@@ -115,8 +115,8 @@ class Saving(Base):
         Returns:
             A handle: ``wait()`` for the folder or the error, ``done``, ``wait_for_copy()``.
 
-        Cost: the copy of values, and of state that is not in host memory; host memory for all that this rank writes, kept for the next time. Hooks, and models that they
-        see, are dealt with at once.
+        Cost: the copy of values, and of state that is not in host memory; host memory for all that this rank writes,
+        kept for the next time. Hooks, and models that they see, are dealt with at once.
         """
         return self._save(output_dir, checkpoint.async_save)
 

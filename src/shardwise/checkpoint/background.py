@@ -88,7 +88,7 @@ class AsyncSave:
 
 
 class _Unflushed:
-    """A standard stream that cannot be flushed when the interpreter ends: then the exit status is 120, see ``sys.exit``.
+    """A standard stream that cannot be flushed when the interpreter ends: the exit status is then 120 (``sys.exit``).
 
     A save that failed and that nobody asked about is lost output of the same kind, and at that point there is no other
     way to a status that leaves everybody else's ``atexit`` functions alone.

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +15,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.checkpoint import files, safe, series
+from shardwise.checkpoint import files, series
 from shardwise.checkpoint.background import AsyncSave, Background, settle_saves
-from shardwise.checkpoint.blocks import BlockFile, Buffers, Crew, checksum
-from shardwise.checkpoint.files import FileEntry, Manifest
+from shardwise.checkpoint.blocks import Buffers, Crew
+from shardwise.checkpoint.files import Manifest
 from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizers import OptimizerState
-from shardwise.checkpoint.ranks import Share, Together, share
-from shardwise.checkpoint.storage import METADATA, Copy, Plans, Tensors
+from shardwise.checkpoint.ranks import Together, share
+from shardwise.checkpoint.storage import Copy, Tensors
+from shardwise.checkpoint.writing import Files, Save
 from shardwise.comm import World
 from shardwise.engine.readers import read_beside
 from shardwise.errors import CheckpointError
@@ -70,7 +67,7 @@ def save(
     settle_saves()
     crew = Crew()
     try:
-        files = _Files(Buffers(), crew, Background.of(World.current()).plans)
+        files = Files(Buffers(), crew, Background.of(World.current()).plans)
         save_ = _begin(directory, files, models, optimizers, state, rank_state, info, files_from, total_limit)
         save_.finish(crew, share, copied=lambda: None)
     finally:
@@ -111,7 +108,7 @@ def async_save(
     """
     settle_saves()
     background = Background.of(World.current())
-    files = _Files(background.buffers, None, background.plans)
+    files = Files(background.buffers, None, background.plans)
     save_ = _begin(directory, files, models, optimizers, state, rank_state, info, files_from, total_limit)
     save_.begin_copy()
     background.last = handle = AsyncSave(save_.final, partial(save_.in_background, background.share))
@@ -120,22 +117,9 @@ def async_save(
     return handle
 
 
-class _Files:
-    """The files that this rank writes."""
-
-    def __init__(self, buffers: Buffers, crew: Crew | None, plans: Plans) -> None:
-        self.buffers, self.crew, self.plans = buffers, crew, plans
-        self.folder = Path()
-        self.by_name: dict[str, BlockFile] = {}
-
-    def new(self, name: str) -> BlockFile:
-        file = self.by_name[name] = BlockFile(self.folder / name, self.buffers, self.crew)
-        return file
-
-
 def _begin(
     directory: str | os.PathLike[str],
-    out: _Files,
+    out: Files,
     models: Sequence[nn.Module],
     optimizers: Sequence[Optimizer],
     state: Mapping[str, Any] | None,
@@ -143,7 +127,7 @@ def _begin(
     info: Mapping[str, Any] | None,
     files_from: Callable[[Path], None] | None,
     total_limit: int | None,
-) -> _Save:
+) -> Save:
     """Everything up to the copy. Collective."""
     world = World.current()
     with Together(f"writing checkpoint {directory}") as ranks:
@@ -190,7 +174,7 @@ def _begin(
             yield "state.pt", _common(states, steppers, kinds, state)
 
     changes_in_step = tuple(f"{o.label}." for o in steppers)
-    return _Save(world, out, final, manifest, small, files_from, Copy(out.new, tensors), changes_in_step, total_limit)
+    return Save(world, out, final, manifest, small, files_from, Copy(out.new, tensors), changes_in_step, total_limit)
 
 
 class _Facts(NamedTuple):
@@ -212,122 +196,6 @@ class _Facts(NamedTuple):
 
     def dumps(self) -> bytes:
         return json.dumps(self._asdict()).encode()
-
-
-@dataclass
-class _Save:
-    """A checkpoint that is about to be written.
-
-    Args:
-        files: this rank's.
-        manifest: without the files.
-        small: names and contents of this rank's files of small state.
-        copy: of the tensors.
-        changes_in_step: beginnings of the names of tensors that nothing but an optimizer's step changes.
-    """
-
-    world: World
-    files: _Files
-    final: Path
-    manifest: Manifest
-    small: Callable[[], Iterator[tuple[str, Mapping[str, Any]]]] | None
-    files_from: Callable[[Path], None] | None
-    copy: Copy
-    changes_in_step: tuple[str, ...]
-    total_limit: int | None
-
-    @property
-    def doing(self) -> str:
-        return f"writing checkpoint {self.final}"
-
-    def begin_copy(self) -> None:
-        """Copy what may change when the caller goes on. Collective."""
-        with _removed_if_it_fails(self.world, self.files, None), Together(self.doing, slow=True):
-            self._begin_copy(lambda name: name.startswith(self.changes_in_step))
-
-    def _begin_copy(self, later: Callable[[str], bool]) -> None:
-        folder = self.files.folder
-        if not folder.is_dir():
-            raise CheckpointError(
-                "rank 0 has made this directory, and this rank does not see it",
-                where=str(folder),
-                fix="save to a file system that all hosts share",
-            )
-        assert self.small is not None
-        for name, value in self.small():
-            file = self.files.new(name)
-            file.write(safe.dumps(value))
-            file.end()
-        self.small = None  # it knows what belongs to the caller
-        if self.files_from is not None:
-            self.files_from(folder)
-        self.copy.begin(later)
-
-    def in_background(self, share: Share, copied: Callable[[], None]) -> None:
-        crew = Crew()
-        try:
-            self.finish(crew, share, copied)
-        finally:
-            crew.stop()
-
-    def finish(self, crew: Crew, share: Share, copied: Callable[[], None]) -> None:
-        """Have everything on the disk, on all ranks, and let the directory take its name. Collective.
-
-        Args:
-            copied: is called when this rank's copy has ended, well or not.
-        """
-        with _removed_if_it_fails(self.world, self.files, crew):
-            with Together(self.doing, slow=True, by=share) as ranks:
-                try:
-                    if self.small is not None:
-                        self._begin_copy(lambda _: False)
-                    self.copy.end()
-                finally:
-                    copied()
-                for file in self.files.by_name.values():  # not before: an update waits for the copy
-                    file.give_to(crew)
-                ranks.mine = pickle.dumps(self.copy.results)
-            with Together(self.doing, slow=True, by=share) as done:
-                if self.world.rank == 0:
-                    file = self.files.new(METADATA)
-                    file.write(self.copy.index(ranks.told))
-                    file.end()
-                    file.give_to(crew)
-                crew.end()
-                written = {name: file.close() for name, file in self.files.by_name.items()}
-                done.mine = json.dumps({name: [e.size, e.crc32] for name, e in written.items()}).encode()
-            with Together(self.doing, slow=True, by=share):
-                if self.world.rank == 0:
-                    self._publish({n: FileEntry(*entry) for data in done.told for n, entry in json.loads(data).items()})
-
-    def _publish(self, table: dict[str, FileEntry]) -> None:
-        folder = self.files.folder
-        present = files.listing(folder)
-        if missing := sorted(table.keys() - present):
-            raise CheckpointError(
-                f"rank 0 does not see '{missing[0]}', which another rank has written",
-                where=str(folder),
-                fix="save to a file system that all hosts share",
-            )
-        for name in sorted(present - table.keys()):  # from ``files_from``
-            table[name] = checksum(folder / name)
-        files.commit(folder, self.final, replace(self.manifest, files=dict(sorted(table.items()))))
-        if self.total_limit is not None:
-            series.delete_oldest(self.final.parent, self.total_limit)
-
-
-@contextmanager
-def _removed_if_it_fails(world: World, out: _Files, crew: Crew | None) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if crew is not None:
-            crew.drop()
-        for file in out.by_name.values():
-            file.abandon()
-        if world.rank == 0:
-            shutil.rmtree(out.folder, ignore_errors=True)
-        raise
 
 
 def _check_json(info: Mapping[str, Any] | None) -> None:
