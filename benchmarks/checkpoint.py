@@ -7,7 +7,8 @@ cache: aligned buffers of one block, a few threads each, no checksum, no order. 
 within each round, and every ratio is taken within one round, so that a disk or a machine that others use as well hits
 both alike. Before each load the system is told to forget the files, so that they come from the disk. *Resized* loads
 what two ranks saved on another number of ranks. *Stall* is the time until an asynchronous save returns; the first one,
-which takes the memory for the copies, is told apart.
+which takes the memory for the copies, is told apart. *Copied* is the time until an update may change optimizer state,
+which is copied beside the next forward and backward: if these take less, the update waits.
 """
 
 from __future__ import annotations
@@ -142,7 +143,9 @@ def measure(rank: int, folder: str, args: dict[str, Any]) -> dict[str, Any]:
                 seconds.setdefault(kind, []).append(timed(calls[kind])[0])
         stall, handle = timed(lambda: checkpoint.async_save(path / "async", **things))
         seconds.setdefault("stall", []).append(stall)
-        seconds.setdefault("async_total", []).append(stall + timed(handle.wait)[0])
+        copied = stall + timed(handle.wait_for_copy)[0]
+        seconds.setdefault("copied", []).append(copied)
+        seconds.setdefault("async_total", []).append(copied + timed(handle.wait)[0])
     return {"nbytes": nbytes, "seconds": seconds, "first_stall_s": first}
 
 
@@ -194,6 +197,7 @@ def main() -> None:
         "save_over_raw": paired(seconds["raw_write"], seconds["save"]),
         "load_over_raw": paired(seconds["raw_read"], seconds["load"]),
         "stall_over_save": paired(seconds["stall"], seconds["save"]),
+        "copied_over_save": paired(seconds["copied"], seconds["save"]),
         "same_size_load_s": quartiles(same),
         "resized_over_same": {n: quartiles(v)["median"] / quartiles(same)["median"] for n, v in resized.items()},
     }
@@ -202,6 +206,7 @@ def main() -> None:
     print(f"save / raw bandwidth   {told(result['save_over_raw'])}")
     print(f"load / raw bandwidth   {told(result['load_over_raw'])}")
     print(f"stall / save           {told(result['stall_over_save'])}")
+    print(f"copied / save          {told(result['copied_over_save'])}")
     for n, ratio in result["resized_over_same"].items():
         print(f"load on {n} / on {args.nproc} ranks  {ratio:.2f}")
     save(result, args.out / "checkpoint.json")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
+import threading
 import time
-from contextlib import contextmanager
+import weakref
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,10 @@ import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
 from shardwise import Accelerator, checkpoint
+from shardwise.checkpoint.blocks import BlockFile
 from shardwise.errors import CheckpointError
 from shardwise.utils import ProjectConfiguration
+from test_offload import separate_memory
 
 
 def step(model, optimizer, index):
@@ -37,7 +42,7 @@ def build(strategy, seed=0, **kw):
 def failure(function, *args, **kw) -> str:
     try:
         function(*args, **kw)
-    except CheckpointError as error:
+    except (CheckpointError, MemoryError) as error:
         return str(error)
     return ""
 
@@ -75,6 +80,160 @@ def goes_on_meanwhile(path, strategy):
 @pytest.mark.parametrize("strategy", [*PRESETS, "zero2,param_dtype=bf16"])
 def test_it_holds_what_was_there_when_it_began(tmp_path, strategy):
     run(2, goes_on_meanwhile, tmp_path / "a", strategy)
+
+
+class Held:
+    """Holds back what is copied in the background: it begins when told, and is slow. Or it fails there."""
+
+    def __init__(self, fails=False):
+        self.fails, self.go, self.copied, self._put = fails, threading.Event(), 0, BlockFile.put
+
+    def __enter__(self):
+        def put(file, tensor):
+            if threading.current_thread() is not threading.main_thread():
+                self.go.wait()
+                time.sleep(0.003)
+                if self.fails:
+                    raise MemoryError("no room for the copy")
+                self.copied += 1
+            self._put(file, tensor)
+
+        BlockFile.put = put
+        return self
+
+    def __exit__(self, *_):
+        self.go.set()
+        BlockFile.put = self._put
+
+
+IN_BACKWARD = "optimizer_in_backward=true"
+
+
+def goes_on_at_once(path, strategy, separate=False):
+    """The next update comes while the copy is under way."""
+
+    def build(seed):
+        model = make(seed=seed)
+        if strategy != "plain":
+            with separate_memory() if separate else nullcontext():
+                shardwise.fully_shard(model, strategy=strategy)
+        opt = adamw(model.parameters())
+        shardwise.attach(opt)
+        return model, opt
+
+    model, opt = build(0)
+    for i in range(2):
+        step(model, opt, i)
+    with Held() as held:
+        handle = checkpoint.async_save(path, models=[model], optimizers=[opt])
+        loss = loss_of(model, batch(2, rank()))
+        if IN_BACKWARD in strategy:
+            held.go.set()
+            loss.backward()
+        else:  # neither forward nor backward wait
+            loss.backward()
+            assert not handle.done and not held.copied
+            held.go.set()
+            opt.step()
+        waited_for = held.copied
+        handle.wait()
+    assert 0 < waited_for == held.copied
+    if IN_BACKWARD in strategy:
+        opt.step()
+    opt.zero_grad()
+    losses = [loss.item(), step(model, opt, 3)]
+
+    other, other_opt = build(3)
+    checkpoint.load(path, models=[other], optimizers=[other_opt])
+    assert [step(other, other_opt, i) for i in (2, 3)] == losses
+    assert_same(whole(other), whole(model))
+
+
+@pytest.mark.parametrize("strategy", [*PRESETS, "zero3,offload_optimizer=cpu", f"zero2,{IN_BACKWARD}"])
+def test_an_update_waits_for_the_copy(tmp_path, strategy):
+    run(2, goes_on_at_once, tmp_path / "a", strategy)
+
+
+def test_so_do_later_updates_and_other_optimizers(tmp_path):
+    run(2, goes_on_at_once, tmp_path / "a", "zero3,offload_optimizer=cpu,offload_overlap=true", True)
+    run(1, goes_on_at_once, tmp_path / "b", "plain")
+
+
+def first_state(opt):
+    return next(iter(opt.state.values()))["exp_avg"]
+
+
+def by_hand(folder):
+    """State is changed by others than a step."""
+    model, opt = build("zero3")
+    step(model, opt, 0)
+    things = {"models": [model], "optimizers": [opt]}
+    texts = []
+    for i in range(3):
+        with Held() as held:
+            handle = checkpoint.async_save(folder / f"checkpoint_{i}", **things)
+            if i == 0:  # and nobody waited
+                if rank() == 1:
+                    first_state(opt).add_(1)
+            elif i == 1:
+                held.go.set()
+                with shardwise.optimizer_state(opt):
+                    first_state(opt).add_(1)
+            else:
+                held.go.set()
+                handle.wait_for_copy()
+                first_state(opt).add_(1)
+            held.go.set()
+            texts.append(failure(handle.wait))
+    return texts
+
+
+def test_state_that_somebody_else_changes_is_noticed(tmp_path):
+    for r, texts in enumerate(run(2, by_hand, tmp_path)):
+        assert "was changed while it was being copied" in texts[0] and "exp_avg" in texts[0], texts
+        assert ("rank 1" in texts[0]) == (r == 0)
+        assert texts[1:] == ["", ""]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_1", "checkpoint_2"]
+
+
+def copy_fails(path):
+    model, opt = build("zero2")
+    step(model, opt, 0)
+    with Held(fails=rank() == 1) as held:
+        handle = checkpoint.async_save(path, models=[model], optimizers=[opt])
+        held.go.set()
+        step(model, opt, 1)
+        text = failure(handle.wait)
+    step(model, opt, 2)
+    checkpoint.async_save(path, models=[model], optimizers=[opt]).wait()
+    return text
+
+
+def test_a_copy_that_fails_holds_nobody_up(tmp_path):
+    for text in run(2, copy_fails, tmp_path / "a"):
+        assert "no room for the copy" in text
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def lets_go(folder):
+    """When a save is written it keeps nothing of what it copied; plans of other models do not mix."""
+    for i, strategy in enumerate(["zero3", "ddp", "zero3"]):
+        model, opt = build(strategy)
+        step(model, opt, 0)
+        handle = checkpoint.async_save(folder / str(i), models=[model], optimizers=[opt])
+        handle.wait()
+        seen = [weakref.ref(model), weakref.ref(first_state(opt))]
+        expected = whole(model)
+        del model, opt
+        gc.collect()
+        assert [ref() for ref in seen] == [None, None]
+        other, _ = build("zero2", seed=4)
+        checkpoint.load(folder / str(i), models=[other], strict=False)
+        assert_same(whole(other), expected)
+
+
+def test_it_lets_go_of_what_it_saved(tmp_path):
+    run(2, lets_go, tmp_path)
 
 
 def weights_at_once(folder):
@@ -243,6 +402,7 @@ def test_a_process_does_not_end_before_its_save(tmp_path):
     good = processes.script(script, tmp_path / "good", "")
     bad = processes.script(script, tmp_path / "bad", "fails")
     assert good.finish()[0] == 0
+    assert bad.finish()[0] == 120
     assert checkpoint.load(tmp_path / "good", models=[torch.nn.Linear(1500, 1500)]).state == {"n": 1}
     err = bad.finish()[2]
     assert "bad was not written" in err and "File too large" in err and "Traceback" not in err

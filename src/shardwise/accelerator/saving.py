@@ -106,16 +106,17 @@ class Saving(Base):
         return str(self._save(output_dir, checkpoint.save))
 
     def async_save_state(self, output_dir: str | os.PathLike[str] | None = None) -> checkpoint.AsyncSave:
-        """:meth:`save_state` that returns when everything is copied, and is written while the training goes on.
+        """:meth:`save_state` that returns when it has copied what may change at once, and is written while the
+        training goes on. The next optimizer step waits until optimizer state is copied as well.
 
         The next save or load, and :meth:`end_training`, wait for it first, and raise what went wrong on every rank.
         Until it is complete, the latest checkpoint is the one before.
 
         Returns:
-            A handle: ``wait()`` for the folder or the error, ``done``.
+            A handle: ``wait()`` for the folder or the error, ``done``, ``wait_for_copy()``.
 
-        Cost: the copy; host memory for all that this rank writes, kept for the next time. Hooks, and models that they
-        see, are dealt with at once.
+        Cost: the copy of values, and of state that is not in host memory; host memory for all that this rank writes,
+        kept for the next time. Hooks, and models that they see, are dealt with at once.
         """
         return self._save(output_dir, checkpoint.async_save)
 

@@ -23,8 +23,9 @@ raise. All errors are :class:`~shardwise.errors.CheckpointError` and name the fi
 =======================================  =====================================================================
 ``save(directory, ...)``                 collective; returns the final path. The directory appears complete or
                                          not at all, and replaces an older one only when it is complete
-``async_save(directory, ...)``           collective; returns when all is copied, and writes while the training goes
-                                         on. :class:`AsyncSave`: ``wait()``, ``done``
+``async_save(directory, ...)``           collective; returns when what may change at once is copied, and writes while
+                                         the training goes on. :class:`AsyncSave`: ``wait()``, ``done``,
+                                         ``wait_for_copy()``
 ``wait_for_saves()``                     wait for a save in the background, and raise what it ended with. No collective
 ``settle_saves()``                       the same as a collective; saves and loads begin with it
 ``load(directory, ...)``                 collective; checks everything before it changes anything, then loads in

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from shardwise.checkpoint.blocks import Buffers
 from shardwise.checkpoint.ranks import Apart, Together
@@ -20,12 +21,14 @@ class AsyncSave:
 
     Args:
         path: where the checkpoint will stand.
-        work: writes it and takes part in the ranks' agreement. Runs in a thread; an interpreter does not end before it.
+        work: copies what is left to copy and then calls what it is given; writes it all, and takes part in the ranks'
+            agreement. Runs in a thread; an interpreter does not end before it.
     """
 
-    def __init__(self, path: Path, work: Callable[[], None]) -> None:
+    def __init__(self, path: Path, work: Callable[[Callable[[], None]], None]) -> None:
         self.path = path
         self._work = work
+        self._copied = threading.Event()
         self._error: BaseException | None = None
         self.told = False  # somebody knows how it ended
         self._thread = threading.Thread(target=self._run, name="shardwise-save", daemon=False)
@@ -35,6 +38,13 @@ class AsyncSave:
     def done(self) -> bool:
         """Has it ended, well or not? Ranks may see it a moment apart."""
         return not self._thread.is_alive()
+
+    def wait_for_copy(self) -> None:
+        """Wait until this rank's optimizer state is copied, or the save has failed. No collective.
+
+        ``optimizer.step()`` does it by itself. Call it before changing optimizer state in other ways.
+        """
+        self._copied.wait()
 
     def wait(self) -> Path:
         """Wait until the checkpoint stands.
@@ -57,8 +67,11 @@ class AsyncSave:
         return self.path
 
     def _run(self) -> None:
-        with self:
-            self._work()
+        try:
+            with self:
+                self._work(self._copied.set)
+        finally:
+            self._copied.set()
 
     def __enter__(self) -> None:
         return
@@ -74,6 +87,25 @@ class AsyncSave:
         return f"shardwise: checkpoint {self.path} was not written\n{self._error}"
 
 
+class _Unflushed:
+    """A standard stream that cannot be flushed when the interpreter ends: the exit status is then 120 (``sys.exit``).
+
+    A save that failed and that nobody asked about is lost output of the same kind, and at that point there is no other
+    way to a status that leaves everybody else's ``atexit`` functions alone.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def flush(self) -> None:
+        self._stream.flush()
+        if sys.is_finalizing():
+            raise OSError("a checkpoint was not written")
+
+
 class Background:
     """What saves keep for the next one, and the asynchronous one that is under way. Made by all ranks together.
 
@@ -86,8 +118,10 @@ class Background:
         atexit.register(self._end)
 
     def _end(self) -> None:
-        if self.last is not None and World.current().rank == 0 and (words := self.last.last_words()):
-            print(words, file=sys.stderr, flush=True)
+        if self.last is not None and (words := self.last.last_words()):
+            if World.current().rank == 0:
+                print(words, file=sys.stderr, flush=True)
+            sys.stderr = cast(TextIO, _Unflushed(sys.stderr))
 
     @staticmethod
     def of(world: World) -> Background:

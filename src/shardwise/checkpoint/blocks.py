@@ -20,6 +20,7 @@ import torch
 
 from shardwise.checkpoint.files import BLOCK, FileEntry
 from shardwise.checkpoint.rawio import named, open_file, write_at
+from shardwise.errors import CheckpointError
 from shardwise.tiers.aligned import aligned_empty, padded
 
 _THREADS = 3  # enough to keep a disk busy while one of them computes a checksum
@@ -75,6 +76,12 @@ class Crew:
             self._jobs.put(None)
         for thread in threads:
             thread.join()
+
+    def drop(self) -> None:
+        """:meth:`stop`, without the jobs that have not begun."""
+        if self.failure is None:
+            self.failure = CheckpointError("given up")
+        self.stop()
 
     def end(self) -> None:
         """:meth:`stop`, and raise what a job has raised."""

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.checkpoint.ranks import share
 from shardwise.checkpoint.slices import Slices
 from shardwise.engine.build import engine_of
 from shardwise.engine.state_dict import held, units_of
@@ -101,14 +100,12 @@ class ModelState:
         units = units_of(self.module)
         return str(units[0].strategy) if units else "none"
 
-    def own_buffers(self) -> dict[str, torch.Tensor]:
-        """This rank's buffers if they differ between ranks, else nothing. Collective."""
+    def buffers_crc(self) -> int:
+        """Of this rank's buffers, to see whether they differ between ranks."""
         crc = 0
         for b in self.buffers.values():
             crc = zlib.crc32(_bytes(b), crc)
-        if len(set(share(str(crc).encode()))) == 1:
-            return {}
-        return {name: b.detach() for name, b in self.buffers.items()}
+        return crc
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

@@ -13,6 +13,7 @@ from shardwise.comm.group import Op
 from shardwise.errors import CheckpointError, CommError, ShardwiseError
 
 _OP = Op("exchange", "the checkpoint", 0)  # in process groups that nobody else uses
+_SHORT = 504  # bytes that travel with their length
 _SOON = 660.0  # unlike any other timeout, which gives it a group of its own
 LATER = 6 * 3600.0
 _APART = LATER + 1  # again a group of its own
@@ -27,7 +28,8 @@ Share = Callable[[bytes, float], list[bytes]]
 def share(data: bytes, timeout: float = _SOON) -> list[bytes]:
     """Every rank's bytes, in rank order.
 
-    Cost: two collectives; each rank sends its bytes, padded to the longest, to every other rank.
+    Cost: a collective of half a KiB, and a second one if a rank has more; then each rank sends its bytes, padded to the
+    longest, to every other rank.
     """
     if World.current().size == 1:
         return [data]
@@ -68,26 +70,31 @@ class Apart:
 
 
 def _share(data: bytes, all_gather: Callable[[torch.Tensor], object], world: World | None = None) -> list[bytes]:
+    """The length and the beginning travel together; what is short needs no second message."""
     world = world or World.current()
 
-    def gather(mine: torch.Tensor) -> list[torch.Tensor]:
-        flat = torch.empty(world.size * mine.numel(), dtype=torch.uint8)
+    def gather(mine: bytes, length: int) -> list[bytes]:
+        flat = torch.zeros(world.size * length, dtype=torch.uint8)
         rows = list(flat.view(world.size, -1))
-        rows[world.rank].copy_(mine)
-        if mine.numel():
-            all_gather(flat)
-        return rows
+        if mine:
+            rows[world.rank][: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        all_gather(flat)
+        return [row.numpy().tobytes() for row in rows]
 
-    sizes = [int(row.view(torch.int64)) for row in gather(torch.tensor([len(data)]).view(torch.uint8))]
-    padded = torch.zeros(max(sizes), dtype=torch.uint8)
-    if data:
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return [row[:n].numpy().tobytes() for row, n in zip(gather(padded), sizes, strict=True)]
+    first = gather(len(data).to_bytes(8, "little") + data[:_SHORT], 8 + _SHORT)
+    sizes = [int.from_bytes(row[:8], "little") for row in first]
+    whole = [row[8:] for row in first]
+    if (rest := max(sizes) - _SHORT) > 0:
+        whole = [a + b for a, b in zip(whole, gather(data[_SHORT:], rest), strict=True)]
+    return [row[:size] for row, size in zip(whole, sizes, strict=True)]
 
 
 def from_first(text: str) -> str:
     """Rank 0's text, on every rank."""
     return share(text.encode() if World.current().rank == 0 else b"")[0].decode()
+
+
+_GOOD, _BAD = b"+", b"-"
 
 
 class Together:
@@ -101,18 +108,25 @@ class Together:
         slow: the block reads or writes much, and some ranks may take far longer than others.
         by: how ranks tell each other.
 
+    Attributes:
+        mine: what this rank tells the others when the block ends well; set it inside.
+        told: what all ranks told, in rank order; afterwards.
+
     Raises:
         CheckpointError: on the ranks that had no error of their own, with the first failing rank's words.
 
-    Cost: two small collectives when the block ends.
+    Cost: one :func:`share` when the block ends.
     """
 
     def __init__(self, doing: str, slow: bool = False, by: Share = share) -> None:
         self.doing, self.timeout, self.share = doing, LATER if slow else _SOON, by
+        self.mine = b""
+        self.told: list[bytes] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Together:
         if self.share is share and World.current().size > 1:
             World.current().control_group(self.timeout)  # made while all ranks are here
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -120,7 +134,7 @@ class Together:
         if error is not None and (not isinstance(error, Exception) or isinstance(error, CommError)):
             return
         mine = None if error is None else _described(error, self.doing)
-        words = b"" if mine is None else json.dumps([mine.what, mine.where, mine.fix]).encode()
+        words = _GOOD + self.mine if mine is None else _BAD + json.dumps([mine.what, mine.where, mine.fix]).encode()
         told = self.share(words, self.timeout)
         if error is not None:
             if mine is not error and isinstance(error, (OSError, ShardwiseError)):
@@ -128,9 +142,10 @@ class Together:
                 raise mine from error
             return
         for rank, text in enumerate(told):
-            if text:
-                what, where, fix = json.loads(text)
+            if text[:1] == _BAD:
+                what, where, fix = json.loads(text[1:])
                 raise CheckpointError(what, where=f"rank {rank}, {where}" if where else f"rank {rank}", fix=fix)
+        self.told = [text[1:] for text in told]
 
 
 def _described(error: Exception, doing: str) -> ShardwiseError:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from shardwise.checkpoint.payload import known
 from shardwise.errors import CheckpointError
 from shardwise.trees import map_tensors
 
@@ -48,13 +49,35 @@ def dumps(value: Mapping[str, Any]) -> memoryview:
     """
     data = io.BytesIO()
     try:
-        torch.save(map_tensors(dict(value), _compact), data)
-        data.seek(0)
-        with torch.serialization.safe_globals(_numpy_types()):
-            torch.load(data, map_location="cpu", weights_only=True)
+        compact = map_tensors(dict(value), _compact)
+        torch.save(compact, data)
+        if doubtful := list(_doubtful(compact)):
+            _round_trip(doubtful)
     except _CANNOT as error:
         raise _refusal(value, error) from error
     return data.getbuffer()
+
+
+def _doubtful(value: Any) -> Iterator[Any]:
+    """The parts of a nest that have to be read back to know that they can be. Reading takes long; a save waits."""
+    kind = type(value)
+    if kind is dict:
+        for key, part in value.items():
+            yield from _doubtful(key)
+            yield from _doubtful(part)
+    elif kind is list or kind is tuple:
+        for part in value:
+            yield from _doubtful(part)
+    elif kind is torch.Tensor:
+        simple = value.layout == torch.strided and value.device.type in ("cpu", "cuda") and known(value.dtype)
+        if not simple or value.is_conj() or value.is_neg() or value.__dict__:
+            yield value
+    elif not (
+        kind in (bool, float, type(None))
+        or (kind is int and -(2**63) <= value < 2**63)
+        or (kind is str and value.isascii())
+    ):
+        yield value
 
 
 def loads(data: bytes, path: Path) -> dict[str, Any]:
@@ -96,22 +119,19 @@ def _culprit(value: Any, path: str, why: str) -> tuple[str, Any, str]:
     elif isinstance(value, (list, tuple, set, frozenset)):
         children = [(f"{path}[{i}]", v) for i, v in enumerate(value)]
     for name, child in children:
-        reason = _round_trip(child)
-        if reason:
-            return _culprit(child, name, reason)
+        try:
+            _round_trip(child)
+        except _CANNOT as error:
+            return _culprit(child, name, _first_line(error))
     return path, value, why
 
 
-def _round_trip(value: Any) -> str:
+def _round_trip(value: Any) -> None:
     data = io.BytesIO()
-    try:
-        torch.save(value, data)
-        data.seek(0)
-        with torch.serialization.safe_globals(_numpy_types()):
-            torch.load(data, map_location="cpu", weights_only=True)
-    except _CANNOT as error:
-        return _first_line(error)
-    return ""
+    torch.save(value, data)
+    data.seek(0)
+    with torch.serialization.safe_globals(_numpy_types()):
+        torch.load(data, map_location="cpu", weights_only=True)
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.checkpoint import files, safe, series
+from shardwise.checkpoint import files, series
 from shardwise.checkpoint.background import AsyncSave, Background, settle_saves
-from shardwise.checkpoint.blocks import BlockFile, Buffers, Crew, checksum
-from shardwise.checkpoint.files import FileEntry, Manifest
+from shardwise.checkpoint.blocks import Buffers, Crew
+from shardwise.checkpoint.files import Manifest
 from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizers import OptimizerState
-from shardwise.checkpoint.ranks import LATER, Share, Together, from_first, share
-from shardwise.checkpoint.storage import METADATA, Plans, Written, write_tensors
+from shardwise.checkpoint.ranks import Together, share
+from shardwise.checkpoint.storage import Copy, Tensors
+from shardwise.checkpoint.writing import Files, Save
 from shardwise.comm import World
+from shardwise.engine.readers import read_beside
 from shardwise.errors import CheckpointError
 
 
@@ -68,9 +67,9 @@ def save(
     settle_saves()
     crew = Crew()
     try:
-        files = _Files(Buffers(), crew, Background.of(World.current()).plans)
+        files = Files(Buffers(), crew, Background.of(World.current()).plans)
         save_ = _begin(directory, files, models, optimizers, state, rank_state, info, files_from, total_limit)
-        save_.finish(crew, share)
+        save_.finish(crew, share, copied=lambda: None)
     finally:
         crew.stop()
     return save_.final
@@ -87,45 +86,40 @@ def async_save(
     files_from: Callable[[Path], None] | None = None,
     total_limit: int | None = None,
 ) -> AsyncSave:
-    """:func:`save` that returns as soon as everything is copied, and is written while the training goes on.
+    """:func:`save` that returns when it has copied what may change at once, and is written while the training goes on.
+
+    Optimizer state in host memory is copied afterwards, beside the next forward and backward: nothing but an update
+    changes it, and ``step()`` of these optimizers waits for the copy. Change it in other ways only behind the handle's
+    ``wait_for_copy()``; otherwise the save fails and says so.
 
     Arguments are those of :func:`save`. Collective, and so are the next :func:`save`, :func:`async_save` or
     :func:`load`, which wait for this one first. Until it is complete, an older checkpoint there stays what it is. The
     interpreter does not end before it is; wait for it before ``destroy_process_group``.
 
     Returns:
-        A handle: ``wait()`` for the path or the error, ``done``.
+        A handle: ``wait()`` for the path or the error, ``done``, ``wait_for_copy()``.
 
     Raises:
         CheckpointError: on every rank: what :func:`save` finds before it writes. What goes wrong later is raised by
             ``wait()``, or else by the next save or load, on every rank.
 
-    Cost: the copy. Host memory for all that this rank writes, kept for the next time. State on a disk is read for it.
+    Cost: the copy of values, and of state that is not in host memory; state on a disk is read for it. Host memory for
+    all that this rank writes, kept for the next time.
     """
     settle_saves()
     background = Background.of(World.current())
-    files = _Files(background.buffers, None, background.plans)
+    files = Files(background.buffers, None, background.plans)
     save_ = _begin(directory, files, models, optimizers, state, rank_state, info, files_from, total_limit)
-    background.last = AsyncSave(save_.final, partial(save_.in_background, background.share))
-    return background.last
-
-
-class _Files:
-    """The files that this rank writes."""
-
-    def __init__(self, buffers: Buffers, crew: Crew | None, plans: Plans) -> None:
-        self.buffers, self.crew, self.plans = buffers, crew, plans
-        self.folder = Path()
-        self.by_name: dict[str, BlockFile] = {}
-
-    def new(self, name: str) -> BlockFile:
-        file = self.by_name[name] = BlockFile(self.folder / name, self.buffers, self.crew)
-        return file
+    save_.begin_copy()
+    background.last = handle = AsyncSave(save_.final, partial(save_.in_background, background.share))
+    for optimizer in optimizers:
+        read_beside(optimizer, handle.wait_for_copy)
+    return handle
 
 
 def _begin(
     directory: str | os.PathLike[str],
-    out: _Files,
+    out: Files,
     models: Sequence[nn.Module],
     optimizers: Sequence[Optimizer],
     state: Mapping[str, Any] | None,
@@ -133,29 +127,35 @@ def _begin(
     info: Mapping[str, Any] | None,
     files_from: Callable[[Path], None] | None,
     total_limit: int | None,
-) -> _Save:
-    """Everything up to and with the copy of all that is saved. Afterwards nothing is read from the caller's things."""
+) -> Save:
+    """Everything up to the copy. Collective."""
     world = World.current()
-    final = Path(from_first(os.path.realpath(directory)))
-    doing = f"writing checkpoint {final}"
-    with Together(doing):
+    with Together(f"writing checkpoint {directory}") as ranks:
         states = model_states(models)
         labels = parameter_labels(states)
         steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers)]
         collected = [stepper.collect() for stepper in steppers]
+        tensors = Tensors(*_nest(states, steppers, [found for found, _ in collected], world.rank == 0), out.plans)
         names = [(s.label, sorted(s.parameters), sorted(s.buffers)) for s in states]
         groups = [(o.label, [s.label for s in o.slots]) for o in steppers]
-        content = zlib.crc32(json.dumps([names, groups]).encode())
-        facts = json.dumps([content, [kinds for _, kinds in collected]]).encode()
         _check_json(info)
         series.check_limit(total_limit)
-    kinds = _merged(share(facts), len(steppers))
-    own_buffers = {s.label: own for s in states if s.buffers and (own := s.own_buffers())}
-    made = ""
-    with Together(doing):
+        ranks.mine = _Facts(
+            path=os.path.realpath(directory),
+            content=zlib.crc32(json.dumps([names, groups]).encode()),
+            kinds=[kinds for _, kinds in collected],
+            buffers=[s.buffers_crc() for s in states],
+            plan=(tensors.key, out.plans.key),
+        ).dumps()
+    told = [_Facts(**json.loads(data)) for data in ranks.told]
+    kinds = _merged(told, len(steppers))
+    final = Path(told[0].path)
+    doing = f"writing checkpoint {final}"
+    tensors.agree([facts.plan for facts in told], doing)
+    with Together(doing) as ranks:
         if world.rank == 0:
-            made = str(files.begin(final))
-    out.folder = Path(from_first(made))
+            ranks.mine = str(files.begin(final)).encode()
+    out.folder = Path(ranks.told[0].decode())
     manifest = Manifest(
         world_size=world.size,
         strategies=[s.strategy for s in states],
@@ -165,101 +165,37 @@ def _begin(
         saved_at=time.time(),
         info=dict(info or {}),
     )
-    with _removed_if_it_fails(world, out):
-        with Together(doing, slow=True):
-            if not out.folder.is_dir():
-                raise CheckpointError(
-                    "rank 0 has made this directory, and this rank does not see it",
-                    where=str(out.folder),
-                    fix="save to a file system that all hosts share",
-                )
-            small: dict[str, Mapping[str, Any]] = {
-                f"rank_{world.rank}.pt": {"rank_state": dict(rank_state or {}), "buffers": own_buffers}
-            }
-            if world.rank == 0:
-                small["state.pt"] = _common(states, steppers, kinds, state)
-            for name, value in small.items():
-                file = out.new(name)
-                file.write(safe.dumps(value))
-                file.end()
-            if files_from is not None:
-                files_from(out.folder)
-        tensors, aliases = _nest(states, steppers, [found for found, _ in collected], world.rank == 0)
-        written = write_tensors(out.new, tensors, aliases, doing, out.plans)
-    return _Save(world, out, final, manifest, written, total_limit)
+    differ = {s.label: s.buffers for k, s in enumerate(states) if len({facts.buffers[k] for facts in told}) > 1}
+
+    def small() -> Iterator[tuple[str, Mapping[str, Any]]]:
+        own = {label: {name: b.detach() for name, b in buffers.items()} for label, buffers in differ.items()}
+        yield f"rank_{world.rank}.pt", {"rank_state": dict(rank_state or {}), "buffers": own}
+        if world.rank == 0:
+            yield "state.pt", _common(states, steppers, kinds, state)
+
+    changes_in_step = tuple(f"{o.label}." for o in steppers)
+    return Save(world, out, final, manifest, small, files_from, Copy(out.new, tensors), changes_in_step, total_limit)
 
 
-@dataclass(frozen=True)
-class _Save:
-    """A checkpoint whose contents are copied, and are being written or will be.
+class _Facts(NamedTuple):
+    """What the ranks tell each other before a save.
 
     Args:
-        files: this rank's.
-        manifest: without the files.
+        path: of the checkpoint; rank 0's is taken.
+        content: a checksum of the names of everything.
+        kinds: of the state that each optimizer has here.
+        buffers: a checksum of each model's.
+        plan: of what this rank holds, and of what all held at the save before.
     """
 
-    world: World
-    files: _Files
-    final: Path
-    manifest: Manifest
-    tensors: Written
-    total_limit: int | None
+    path: str
+    content: int
+    kinds: list[dict[str, dict[str, str]]]
+    buffers: list[int]
+    plan: tuple[str, str]
 
-    def in_background(self, share: Share) -> None:
-        crew = Crew()
-        try:
-            for file in self.files.by_name.values():
-                file.give_to(crew)
-            self.finish(crew, share)
-        finally:
-            crew.stop()
-
-    def finish(self, crew: Crew, share: Share) -> None:
-        """Have everything on the disk, on all ranks, and let the directory take its name. Collective."""
-        doing = f"writing checkpoint {self.final}"
-        with _removed_if_it_fails(self.world, self.files):
-            if index := self.tensors.index(share):
-                file = self.files.new(METADATA)
-                file.write(index)
-                file.end()
-                file.give_to(crew)
-            written: dict[str, FileEntry] = {}
-            with Together(doing, slow=True, by=share):
-                crew.end()
-                written = {name: file.close() for name, file in self.files.by_name.items()}
-            told = share(json.dumps({name: [e.size, e.crc32] for name, e in written.items()}).encode(), LATER)
-            with Together(doing, slow=True, by=share):
-                if self.world.rank == 0:
-                    self._publish({n: FileEntry(*entry) for data in told for n, entry in json.loads(data).items()})
-
-    def _publish(self, table: dict[str, FileEntry]) -> None:
-        folder = self.files.folder
-        present = files.listing(folder)
-        if missing := sorted(table.keys() - present):
-            raise CheckpointError(
-                f"rank 0 does not see '{missing[0]}', which another rank has written",
-                where=str(folder),
-                fix="save to a file system that all hosts share",
-            )
-        for name in sorted(present - table.keys()):  # from ``files_from``
-            table[name] = checksum(folder / name)
-        files.commit(folder, self.final, replace(self.manifest, files=dict(sorted(table.items()))))
-        if self.total_limit is not None:
-            series.delete_oldest(self.final.parent, self.total_limit)
-
-
-@contextmanager
-def _removed_if_it_fails(world: World, out: _Files) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if out.crew is not None:
-            out.crew.stop()
-        for file in out.by_name.values():
-            file.abandon()
-        if world.rank == 0:
-            shutil.rmtree(out.folder, ignore_errors=True)
-        raise
+    def dumps(self) -> bytes:
+        return json.dumps(self._asdict()).encode()
 
 
 def _check_json(info: Mapping[str, Any] | None) -> None:
@@ -269,18 +205,17 @@ def _check_json(info: Mapping[str, Any] | None) -> None:
         raise CheckpointError(f"info= is not JSON: {error}", fix="give numbers, strings, lists and dicts") from error
 
 
-def _merged(facts: Sequence[bytes], count: int) -> list[dict[str, dict[str, str]]]:
+def _merged(told: Sequence[_Facts], count: int) -> list[dict[str, dict[str, str]]]:
     """Every rank knows the kinds of the state it holds; together they know all."""
-    told = [json.loads(data) for data in facts]
-    if odd := [rank for rank, (content, _) in enumerate(told) if content != told[0][0]]:
+    if odd := [rank for rank, facts in enumerate(told) if facts.content != told[0].content]:
         raise CheckpointError(
             "gave models or optimizers with other parameters than rank 0",
             where=f"rank {odd[0]}",
             fix="every rank saves the same models and optimizers in the same order",
         )
     out: list[dict[str, dict[str, str]]] = [{} for _ in range(count)]
-    for _, collected in told:
-        for merged, kinds in zip(out, collected, strict=True):
+    for facts in told:
+        for merged, kinds in zip(out, facts.kinds, strict=True):
             for label, keys in kinds.items():
                 merged.setdefault(label, {}).update(keys)
     return out

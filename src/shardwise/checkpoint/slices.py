@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -10,10 +11,15 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from shardwise.tiers.staged import fetch
+from shardwise.tiers.staged import Staged, fetch
 
 Box = tuple[tuple[int, ...], tuple[int, ...], int, int]
 """Offsets, sizes, and the range ``start:stop`` of the flattened tensor that the box covers."""
+
+
+@lru_cache(maxsize=4096)  # a parameter and its optimizer state are cut alike, at every save
+def _boxes(shape: tuple[int, ...], start: int, stop: int) -> tuple[Box, ...]:
+    return tuple(boxes(shape, start, stop))
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
@@ -80,7 +86,10 @@ class Slices(torch.Tensor):
         pieces: Sequence[tuple[int, int, torch.Tensor]],
     ) -> None:
         self.pieces = list(pieces)
-        self.parts = [(box, start, piece) for start, stop, piece in pieces for box in boxes(shape, start, stop)]
+        self.parts = []
+        for start, stop, piece in pieces:
+            source = piece if isinstance(piece, Staged) else piece.detach().view(-1)  # the memory it has now
+            self.parts += [(box, start, source) for box in _boxes(tuple(shape), start, stop)]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -88,6 +97,11 @@ class Slices(torch.Tensor):
             whole = args[0]
             return Slices(whole.shape, whole.dtype, whole.device, whole.pieces)
         raise NotImplementedError(f"{func} on slices of a tensor")
+
+    @property
+    def here(self) -> bool:
+        """Are all bytes in memory?"""
+        return not any(isinstance(piece, Staged) for _, _, piece in self.pieces)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Slices({tuple(self.shape)}, {[(a, b) for a, b, _ in self.pieces]})"
@@ -108,7 +122,7 @@ class Slices(torch.Tensor):
         return [ChunkStorageMetadata(torch.Size(box[0]), torch.Size(box[1])) for box, _, _ in self.parts]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        for box, start, piece in self.parts:
+        for box, start, source in self.parts:
             if box[0] == tuple(index.offset or ()):
-                return fetch(piece).detach().view(-1)[box[2] - start : box[3] - start].view(box[1])
+                return fetch(source).detach().view(-1)[box[2] - start : box[3] - start].view(box[1])
         raise KeyError(index)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +19,14 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.utils import find_state_dict_object
 
 from shardwise.checkpoint.blocks import BlockFile
 from shardwise.checkpoint.files import FileEntry
 from shardwise.checkpoint.payload import around, known
-from shardwise.checkpoint.ranks import LATER, Share, Together, share
+from shardwise.checkpoint.ranks import Together
+from shardwise.checkpoint.slices import Slices
 from shardwise.comm import World
 from shardwise.errors import CheckpointError
 
@@ -32,86 +35,143 @@ _CANNOT_READ = (pickle.PickleError, AttributeError, TypeError, ValueError, Runti
 
 
 # --- writing -----------------------------------------------------------------------------------
-class Plans(dict[bytes, tuple[SavePlan, Metadata]]):
-    """Who writes what, for the next save of the same things: by a hash of what each rank holds."""
+@dataclass
+class Plans:
+    """Who writes what, kept for the next save of the same things.
+
+    Args:
+        key: of what all ranks held; ``""``: there is no plan yet.
+        mine: what this rank writes.
+        metadata: of everything.
+    """
+
+    key: str = ""
+    mine: SavePlan = field(default_factory=lambda: SavePlan([]))
+    metadata: Metadata = field(default_factory=lambda: Metadata({}))
 
 
-@dataclass(frozen=True)
-class Written:
-    """What this rank has copied into its file, and what the index needs to know besides."""
+class Tensors:
+    """What this rank holds of all that is saved.
 
-    results: list[tuple[MetadataIndex, Any]]
-    metadata: Metadata
-    aliases: Mapping[tuple[str, str], tuple[str, str]]
+    Args:
+        nest: dicts of tensors. What several ranks bring under one name and place is written by one of them.
+        aliases: further names (as paths in the nest) of tensors that are in it.
+        plans: of the save before; takes this one's.
+    """
 
-    def index(self, share: Share) -> bytes:
-        """The contents of the index, on rank 0; nothing elsewhere. Collective."""
-        everything = share(pickle.dumps(self.results), LATER)
-        if World.current().rank:
-            return b""
-        metadata = replace(
-            self.metadata,
-            state_dict_metadata=dict(self.metadata.state_dict_metadata),
-            planner_data=dict(self.metadata.planner_data),
-            storage_data={index: info for data in everything for index, info in pickle.loads(data)},
-            storage_meta=StorageMeta(save_id=uuid.uuid4().hex),
-            version=CURRENT_DCP_VERSION,
-        )
-        _add_aliases(metadata, self.aliases)
-        return pickle.dumps(metadata)
+    def __init__(self, nest: dict[str, Any], aliases: Mapping[tuple[str, str], tuple[str, str]], plans: Plans) -> None:
+        self.aliases, self.plans = aliases, plans
+        self.by_name = dict(_flat(nest))
+        self._nest = nest
+        told = [[name, str(t.dtype), list(t.shape), _place(t)] for name, t in self.by_name.items()]
+        self.key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def agree(self, keys: Sequence[tuple[str, str]], doing: str) -> None:
+        """Have a plan: that of the save before, if no rank holds anything else than then. Collective.
+
+        Args:
+            keys: every rank's ``key`` and ``plans.key``.
+            doing: for errors.
+
+        Cost: of a new plan, some hundred bytes per slice, to every other rank.
+        """
+        together = hashlib.sha256("".join(mine for mine, _ in keys).encode()).hexdigest()
+        if all(kept == together for _, kept in keys):
+            return
+        planner, first = DefaultSavePlanner(), World.current().rank == 0
+        with Together(doing) as ranks:
+            planner.set_up_planner(self._nest, StorageMeta(), first)
+            ranks.mine = pickle.dumps(planner.create_local_plan())
+        with Together(doing):
+            # From the ranks of this run, not from a file.
+            decided, metadata = planner.create_global_plan([pickle.loads(data) for data in ranks.told])
+            plan = planner.finish_plan(decided[World.current().rank])
+        self.plans.key, self.plans.mine, self.plans.metadata = together, plan, metadata
 
 
-def write_tensors(
-    new_file: Callable[[str], BlockFile],
-    tensors: dict[str, Any],
-    aliases: Mapping[tuple[str, str], tuple[str, str]],
-    doing: str,
-    plans: Plans,
-) -> Written:
-    """Copy what this rank holds into a file. Collective.
+def _flat(nest: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by their names in the checkpoint."""
+    for key, value in nest.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    """Which part of a tensor is here."""
+    if isinstance(tensor, Slices):
+        return [(start, stop) for start, stop, _ in tensor.pieces]
+    chunks = getattr(tensor, "__create_chunk_list__", None)
+    return None if chunks is None else [[list(chunk.offsets), list(chunk.sizes)] for chunk in chunks()]
+
+
+class Copy:
+    """The copy of this rank's tensors into its file.
 
     Args:
         new_file: makes a file of that name in the checkpoint.
-        tensors: a nest of dicts of tensors. What several ranks bring under one name and place is written by
-            one of them.
-        aliases: further names (as paths in the nest) of tensors that are in it.
-        doing: for errors.
-        plans: of earlier saves; takes this one's.
+        tensors: with a plan.
 
-    Cost: a plan per rank, some hundred bytes per slice, to every other rank. One file per rank, and one buffer at a
-    time of whatever is not in host memory.
+    Attributes:
+        results: what is copied, and where.
     """
-    rank = World.current().rank
-    planner = DefaultSavePlanner()
-    with Together(doing):
-        planner.set_up_planner(tensors, StorageMeta(), rank == 0)
-        mine = pickle.dumps(planner.create_local_plan())
-    told = share(mine)  # from the ranks of this run, not from a file
-    with Together(doing, slow=True):
-        key = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in told)).digest()
-        if key not in plans:
-            decided, metadata = planner.create_global_plan([pickle.loads(data) for data in told])
-            plans.clear()
-            plans[key] = planner.finish_plan(decided[rank]), metadata
-        plan, metadata = plans[key]
-        results = _write_items(new_file, plan, planner)
-    return Written(results, metadata, aliases)
 
+    def __init__(self, new_file: Callable[[str], BlockFile], tensors: Tensors) -> None:
+        self.results: list[tuple[MetadataIndex, Any]] = []
+        self._name, self._tensors, plans = f"__{World.current().rank}_0.distcp", tensors.by_name, tensors.plans
+        self._left: list[tuple[MetadataIndex, torch.Tensor, int]] = []
+        self._todo = [item.index for item in plans.mine.items]
+        self._metadata, self._aliases = plans.metadata, tensors.aliases
+        self._new_file = new_file
+        self._file: BlockFile | None = None
 
-def _write_items(
-    new_file: Callable[[str], BlockFile], plan: SavePlan, planner: SavePlanner
-) -> list[tuple[MetadataIndex, Any]]:
-    name, results = f"__{World.current().rank}_0.distcp", []
-    file = new_file(name) if plan.items else None
-    for item in plan.items:
+    def begin(self, later: Callable[[str], bool] = lambda _: False) -> None:
+        """Copy what may change as soon as the caller goes on.
+
+        Args:
+            later: is this name's tensor left alone until :meth:`end` has returned? If it is in host memory, it is
+                copied there.
+
+        Cost: one buffer at a time of whatever is not in host memory.
+        """
+        todo, self._todo, tensors, self._tensors = self._todo, [], self._tensors, {}
+        self._file = self._new_file(self._name) if todo else None
+        for index in todo:
+            whole = tensors[index.fqn]
+            if not (later(index.fqn) and (not isinstance(whole, Slices) or whole.here)):
+                self._write(index, find_state_dict_object(tensors, index).detach())
+                continue
+            tensor = find_state_dict_object(tensors, index).detach()
+            if _is_plain(tensor) and tensor.device.type == "cpu" and not tensor.is_inference():
+                self._left.append((index, tensor, tensor._version))
+            else:
+                self._write(index, tensor)
+
+    def end(self) -> None:
+        """Copy the rest.
+
+        Raises:
+            CheckpointError: somebody has changed it meanwhile. Fused kernels and writes past torch are not seen.
+        """
+        left, self._left = self._left, []
+        for index, tensor, _ in left:
+            self._write(index, tensor)
+        for index, tensor, version in left:
+            if tensor._version != version:
+                raise CheckpointError(
+                    "was changed while it was being copied, and not by its optimizer's step()",
+                    where=f"'{index.fqn}'",
+                    fix="call wait_for_copy() of what async_save returned before changing optimizer state by hand",
+                )
+        if self._file is not None:
+            self._file.end()
+
+    def _write(self, index: MetadataIndex, tensor: torch.Tensor) -> None:
+        file = self._file
         assert file is not None
-        tensor = cast(torch.Tensor, planner.resolve_data(item)).detach()
         start = file.size
-        if (
-            type(tensor) in (torch.Tensor, torch.nn.Parameter)
-            and tensor.layout == torch.strided
-            and known(tensor.dtype)
-        ):
+        if _is_plain(tensor):
             before, after = around(tensor.dtype, tuple(tensor.shape))
             file.write(before)
             file.put(tensor.contiguous())
@@ -121,10 +181,29 @@ def _write_items(
             if tensor.layout == torch.strided and tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor = tensor.clone()  # a view would be saved with all of its storage
             torch.save(tensor, cast(Any, file))
-        results.append((item.index, dcp_files._StorageInfo(name, start, file.size - start)))
-    if file is not None:
-        file.end()
-    return results
+        self.results.append((index, dcp_files._StorageInfo(self._name, start, file.size - start)))
+
+    def index(self, results: Sequence[bytes]) -> bytes:
+        """The contents of the index.
+
+        Args:
+            results: every rank's, pickled.
+        """
+        metadata = replace(
+            self._metadata,
+            state_dict_metadata=dict(self._metadata.state_dict_metadata),
+            planner_data=dict(self._metadata.planner_data),
+            storage_data={index: info for data in results for index, info in pickle.loads(data)},
+            storage_meta=StorageMeta(save_id=uuid.uuid4().hex),
+            version=CURRENT_DCP_VERSION,
+        )
+        _add_aliases(metadata, self._aliases)
+        return pickle.dumps(metadata)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Is it its memory and nothing else?"""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and known(tensor.dtype)
 
 
 def _add_aliases(metadata: Metadata, aliases: Mapping[tuple[str, str], tuple[str, str]]) -> None:

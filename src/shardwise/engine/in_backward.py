@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.offload import Part, update
+from shardwise.engine.readers import wait_for_readers
 from shardwise.engine.unit import Unit
 from shardwise.errors import OptimizerError, UnitError
 
@@ -110,6 +111,7 @@ class InBackward:
         self._done.append(bucket)
         self._read_ahead(bucket)
         for job in self._jobs.get(id(bucket), ()):
+            wait_for_readers(job.optimizer)
             pieces: list[list[torch.Tensor]] = []
             crossing: list[torch.Tensor] = []
             for places in job.places:

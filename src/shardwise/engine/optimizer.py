@@ -25,6 +25,7 @@ from shardwise.engine import later, offload
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.later import Update
 from shardwise.engine.offload import Part, part_of
+from shardwise.engine.readers import wait_for_readers
 from shardwise.engine.unit import Unit
 from shardwise.errors import OptimizerError
 from shardwise.tiers.staged import Staged, fetch
@@ -249,6 +250,7 @@ def optimizer_state(optimizer: Optimizer) -> Iterator[Any]:
     Cost: the memory of all of this rank's optimizer state; reads it, and writes it back.
     """
     attach(optimizer)
+    wait_for_readers(optimizer)
     record = _attached.get(optimizer)
     if record is not None:
         _catch_up(optimizer)
@@ -292,6 +294,7 @@ def _slice_existing_state(optimizer: Optimizer) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    wait_for_readers(optimizer)
     if not attach(optimizer):
         return None
     record = _attached[optimizer]
