@@ -320,8 +320,6 @@ def load_all(saved: Saved, turns: Sequence[Turn], again: bool = True) -> None:
 # Every pair of preset and home, and with the world size chosen by their sum every pair of those with it.
 COVER = [Case(WORLDS[(p + h) % 4], preset, home) for h, home in enumerate(HOMES) for p, preset in enumerate(ALL)]
 BY_WORLD = {size: [case for case in COVER if case.world == size] for size in WORLDS}
-
-
 SHIFTS = (8, 8, 6, 7)
 
 
@@ -353,6 +351,16 @@ def cover(tmp_path_factory):
 @pytest.mark.parametrize("size", WORLDS)
 def test_any_strategy_and_world_size_loads_what_any_other_saved_and_goes_on(cover, size):
     load_all(cover, [(case, savers_for(case)) for case in BY_WORLD[size]])
+
+
+def test_tied_parameters_are_stored_once(cover):
+    for case in (cases[-1] for cases in BY_WORLD.values()):
+        places: dict[str, set[tuple[str, int]]] = {}
+        for index, info in dcp.FileSystemReader(cover.folder / case.name).read_metadata().storage_data.items():
+            places.setdefault(index.fqn, set()).add((info.relative_path, info.offset))
+        assert places["model.head.weight"] == places["model.embed.weight"]
+        assert "optimizer.state.embed.weight.exp_avg" in places
+        assert not any(name.startswith("optimizer.state.head.") for name in places)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tied"])
