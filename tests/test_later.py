@@ -195,6 +195,33 @@ def test_optimizers_of_others_are_stepped_at_once(tmp_path):
         assert pending(model) == []
 
 
+def parted(path: str, homes: str) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """One parameter of each block belongs to an optimizer that is stepped at once: a rank may hold no other."""
+    model = make(layers=4, tied=True)
+    shardwise.fully_shard(model, strategy=at("zero3,layout=tensor", homes, path))
+    large = [block.up.weight for block in model.blocks]
+    known = {id(p) for p in large}
+    opts = [Own(large, lr=0.1, momentum=0.9), adamw([p for p in model.parameters() if id(p) not in known])]
+    waiting: list[int] = []
+    for k in range(4):
+        loss_of(model, batch(k, rank())).backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        waiting = pending(model)
+    return waiting, whole(model)
+
+
+def ranks_differ(path: str) -> list[int]:
+    waiting, weights = parted(path, BOTH)
+    assert_same(weights, parted(path, "device")[1])
+    return waiting
+
+
+def test_ranks_of_which_only_some_have_an_update_gather_in_one_order(tmp_path):
+    assert len(set(map(tuple, run(4, ranks_differ, str(tmp_path))))) > 1, "all of them have the same ones"
+
+
 def test_what_fails_there_is_said_in_the_forward(tmp_path, monkeypatch):
     model = shardwise.fully_shard(make(), strategy=at("zero3", DISK, str(tmp_path)))
     opt = adamw(model.parameters())

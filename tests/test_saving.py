@@ -16,7 +16,7 @@ from models import PRESETS, assert_same, make, rank, whole
 from ranks import run
 from shardwise import Accelerator
 from shardwise.errors import CheckpointError
-from shardwise.utils import ProjectConfiguration, set_seed
+from shardwise.utils import DataLoaderConfiguration, GradScalerKwargs, ProjectConfiguration, set_seed
 
 
 def everywhere(size, function, *args):
@@ -133,6 +133,98 @@ def test_resume_on_another_number_of_ranks(tmp_path):
         assert np.array_equal(value, went_on[2][1][key]), key
     seen = [i for seen, _ in began + went_on for i in seen]
     assert len(seen) == len(set(seen)) == 3 * 4 + 3 * 2, "a sample came twice within the epoch"
+
+
+def draws():
+    """One number of each random generator."""
+    return random.random(), float(np.random.rand()), torch.rand(()).item()
+
+
+class Curve:
+    """A run whose global batches are the same on every number of ranks: each rank has its part of them."""
+
+    def __init__(self, folder, strategy, precision, seed):
+        self.accelerator = Accelerator(
+            cpu=True,
+            strategy=strategy,
+            mixed_precision=precision,
+            project_config=ProjectConfiguration(str(folder), automatic_checkpoint_naming=True),
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            gradient_accumulation_steps=2,
+            kwargs_handlers=[GradScalerKwargs(init_scale=64.0, growth_interval=2)],
+        )
+        set_seed(seed, device_specific=True)
+        model = make(seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.8)
+        ids = torch.randint(0, 31, (60, 6), generator=torch.Generator().manual_seed(1))
+        loader = DataLoader(TensorDataset(ids, torch.arange(60)), batch_size=12, shuffle=True)
+        prepared = self.accelerator.prepare(model, optimizer, schedule, loader)
+        self.model, self.optimizer, self.schedule, self.loader = prepared
+        self.counter = Counter()
+        self.accelerator.register_for_checkpointing(self.counter)
+
+    def facts(self):
+        scaler = self.accelerator.scaler
+        return self.counter.value, self.accelerator.step, None if scaler is None else scaler.state_dict()
+
+    def train(self):
+        """Endless micro-batches of 12 samples, 5 of them in an epoch and two in a step but for the fifth.
+
+        Yields:
+            The loss, this rank's samples, the learning rate.
+        """
+        while True:
+            for ids, index in self.loader:
+                with self.accelerator.accumulate(self.model):
+                    logits = self.model(ids[:, :-1])
+                    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+                    self.accelerator.backward(loss)
+                    self.optimizer.step()
+                    self.schedule.step()
+                    self.optimizer.zero_grad()
+                self.counter.value += 1
+                self.accelerator.step += 1
+                yield loss.item(), index.tolist(), self.schedule.get_last_lr()[0]
+
+
+def straight(folder, strategy, precision, at, steps):
+    """How a run goes on behind the checkpoint that it saves, and what it has there."""
+    one = Curve(folder, strategy, precision, 0)
+    train = one.train()
+    for _ in range(at):
+        next(train)
+    one.accelerator.save_state()
+    drawn, facts = draws(), one.facts()
+    return [next(train) for _ in range(at, steps)], drawn, facts
+
+
+def resumed(folder, strategy, precision, at, steps):
+    one = Curve(folder, strategy, precision, 7)
+    one.accelerator.load_state("latest")
+    drawn, facts, train = draws(), one.facts(), one.train()
+    return [next(train) for _ in range(at, steps)], drawn, facts
+
+
+@pytest.mark.parametrize(
+    ("strategies", "precision", "at"),
+    [(("zero3", "zero1", "ddp", "zero2"), "no", 4), (("ddp", "zero3", "zero2", "hsdp,shard_size=2"), "fp16", 7)],
+)
+def test_the_loss_curve_goes_on_under_another_strategy_and_number_of_ranks(strategies, precision, at, tmp_path):
+    """Everything that is saved: data, rates, steps of the accumulation, scale, registered objects, generators."""
+    began = run(2, straight, tmp_path, strategies[1], precision, at, 9)
+    for size, strategy in enumerate(strategies, 1):
+        went_on = run(size, resumed, tmp_path, strategy, precision, at, 9)
+        for k, step in enumerate(zip(*(went for went, _, _ in began), strict=True)):
+            mine = [went[k] for went, _, _ in went_on]
+            assert [i for _, samples, _ in mine for i in samples] == [i for _, samples, _ in step for i in samples]
+            expected, got = (sum(loss for loss, _, _ in x) / len(x) for x in (step, mine))
+            assert got == pytest.approx(expected, rel=1e-4 if precision == "no" else 5e-3)
+            assert {rate for _, _, rate in mine} == {step[0][2]}
+        assert all(facts == began[0][2] for _, _, facts in went_on)
+        drawn, before = [d for _, d, _ in went_on], [d for _, d, _ in began]
+        assert drawn[:2] == before[:size]
+        assert len(set(drawn)) == size, "ranks that the other run did not have go on with generators of their own"
 
 
 def through_skipping(folder):

@@ -90,7 +90,7 @@ class ModelState:
             if mine is not None and p.numel():
                 out[name] = Slices(mine.shape, mine.dtype, mine.device, mine.pieces)
             elif everything or isinstance(p, DTensor):
-                out[name] = torch.empty(p.shape, dtype=p.dtype) if mine is not None else p.detach()
+                out[name] = torch.empty(mine.shape, dtype=mine.dtype) if mine is not None else p.detach()
         if everything:
             out.update({name: b.detach() for name, b in self.buffers.items()})
         return out

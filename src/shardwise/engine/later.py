@@ -127,6 +127,11 @@ def is_plain(optimizer: Optimizer) -> bool:
     return own and getattr(optimizer, "grad_scale", None) is None and getattr(optimizer, "found_inf", None) is None
 
 
+def some_wait(optimizer: Optimizer, buckets: Sequence[Bucket]) -> bool:
+    """May some rank's update of these take place later? The same answer on all ranks, whatever they hold."""
+    return is_plain(optimizer) and any(can_wait(bucket) for bucket in buckets)
+
+
 def plan(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: Set[int]) -> dict[int, Update]:
     """The updates that need not take place now, by ``id`` of the bucket. The first one of each part does."""
     parts = [part for part in todo if part.known and can_wait(part.bucket)] if is_plain(optimizer) else []

@@ -369,6 +369,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     with torch.no_grad(), nullcontext() if join is None else join.told_already():
         updates, record.updates = record.updates, {}
         for unit, buckets in sorted(touched.values(), key=lambda t: t[0].index):
+            unit.behind |= later.some_wait(optimizer, buckets)
             if waiting := [updates[id(b)] for b in buckets if id(b) in updates]:
                 unit.postpone(waiting, buckets)
             else:

@@ -230,6 +230,7 @@ class Engine:
         if self._later:
             following, self._later = self._later, []
             following[0].catch_up()
+            following[0].behind = False
             self._prefetch(following)
         if not (will_backward and unit in self.stay_gathered):
             unit.release()
@@ -246,7 +247,7 @@ class Engine:
 
     def _prefetch(self, following: list[Unit]) -> None:
         """Gather the next unit, and bring shards of those after it from their home."""
-        if following and following[0].updates:
+        if following and following[0].behind:
             self._later = following  # once this unit computes: until its update has taken place, nothing else would
             return
         for k, unit in enumerate(following):
@@ -304,6 +305,7 @@ class Engine:
         """Nothing has arrived yet and nothing is launched."""
         for unit in self.units:
             unit.catch_up()
+            unit.behind = False
         self.backward_active = True
         self.forward_active = self._keep_graph = False
         self.backward_id += 1

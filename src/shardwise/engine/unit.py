@@ -96,6 +96,9 @@ class Unit:
         self.gathered = True
         self.staged = False
         self.updates: list[Update] = []  # asked for, and not waited for
+        # Its next gather begins behind the computation of the unit before it. On all ranks alike, since they gather in
+        # one order; ``updates`` are not: a rank that holds nothing of what is updated has none.
+        self.behind = False
         self._owed: list[Bucket] = []  # whose values will have to follow
         self.gathering: list[Transfer] | None = None
         self.kept_for: set[str] = set()  # stay gathered until the end of this "forward", "backward" or "reading"
@@ -123,6 +126,7 @@ class Unit:
     def start_gather(self) -> None:
         """Begin to bring the values here, unless they are here or on their way."""
         self.catch_up()
+        self.behind = False
         if self.gathered or self.gathering is not None:
             return
         with torch.no_grad(), self.engine.told("gather", self.index):
