@@ -5,10 +5,11 @@
 *Raw* is the same number of processes that write as many bytes to new files and flush them, or read them past the page
 cache: aligned buffers of one block, a few threads each, no checksum, no order. It takes turns with the saves and loads
 within each round, and every ratio is taken within one round, so that a disk or a machine that others use as well hits
-both alike. Before each load the system is told to forget the files, so that they come from the disk. *Resized* loads
-what two ranks saved on another number of ranks. *Stall* is the time until an asynchronous save returns; the first one,
-which takes the memory for the copies, is told apart. *Copied* is the time until an update may change optimizer state,
-which is copied beside the next forward and backward: if these take less, the update waits.
+both alike. Before each load the system is told to forget the files, so that they come from the disk. *Resized* is, on
+another number of ranks, a load of what two ranks saved over one of what that number saved. *Stall* is the time until an
+asynchronous save returns; the first one, which takes the memory for the copies, is told apart. *Copied* is the time
+until an update may change optimizer state, which is copied beside the next forward and backward: if these take less,
+the update waits.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import nn
 
 from ranks import run
 from report import RESULTS, head, paired, quartiles, save, told
+from shardwise.checkpoint.crc import crc32
 from shardwise.tiers.aligned import aligned_empty
 from shardwise.tiers.mounts import file_system
 
@@ -149,17 +151,21 @@ def measure(rank: int, folder: str, args: dict[str, Any]) -> dict[str, Any]:
     return {"nbytes": nbytes, "seconds": seconds, "first_stall_s": first}
 
 
-def loads(rank: int, folder: str, args: dict[str, Any]) -> list[float]:
-    """Seconds of each load of what another number of ranks saved."""
+def loads(rank: int, folder: str, args: dict[str, Any]) -> dict[str, list[float]]:
+    """Seconds of each load of what another number of ranks saved, and of what this number saved."""
     from shardwise import checkpoint
 
     torch.set_num_threads(1)
     model, optimizer, _ = trained("zero3", args["width"], args["layers"])
-    path, out = Path(folder) / "sync", []
-    for _ in range(args["rounds"] + 1):
-        cold(path)
-        out.append(timed(lambda: checkpoint.load(path, models=[model], optimizers=[optimizer]))[0])
-    return out[1:]  # the first one made connections and memory
+    things: dict[str, Any] = {"models": [model], "optimizers": [optimizer]}
+    paths = {"resized": Path(folder) / "sync", "same": Path(folder) / f"by-{dist.get_world_size()}"}
+    checkpoint.save(paths["same"], **things)
+    seconds: dict[str, list[float]] = {"resized": [], "same": []}
+    for turn in range(args["rounds"] + 1):
+        for kind in ("resized", "same") if turn % 2 == 0 else ("same", "resized"):
+            cold(paths[kind])
+            seconds[kind].append(timed(lambda: checkpoint.load(paths[kind], **things))[0])  # noqa: B023
+    return {kind: values[1:] for kind, values in seconds.items()}  # the first round made connections and memory
 
 
 def main() -> None:
@@ -176,11 +182,10 @@ def main() -> None:
         raise SystemExit("quartiles need at least 2 rounds")
     about = head()
     print("\n".join(f"note: {n}" for n in about["notes"]))
-    shape = {"width": args.width, "layers": args.layers, "rounds": args.rounds}
+    shape: dict[str, Any] = {"width": args.width, "layers": args.layers, "rounds": args.rounds}
     folder = tempfile.mkdtemp(prefix="shardwise-checkpoint-", dir=args.folder)
     try:
         found = run(args.nproc, measure, folder, shape)[0]
-        same = run(args.nproc, loads, folder, shape)[0]
         resized = {str(n): run(n, loads, folder, shape)[0] for n in args.others}
     finally:
         shutil.rmtree(folder)
@@ -198,8 +203,9 @@ def main() -> None:
         "load_over_raw": paired(seconds["raw_read"], seconds["load"]),
         "stall_over_save": paired(seconds["stall"], seconds["save"]),
         "copied_over_save": paired(seconds["copied"], seconds["save"]),
-        "same_size_load_s": quartiles(same),
-        "resized_over_same": {n: quartiles(v)["median"] / quartiles(same)["median"] for n, v in resized.items()},
+        "resized_load_s": {n: {kind: quartiles(s) for kind, s in found.items()} for n, found in resized.items()},
+        "resized_over_same": {n: paired(found["resized"], found["same"]) for n, found in resized.items()},
+        "crc32": crc32.__module__,
     }
     for kind in ("raw_write", "save", "raw_read", "load"):
         print(f"{kind:10} {nbytes / result['seconds'][kind]['median'] / 1e6:7.0f} MB/s")
@@ -208,7 +214,7 @@ def main() -> None:
     print(f"stall / save           {told(result['stall_over_save'])}")
     print(f"copied / save          {told(result['copied_over_save'])}")
     for n, ratio in result["resized_over_same"].items():
-        print(f"load on {n} / on {args.nproc} ranks  {ratio:.2f}")
+        print(f"on {n} ranks, what {args.nproc} saved / what {n} saved  {told(ratio)}")
     save(result, args.out / "checkpoint.json")
     if importlib.util.find_spec("matplotlib") is not None:
         draw(result, args.out / "checkpoint.svg")

@@ -496,7 +496,7 @@ def planted_in_tensors(path):
 def refuses(path):
     model, opt = build("zero3", seed=5)
     before = whole(model)
-    text = failure(checkpoint.load, path, models=[model], optimizers=[opt])
+    text = failure(checkpoint.load, path, models=[model], optimizers=[opt], verify=True)
     assert_same(whole(model), before)
     assert len(opt.state) == 0
     step(model, opt, 0)  # and everybody can go on
@@ -527,6 +527,37 @@ def test_a_bad_checkpoint_is_refused_on_every_rank_before_anything_changes(tmp_p
         assert named in text
         assert "fix:" in text
     assert not (path / "ran").exists()
+
+
+def in_part(bad, good, strategy):
+    """A load that fails when some values are in place: the model is of no use until another load is complete."""
+    model, opt = build(strategy, seed=5)
+    step(model, opt, 0)
+    texts = [failure(checkpoint.load, bad, models=[model], optimizers=[opt])]
+    texts += [failure(loss_of, model, batch(0, rank())), failure(checkpoint.save, f"{bad}2", models=[model])]
+    texts += [failure(checkpoint.save_model, model, f"{bad}3"), failure(checkpoint.full_state_dict, model)]
+    checkpoint.load(good, models=[model], optimizers=[opt])
+    again, again_opt = build(strategy, seed=6)
+    checkpoint.load(good, models=[again], optimizers=[again_opt])
+    assert step(model, opt, 2) == step(again, again_opt, 2)
+    assert_same(whole(model), whole(again))
+    return texts
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "zero1", "zero3", "zero3,offload_params=nvme,offload_optimizer=nvme", "none"]
+)
+def test_a_model_that_was_loaded_in_part_is_refused(tmp_path, good, strategy):
+    if "nvme" in strategy:
+        strategy += f",nvme_path={tmp_path}"
+    path = tmp_path / "a"
+    os.makedirs(path)
+    for file in good.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    bit_flipped(path)
+    for first, *others in run(2, in_part, path, good, strategy):
+        assert "__0_0.distcp" in first and "wrong checksum" in first
+        assert all("could not be loaded to its end" in text and "fix:" in text for text in others)
 
 
 def refuses_tensors(path):

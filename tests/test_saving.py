@@ -378,7 +378,7 @@ def refuses(folder, path, words):
     one = Run(folder, "zero3", seed=4, automatic=False)
     before = whole(one.model)
     with pytest.raises(CheckpointError) as caught:
-        one.accelerator.load_state(path)
+        one.accelerator.load_state(path, verify=True)
     for word in words:
         assert word in str(caught.value), str(caught.value)
     assert_same(whole(one.model), before)

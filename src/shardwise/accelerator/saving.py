@@ -171,6 +171,7 @@ class Saving(Base):
         load_kwargs: dict[str, Any] | None = None,
         *,
         strict: bool = True,
+        verify: bool = False,
         resume: str | None = None,
     ) -> bool:
         """Load what :meth:`save_state` saved, under this or another strategy and number of ranks.
@@ -183,6 +184,7 @@ class Saving(Base):
                 ``checkpoints``. ``folder/latest`` is the newest complete one in any folder.
             load_kwargs: accepted for Accelerate's sake; ``strict`` is read from it.
             strict: raise if parameters differ in name or shape; otherwise load those that fit.
+            verify: compare every byte with its checksum before anything changes; see :func:`checkpoint.load`.
             resume: ``"latest"``: the newest complete one in the project's ``checkpoints``, or in the folder
                 ``input_dir``, if there is one. So a script can begin with ``load_state(resume="latest")``, whether it
                 is started for the first time or again.
@@ -192,7 +194,8 @@ class Saving(Base):
 
         Raises:
             CheckpointError: a file is missing or damaged, or something was saved that is not here, or the other way
-                round. It names the file or the thing; every rank raises, before anything has changed.
+                round. It names the file or the thing; every rank raises, before anything has changed. Only bytes with
+                a wrong checksum are found later, without ``verify``: models then refuse to run until a load succeeds.
         """
         if load_kwargs and set(load_kwargs) - {"strict", "weights_only", "map_location"}:
             raise CheckpointError(
@@ -207,7 +210,9 @@ class Saving(Base):
         for hook in list(self._load_hooks.values()):
             hook(models, str(path))
         self._check_same_things(path)
-        loaded = checkpoint.load(path, models=models, optimizers=[o.optimizer for o in self._optimizers], strict=strict)
+        loaded = checkpoint.load(
+            path, models=models, optimizers=[o.optimizer for o in self._optimizers], strict=strict, verify=verify
+        )
         state = loaded.state
         for scheduler, values in zip(self._schedulers, state["schedulers"], strict=True):
             scheduler.scheduler.load_state_dict(values)

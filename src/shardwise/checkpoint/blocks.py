@@ -1,4 +1,4 @@
-"""Files written in blocks by a few threads, with direct I/O where there is any, and a crc32 per block.
+"""Files written in blocks by a few threads, with direct I/O where there is any, and a crc32 per grain.
 
 A checkpoint is written once and read perhaps never: through the page cache it would push out what the run needs, and
 on fast disks the copies into the cache cost more than the disk does. Blocks go from aligned buffers instead.
@@ -10,7 +10,6 @@ import ctypes
 import os
 import queue
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 
 import torch
 
-from shardwise.checkpoint.files import BLOCK, FileEntry
+from shardwise.checkpoint.crc import crc32
+from shardwise.checkpoint.files import BLOCK, GRAIN, FileEntry
 from shardwise.checkpoint.rawio import named, open_file, write_at
 from shardwise.errors import CheckpointError
 from shardwise.tiers.aligned import aligned_empty, padded
@@ -175,7 +175,7 @@ class BlockFile:
         buffer, n, index = self._current, self._used, len(self._crcs)
         assert buffer is not None
         self._current = None
-        self._crcs.append(0)
+        self._crcs += [0] * -(-n // GRAIN)
         job, after = partial(self._write, buffer, n, index), partial(self._buffers.give, buffer)
         if self._crew is not None:
             self._crew.do(job, after)
@@ -185,13 +185,14 @@ class BlockFile:
     # --- writing, in a thread --------------------------------------------------------------
     def _write(self, buffer: torch.Tensor, n: int, index: int) -> None:
         view = buffer.numpy().data
-        self._crcs[index] = zlib.crc32(view[:n])
+        for k, at in enumerate(range(0, n, GRAIN)):
+            self._crcs[index + k] = crc32(view[at : min(n, at + GRAIN)])
         with self._opening:
             if self._fd < 0:
                 self._fd = open_file(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         end = padded(n)  # direct I/O knows whole blocks only; the file is cut to its length at the end
         view[n:end] = bytes(end - n)
-        write_at(self._fd, view[:end], index * BLOCK, self.path)
+        write_at(self._fd, view[:end], index * GRAIN, self.path)
 
     def close(self) -> FileEntry:
         """Cut to its length and flushed to the disk. After the crew has ended."""
@@ -215,7 +216,7 @@ def checksum(path: Path) -> FileEntry:
     size, crcs = 0, []
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        while part := file.read(BLOCK):
-            crcs.append(zlib.crc32(part))
+        while part := file.read(GRAIN):
+            crcs.append(crc32(part))
             size += len(part)
     return FileEntry(size, crcs)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpoint import readback
-from shardwise.checkpoint.files import BLOCK, MANIFEST, FileEntry, Manifest, check_sizes, damaged, named, parse, resolve
+from shardwise.checkpoint.files import GRAIN, MANIFEST, FileEntry, Manifest, check_sizes, damaged, named, parse, resolve
 from shardwise.checkpoint.progress import Progress
-from shardwise.checkpoint.ranks import Together, from_first
-from shardwise.checkpoint.readback import Run
+from shardwise.checkpoint.ranks import Together
+from shardwise.checkpoint.readback import Readback, Run
 from shardwise.checkpoint.series import latest
 from shardwise.comm import World
 from shardwise.errors import CheckpointError
@@ -39,10 +38,10 @@ def verify(directory: str | os.PathLike[str], *, progress: bool = True) -> Manif
 def whole(directory: str | os.PathLike[str], progress: bool = True) -> tuple[Path, Manifest]:
     """:func:`found`, where every byte is as it was written. Collective: each rank reads a part."""
     path, manifest = found(directory)
-    mine = left_over(manifest.files, [packed(manifest.files, {})])
-    total = BLOCK * sum(map(len, mine.values()))
-    with Progress("checking", total, progress) as bar, Together(f"reading checkpoint {path}", slow=True):
-        readback.check(path, manifest.files, mine, bar.add)
+    mine = _share_of(manifest.files)
+    total, doing = GRAIN * sum(map(len, mine.values())), f"reading checkpoint {path}"
+    with Progress("checking", total, progress) as bar, Together(doing, slow=True):
+        Readback(path, manifest.files, bar).read(also=mine)
     return path, manifest
 
 
@@ -67,11 +66,10 @@ def newest(folder: str | os.PathLike[str]) -> Path | None:
 
 def _by_first(directory: str | os.PathLike[str], look: Callable[[Path], Path | str]) -> str:
     given = Path(os.path.realpath(directory))
-    chosen = ""
-    with Together(f"reading checkpoint {given}"):
+    with Together(f"reading checkpoint {given}") as ranks:
         if World.current().rank == 0:
-            chosen = str(look(given))
-    return from_first(chosen)
+            ranks.mine = str(look(given)).encode()
+    return ranks.told[0].decode()
 
 
 def found(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
@@ -93,8 +91,8 @@ def found(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
     return path, manifest
 
 
-def every_block(files: Mapping[str, FileEntry]) -> dict[str, set[int]]:
-    """All blocks, by file."""
+def every_grain(files: Mapping[str, FileEntry]) -> dict[str, set[int]]:
+    """All that have a checksum, by file."""
     return {name: set(range(len(entry.crc32))) for name, entry in files.items()}
 
 
@@ -106,27 +104,16 @@ def read_whole(path: Path, files: Mapping[str, FileEntry], names: Sequence[str])
     """
     if missing := [name for name in names if name not in files]:
         raise damaged(path / missing[0], "the file is missing")
-    readback.check(path, files, every_block({name: files[name] for name in names}), keep=True)
     into = {name: torch.empty(files[name].size, dtype=torch.uint8) for name in names}
-    readback.copy(path, [Run(name, 0, torch.uint8, tensor) for name, tensor in into.items()])
+    Readback(path, files).read(Run(name, 0, torch.uint8, tensor) for name, tensor in into.items())
     return {name: tensor.numpy().tobytes() for name, tensor in into.items()}
 
 
-def packed(files: Mapping[str, FileEntry], touched: Mapping[str, set[int]]) -> bytes:
-    """Which blocks a rank reads, one byte per block, for :func:`left_over`."""
-    return bytes(index in touched.get(name, ()) for name in sorted(files) for index in range(len(files[name].crc32)))
-
-
-def left_over(files: Mapping[str, FileEntry], told: Sequence[bytes]) -> dict[str, set[int]]:
-    """This rank's part of the blocks that no rank reads. All ranks together compare all of them.
-
-    Args:
-        told: every rank's :func:`packed`.
-    """
+def _share_of(files: Mapping[str, FileEntry]) -> dict[str, set[int]]:
+    """This rank's part of all grains."""
     world = World.current()
-    every = [(name, index) for name in sorted(files) for index in range(len(files[name].crc32))]
-    nobodys = [block for block, *by in zip(every, *told, strict=True) if not any(by)]
+    every = [(name, index) for name, indices in sorted(every_grain(files).items()) for index in sorted(indices)]
     out: dict[str, set[int]] = {}
-    for name, index in nobodys[len(nobodys) * world.rank // world.size : len(nobodys) * (world.rank + 1) // world.size]:
+    for name, index in every[len(every) * world.rank // world.size : len(every) * (world.rank + 1) // world.size]:
         out.setdefault(name, set()).add(index)
     return out

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpoint import files, readback
-from shardwise.checkpoint.checking import every_block
+from shardwise.checkpoint import files
+from shardwise.checkpoint.checking import every_grain
 from shardwise.checkpoint.files import BLOCK, MANIFEST
 from shardwise.checkpoint.naming import match_names
 from shardwise.checkpoint.progress import Progress
+from shardwise.checkpoint.readback import Readback
 from shardwise.checkpoint.reading import Reader
 from shardwise.checkpoint.sources import open_source
 from shardwise.checkpoint.stored import KINDS, Source, Stored
@@ -66,7 +67,7 @@ def _problem(path: Path, name: str, entry: files.FileEntry, bar: Progress) -> st
     one = {name: entry}
     try:
         files.check_size(path / name, entry)
-        readback.check(path, one, every_block(one), bar.add)
+        Readback(path, one, bar).read(also=every_grain(one))
     except CheckpointError as error:
         return error.what
     except OSError as error:

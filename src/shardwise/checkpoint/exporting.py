@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.checkpoint.models import ModelState, entries, model_states
+from shardwise.checkpoint.partly import refuse
 from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Together, from_first
 from shardwise.checkpoint.writers import DTYPES, BinWriter, SafeWriter, Writer, bytes_of, shards_of
@@ -33,6 +34,7 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     result takes the whole model's memory on the ranks that get it.
     """
     (state,) = model_states([model])
+    refuse(state.module)
     wanted = not rank0_only or World.current().rank == 0
     values: dict[str, torch.Tensor] = {}
     for name, value in _stream(state):
@@ -96,6 +98,7 @@ def save_model(
     """
     root = Path(from_first(os.path.realpath(directory)))
     (state,) = model_states([model])
+    refuse(state.module)
     first = World.current().rank == 0
     doing = f"writing the model to {root}"
     writer: Writer | None = None

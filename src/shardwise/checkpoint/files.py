@@ -23,6 +23,8 @@ MANIFEST = "shardwise.json"
 _OURS = re.compile(r"shardwise\.json|\.metadata|__\d+_\d+\.distcp|state\.pt|rank_\d+\.pt")
 LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}")
 BLOCK = 8 << 20
+"""Bytes that are read or written at a time."""
+GRAIN = 1 << 19
 """Bytes that have one checksum, so that a part of a file can be read and compared. A part of the format."""
 
 
@@ -32,7 +34,7 @@ class NewerFormatError(CheckpointError):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file's length in bytes, and the crc32 of each :data:`BLOCK` of it; the last one may be shorter."""
+    """A file's length in bytes, and the crc32 of each :data:`GRAIN` of it; the last one may be shorter."""
 
     size: int
     crc32: list[int]
@@ -101,7 +103,7 @@ def parse(path: Path) -> Manifest:
         if crc != _crc_of(body):
             raise damaged
         files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
-        if any(len(entry.crc32) != -(-entry.size // BLOCK) for entry in files.values()):
+        if any(len(entry.crc32) != -(-entry.size // GRAIN) for entry in files.values()):
             raise damaged
         return Manifest(**body, files=files)
     except (TypeError, KeyError, AttributeError) as error:
@@ -272,4 +274,4 @@ def check_size(path: Path, entry: FileEntry) -> None:
 
 
 def damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(what, where=str(path), fix="nothing was loaded; load another checkpoint")
+    return CheckpointError(what, where=str(path), fix="load another checkpoint")

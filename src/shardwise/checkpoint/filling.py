@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,13 +15,11 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 
-from shardwise.checkpoint import readback
-from shardwise.checkpoint.blocks import Crew
-from shardwise.checkpoint.files import BLOCK, FileEntry
 from shardwise.checkpoint.payload import around, known
-from shardwise.checkpoint.readback import Opened, Run, Seen
+from shardwise.checkpoint.readback import Readback, Run
 from shardwise.errors import CheckpointError
 
+_AT_ONCE = 256 << 20  # bytes of tensors that are taken apart
 _CANNOT_READ = (pickle.PickleError, RuntimeError, ValueError, AssertionError, EOFError, KeyError)
 
 
@@ -49,16 +46,12 @@ class _Item:
     strides: tuple[int, ...]
     box: tuple[torch.Size, torch.Size]
 
-    @property
-    def blocks(self) -> range:
-        first = self.start if self.before is None else self.before[0]
-        return range(first // BLOCK, (self.start + self.nbytes - 1) // BLOCK + 1)
-
     def run(self, target: torch.Tensor) -> Run | None:
         """The box as elements in a row, if that is what it is in the file and in the target."""
         if self.before is None or not target.is_contiguous() or self.nbytes != target.numel() * self.dtype.itemsize:
             return None
-        return Run(self.file, self.start, self.dtype, target.view(-1))
+        run = Run(self.file, self.start, self.dtype, target.view(-1))
+        return run if run.straight or self.start % self.dtype.itemsize == 0 else None
 
     def values(self, raw: torch.Tensor) -> torch.Tensor:
         """The box, from all of its bytes."""
@@ -74,112 +67,84 @@ class Fill:
     """Fills tensors in place.
 
     Args:
-        path, files, metadata: of the checkpoint.
+        files: of the checkpoint.
+        metadata: its index.
         tensors: by name; all of them are in the checkpoint with the same shape. Their memory is not looked at before
             it is their turn in :meth:`put`.
-
-    Call :meth:`check`, and on all ranks after it :meth:`put`.
     """
 
-    def __init__(
-        self, path: Path, files: Mapping[str, FileEntry], metadata: Metadata, tensors: dict[str, torch.Tensor]
-    ) -> None:
-        self.path, self.files = path, files
-        self._opened = Opened(path, cached=True)
+    def __init__(self, files: Readback, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
+        self._files = files
         stored: dict[str, Any] = metadata.state_dict_metadata
         sizes = {(name, tuple(c.offsets)): tuple(c.sizes) for name in tensors for c in stored[name].chunks}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(cast(Any, tensors), metadata, True)
         plan = planner.finish_plan(planner.create_local_plan())
-        self.items: dict[str, list[_Item]] = {}
+        self._items: dict[str, list[_Item]] = {}
         for read in plan.items:
             item = _item(read, metadata, sizes, planner)
-            self.items.setdefault(item.name, []).append(item)
+            self._items.setdefault(item.name, []).append(item)
 
     @property
     def nbytes(self) -> int:
         """Of all tensors, in the files."""
-        return sum(item.nbytes for items in self.items.values() for item in items)
+        return sum(item.nbytes for items in self._items.values() for item in items)
 
-    def touched(self) -> dict[str, set[int]]:
-        """The blocks, by file, that this rank reads."""
-        out: dict[str, set[int]] = {}
-        for items in self.items.values():
-            for item in items:
-                out.setdefault(item.file, set()).update(item.blocks)
-        return out
-
-    def check(self, also: Mapping[str, set[int]], seen: Seen | None = None) -> None:
-        """Compare what this rank needs.
-
-        Args:
-            also: further blocks to compare.
-            seen: told the bytes of each block.
-
-        Raises:
-            CheckpointError: a file is missing or damaged.
-        """
-        mine = self.touched()
-        readback.check(self.path, self.files, mine, seen, keep=True)
-        readback.check(self.path, self.files, also, seen)
-        for item in (item for items in self.items.values() for item in items if item.before is not None):
-            assert item.before is not None
-            head = torch.empty(len(item.before[1]), dtype=torch.uint8)
-            self._opened.read(item.file, item.before[0], head)
-            if head.numpy().tobytes() != item.before[1]:
-                raise CheckpointError(
-                    f"'{item.name}' is not stored as the index says",
-                    where=str(self.path / item.file),
-                    fix="nothing was loaded; use another checkpoint, and find out who changed this one",
-                )
-
-    def put(self, names: Collection[str], seen: Seen | None = None) -> None:
+    def put(self, names: Collection[str]) -> None:
         """Let tensors have their values.
 
         Args:
             names: which.
-            seen: told the bytes of each part.
 
         Raises:
-            CheckpointError: what was compared before cannot be read now; some tensors may have changed.
+            CheckpointError: a file is missing or damaged, or does not hold what the index says. Some tensors may have
+                changed.
+
+        Cost: nothing for runs of elements. What has to be taken apart is in host memory, some tensors at a time.
         """
         runs: list[Run] = []
-        others: list[tuple[_Item, torch.Tensor]] = []
-        for item in (item for name in names for item in self.items.get(name, ())):
+        heads: list[tuple[_Item, torch.Tensor]] = []
+        others: list[list[tuple[_Item, torch.Tensor]]] = [[]]
+        held = 0
+        for item in (item for name in names for item in self._items.get(name, ())):
             target = item.target()
             run = item.run(target)
-            if run is not None:
-                runs.append(run)
-            else:
-                others.append((item, target))
-        readback.copy(self.path, runs, seen)
-        crew = Crew()
-        try:
-            for item, target in others:
-                crew.do(partial(self._put, item, target))
-            crew.end()
-        finally:
-            crew.stop()
+            if run is not None and item.before is not None:
+                head = torch.empty(len(item.before[1]), dtype=torch.uint8)
+                runs += [run, Run(item.file, item.before[0], torch.uint8, head)]
+                heads.append((item, head))
+                continue
+            if held and held + item.nbytes > _AT_ONCE:
+                others.append([])
+                held = 0
+            others[-1].append((item, target))
+            held += item.nbytes
+        self._files.read(runs)
+        for item, head in heads:
+            assert item.before is not None
+            if head.numpy().tobytes() != item.before[1]:
+                raise self._unreadable(f"'{item.name}' is not stored as the index says")
+        for batch in others:
+            self._take_apart(batch)
 
-    def _put(self, item: _Item, target: torch.Tensor) -> None:
-        raw = torch.empty(item.nbytes, dtype=torch.uint8)
-        self._opened.read(item.file, item.start, raw)
-        try:
-            values = item.values(raw)
-            if values.shape != target.shape:
-                raise ValueError(f"'{item.name}' has another shape than the index says")
-            target.copy_(values)
-        except _CANNOT_READ as error:
-            line = str(error).splitlines()[0] if str(error) else ""
-            raise CheckpointError(
-                f"its tensors cannot be read ({type(error).__name__}: {line})",
-                where=str(self.path),
-                fix="what was being loaded into is only partly loaded: load another checkpoint before going on",
-            ) from error
+    def _take_apart(self, batch: Sequence[tuple[_Item, torch.Tensor]]) -> None:
+        raws = [torch.empty(item.nbytes, dtype=torch.uint8) for item, _ in batch]
+        pairs = zip(batch, raws, strict=True)
+        self._files.read(Run(item.file, item.start, torch.uint8, raw) for (item, _), raw in pairs)
+        for (item, target), raw in zip(batch, raws, strict=True):
+            try:
+                values = item.values(raw)
+                if values.shape != target.shape:
+                    raise ValueError(f"'{item.name}' has another shape than the index says")
+                target.copy_(values)
+            except _CANNOT_READ as error:
+                line = str(error).splitlines()[0] if str(error) else ""
+                raise self._unreadable(f"its tensors cannot be read ({type(error).__name__}: {line})") from error
 
-    def close(self) -> None:
-        """Let go of the files."""
-        self._opened.close()
+    def _unreadable(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            what, where=str(self._files.path), fix="load another checkpoint, and find out who changed this one"
+        )
 
 
 def _item(

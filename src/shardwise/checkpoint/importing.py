@@ -18,6 +18,7 @@ from shardwise.checkpoint.checking import whole
 from shardwise.checkpoint.files import BLOCK, MANIFEST
 from shardwise.checkpoint.models import ModelState, model_states
 from shardwise.checkpoint.naming import Fit, fit
+from shardwise.checkpoint.partly import loading
 from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Together, from_first, share
 from shardwise.checkpoint.reading import Reader
@@ -75,7 +76,7 @@ def load_model(
 
     Raises:
         CheckpointError: on every rank, before anything has changed: nothing there, damaged, not tensors, or it does
-            not fit. Also if a file cannot be read halfway; the model is then partly loaded.
+            not fit. Also if a file cannot be read halfway; the model then refuses to run until it is loaded whole.
 
     Cost: each rank reads the bytes of what it holds. Host memory beyond the model's: one block of 8 MiB, and one
     unit's shards where values live on a disk. Files of torch before 1.6, and tensors that were saved transposed, are
@@ -114,9 +115,10 @@ def load_model(
                 reader.prepare(stored, lo, hi)
         for unit in units_of(state.module):
             unit.settle()
-        with Together(doing, slow=True):
-            _load(state, found, reader)
-        publish(state.module)
+        with loading([state.module], given):
+            with Together(doing, slow=True):
+                _load(state, found, reader)
+            publish(state.module)
     return LoadedModel(given, source.kind, found.missing, found.unexpected, found.mismatched, reader.nbytes)
 
 

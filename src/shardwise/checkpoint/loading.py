@@ -15,14 +15,16 @@ from torch.optim import Optimizer
 
 from shardwise.checkpoint import safe
 from shardwise.checkpoint.background import settle_saves
-from shardwise.checkpoint.checking import found, left_over, packed, read_whole
+from shardwise.checkpoint.checking import found, read_whole, whole
 from shardwise.checkpoint.files import Manifest
 from shardwise.checkpoint.filling import Fill
 from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizers import OptimizerState
+from shardwise.checkpoint.partly import loading
 from shardwise.checkpoint.portions import Portions
 from shardwise.checkpoint.progress import Progress
-from shardwise.checkpoint.ranks import Together, share
+from shardwise.checkpoint.ranks import Together
+from shardwise.checkpoint.readback import Readback
 from shardwise.checkpoint.storage import METADATA, parse_metadata
 from shardwise.comm import World
 from shardwise.engine.state_dict import held, publish, units_of
@@ -55,6 +57,7 @@ def load(
     models: Sequence[nn.Module] = (),
     optimizers: Sequence[Optimizer] = (),
     strict: bool = True,
+    verify: bool = False,
     progress: bool = True,
 ) -> Loaded:
     """Load a checkpoint in place, whatever strategy and number of ranks saved it. Collective.
@@ -63,23 +66,26 @@ def load(
         directory: what :func:`save` returned, or ``folder/latest`` for the newest complete one in a folder.
         models, optimizers: in the order they were saved in.
         strict: raise if names, shapes or groups differ. Otherwise load what fits and list the rest.
+        verify: compare every byte with its checksum before anything changes. Otherwise each block is compared when it
+            is its turn.
         progress: show a bar on rank 0, if it has a terminal and this takes longer than a second.
 
     Returns:
         The small state, for the caller to put back.
 
     Raises:
-        CheckpointError: on every rank, before anything has changed: the directory is missing, not a
-            checkpoint, damaged or of a newer format; or its contents do not fit.
+        CheckpointError: on every rank. Nothing has changed if the directory is missing, not a checkpoint or of a newer
+            format, a file is missing or too short, or its contents do not fit. Bytes that have changed are found when
+            they are read, and never used; a model that was loaded in part by then refuses to run and to be saved
+            until a load into it is complete. With ``verify`` nothing has changed then either.
 
     Buffers that differed between ranks come back as each rank's own at an equal world size, else as rank 0's.
-    Cost: each rank reads what it holds, and its part of what nobody needs. To change nothing before all of it is
-    checked, it passes over these bytes twice; the second time they come from the page cache, as far as there is free
-    memory for it. What lives on a disk is in memory one unit at a time.
+    Cost: each rank reads what it holds, with ``verify`` twice, through buffers of 24 MiB. What lives on a disk is in
+    memory one unit at a time.
     """
     settle_saves()
     world = World.current()
-    path, manifest = found(directory)
+    path, manifest = whole(directory, progress) if verify else found(directory)
     doing = f"loading checkpoint {path}"
     with Together(doing, slow=True):
         own_name = f"rank_{world.rank}.pt"
@@ -100,32 +106,26 @@ def load(
                 where=str(path),
                 fix="build the model and optimizers as they were when it was saved, or load what fits: strict=False",
             )
-    for unit in (unit for s in states for unit in units_of(s.module)):
-        unit.settle()
-    with Together(doing):
+        for unit in (unit for s in states for unit in units_of(s.module)):
+            unit.settle()
         portions = Portions()
         for s in states:
             _plan(s, metadata, portions)
         for stepper, saved in zip(steppers, common["optimizers"], strict=False):
             stepper.plan(saved, metadata, portions)
-        fill = Fill(path, manifest.files, metadata, portions.tensors)
-    try:
-        also = left_over(manifest.files, share(packed(manifest.files, fill.touched())))
-        with Progress("loading", 2 * fill.nbytes, progress) as bar:
-            with Together(doing, slow=True):
-                fill.check(also, bar.add)
-            with Together(doing, slow=True):
-                for portion in portions:
-                    with portion.here():
-                        fill.put(portion.tensors, bar.add)
-                        for call in portion.after:
-                            call()
-                for s in states:
-                    _put_rest(s, common["extra"].get(s.label, {}), own, world.size == manifest.world_size)
-    finally:
-        fill.close()
-    for s in states:
-        publish(s.module)
+        files = Readback(path, manifest.files)
+        fill = Fill(files, metadata, portions.tensors)
+    with loading([s.module for s in states], path), Progress("loading", fill.nbytes, progress) as files.progress:
+        with Together(doing, slow=True):
+            for portion in portions:
+                with portion.here():
+                    fill.put(portion.tensors)
+                    for call in portion.after:
+                        call()
+            for s in states:
+                _put_rest(s, common["extra"].get(s.label, {}), own, world.size == manifest.world_size)
+        for s in states:
+            publish(s.module)
     return Loaded(common["state"], None if own is None else own["rank_state"], manifest, differences)
 
 

@@ -24,7 +24,7 @@ _STORAGES = {
     torch.bfloat16: "BFloat16Storage", torch.uint8: "ByteStorage", torch.int8: "CharStorage",
     torch.int16: "ShortStorage", torch.int32: "IntStorage", torch.int64: "LongStorage", torch.bool: "BoolStorage",
 }  # fmt: skip
-_ALIGN = 64
+ALIGN = 64
 _BIG = 0xFFFFFFFF  # what does not fit into a field of four bytes, and the mark that it is elsewhere
 _OLD, _ZIP64 = 20, 45  # versions a reader needs
 
@@ -80,7 +80,7 @@ def around(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
         local, central = _entry(name, len(content), zlib.crc32(content), len(head), 0)
         head, directory = head + local + content, directory + central
     plain, _ = _entry("archive/data/0", nbytes, 0, len(head), 0)
-    local, central = _entry("archive/data/0", nbytes, 0, len(head), -(len(head) + len(plain)) % _ALIGN)
+    local, central = _entry("archive/data/0", nbytes, 0, len(head), -(len(head) + len(plain)) % ALIGN)
     head, directory = head + local, directory + central
     return head, directory + _end(len(small) + 1, len(directory), len(head) + nbytes)
 
@@ -91,7 +91,7 @@ def _entry(name: str, size: int, crc: int, offset: int, padding: int) -> tuple[b
     version, said = (_ZIP64, _BIG) if big else (_OLD, size)
     sizes = struct.pack("<HHQQ", 1, 16, size, size) if big else b""
     if 0 < padding < 4:
-        padding += _ALIGN
+        padding += ALIGN
     # A field with a tag that nobody knows makes up the padding; it needs at least four bytes.
     filler = struct.pack("<HH", 0x4246, padding - 4).ljust(padding, b"Z") if padding else b""
     extra = sizes + filler

@@ -13,11 +13,11 @@ from shardwise.tiers.aligned import ALIGN
 from shardwise.tiers.mounts import in_memory
 
 
-def open_file(path: Path, flags: int, *, cached: bool = False) -> int:
-    """A file descriptor, past the page cache where the file system knows how, or with ``cached`` through it."""
+def open_file(path: Path, flags: int) -> int:
+    """A file descriptor, past the page cache where the file system knows how."""
     direct = getattr(os, "O_DIRECT", 0)
     with named(path):
-        if direct and not cached and not in_memory(path.parent):
+        if direct and not in_memory(path.parent):
             try:
                 return os.open(path, flags | direct, 0o666)
             except OSError as error:
@@ -69,12 +69,6 @@ def _no_longer_direct(fd: int) -> bool:
         return False
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
     return True
-
-
-def will_need(fd: int, start: int, nbytes: int) -> None:
-    """Let the system begin to read a range into the page cache."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 class named:

@@ -1,97 +1,30 @@
-"""Files of a checkpoint read back: first compared with their checksums, then copied to where they belong.
+"""Files of a checkpoint read back: every grain is compared with its checksum before anything of it is used.
 
-Nothing may change before everything is compared, so a load passes over its bytes twice. For the disk it is once: the
-first pass leaves them in the page cache, which is memory that the system takes back when somebody needs it (then the
-disk is asked again), and the second copies from there straight into the tensors.
+Blocks of grains go past the page cache into buffers of large pages. From there a grain goes to where it belongs while a
+core's cache still has it from the checksum. On a fast disk this is several times as fast as reading into new memory or
+through the page cache, whose pages are small.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from shardwise.checkpoint.blocks import Crew
-from shardwise.checkpoint.files import BLOCK, FileEntry, damaged
-from shardwise.checkpoint.rawio import open_file, read_at, will_need
-from shardwise.tiers.aligned import aligned_empty, padded
-
-_STEP = 1 << 20  # stays in a core's cache between the copy from the page cache and the checksum
-Seen = Callable[[int], None]
-"""Told the bytes of each part that was read, by the thread that has read it."""
+from shardwise.checkpoint.blocks import Buffers, Crew
+from shardwise.checkpoint.crc import crc32
+from shardwise.checkpoint.files import BLOCK, GRAIN, FileEntry, damaged
+from shardwise.checkpoint.progress import Progress
+from shardwise.checkpoint.rawio import open_file, read_at
+from shardwise.tiers.aligned import padded
 
 
-class _Scratch(threading.local):
-    """A buffer per thread."""
-
-    buffer: torch.Tensor | None = None
-
-    def of(self, nbytes: int) -> torch.Tensor:
-        if self.buffer is None or self.buffer.numel() < nbytes:
-            self.buffer = aligned_empty(nbytes)
-        return self.buffer
-
-
-# --- comparing -----------------------------------------------------------------------------------
-def check(
-    path: Path,
-    files: Mapping[str, FileEntry],
-    which: Mapping[str, Iterable[int]],
-    seen: Seen | None = None,
-    *,
-    keep: bool = False,
-) -> None:
-    """Compare blocks of a checkpoint's files with their checksums.
-
-    Args:
-        path, files: of the checkpoint.
-        which: the blocks, by file.
-        seen: see :data:`Seen`.
-        keep: leave them in the page cache, because they will be copied next. Otherwise they go past it.
-
-    Raises:
-        CheckpointError: a file is missing, cut off or changed; names it.
-
-    Cost: a buffer per thread: 1 MiB with ``keep``, otherwise a block.
-    """
-    scratch, opened, crew = _Scratch(), Opened(path, cached=keep), Crew()
-    step = _STEP if keep else BLOCK
-    try:
-        for name, indices in which.items():
-            for index in sorted(indices):
-                crew.do(partial(_compare, opened, name, files[name], index, scratch, step, seen))
-        crew.end()
-    finally:
-        crew.stop()
-        opened.close()
-
-
-def _compare(
-    opened: Opened, name: str, entry: FileEntry, index: int, scratch: _Scratch, step: int, seen: Seen | None
-) -> None:
-    path, fd = opened.path / name, opened.fd(name)
-    begin, end = index * BLOCK, min((index + 1) * BLOCK, entry.size)
-    if step < BLOCK:
-        will_need(fd, begin, end - begin)
-    view, crc = scratch.of(step).numpy().data, 0
-    for at in range(begin, end, step):
-        n = min(step, end - at)
-        if read_at(fd, view[: padded(n)], at, path, at_least=n) < n:
-            raise damaged(path, f"the file has fewer bytes than the {entry.size} it was written with")
-        crc = zlib.crc32(view[:n], crc)
-    if crc != entry.crc32[index]:
-        raise damaged(path, "the contents have changed since it was written (wrong checksum)")
-    if seen is not None:
-        seen(end - begin)
-
-
-# --- copying -------------------------------------------------------------------------------------
 @dataclass
 class Run:
     """Elements that lie in a row in a file, and where they go.
@@ -99,7 +32,7 @@ class Run:
     Args:
         name: of the file.
         start: byte of the first one.
-        dtype: of the file's.
+        dtype: of the file's. ``start`` is a multiple of its size, unless the target has it too and is on the host.
         into: 1-D and contiguous; on any device, of any dtype.
     """
 
@@ -108,85 +41,103 @@ class Run:
     dtype: torch.dtype
     into: torch.Tensor
 
-    def halves(self, most: int) -> list[Run]:
-        """Runs of at most so many elements."""
-        parts = range(0, self.into.numel(), most)
-        size = self.dtype.itemsize
-        return [Run(self.name, self.start + at * size, self.dtype, self.into[at : at + most]) for at in parts]
+    @property
+    def stop(self) -> int:
+        return self.start + self.into.numel() * self.dtype.itemsize
+
+    @property
+    def straight(self) -> bool:
+        """Are the file's bytes what belongs into the target's memory?"""
+        return self.into.device.type == "cpu" and self.into.dtype == self.dtype
+
+    @property
+    def grains(self) -> range:
+        return range(self.start // GRAIN, -(-self.stop // GRAIN))
+
+    def take(self, begin: int, grain: torch.Tensor) -> None:
+        """Take what belongs here from bytes of the file, ``uint8``, the first of which is ``begin``."""
+        lo, hi = max(begin, self.start), min(begin + grain.numel(), self.stop)
+        if self.straight:  # half as long again with tensor.copy_, which reads the destination first
+            ctypes.memmove(self.into.data_ptr() + lo - self.start, grain.data_ptr() + lo - begin, hi - lo)
+            return
+        item = self.dtype.itemsize
+        part = self.into[(lo - self.start) // item : (hi - self.start) // item]
+        part.copy_(grain[lo - begin : hi - begin].view(self.dtype))
 
 
-def copy(path: Path, runs: Sequence[Run], seen: Seen | None = None) -> None:
-    """Fill tensors from files that :func:`check` has compared.
-
-    Args:
-        path: of the checkpoint.
-        runs: in any order; the tensors do not overlap.
-        seen: see :data:`Seen`.
-
-    Raises:
-        CheckpointError: a file is cut off now.
-
-    Cost: nothing for host tensors of the file's dtype; others go through a buffer of one block per thread.
-    """
-    scratch, opened, crew = _Scratch(), Opened(path, cached=True), Crew()
-    try:
-        batch: list[Run] = []
-        nbytes = 0
-        for run in sorted(runs, key=lambda r: (r.name, r.start)):
-            for one in run.halves(BLOCK // run.dtype.itemsize):
-                batch.append(one)
-                nbytes += one.into.numel() * one.dtype.itemsize
-                if nbytes >= BLOCK:
-                    crew.do(partial(_copy, opened, batch, scratch, seen))
-                    batch, nbytes = [], 0
-        crew.do(partial(_copy, opened, batch, scratch, seen))
-        crew.end()
-    finally:
-        crew.stop()
-        opened.close()
-
-
-def _copy(opened: Opened, runs: Sequence[Run], scratch: _Scratch, seen: Seen | None) -> None:
-    for run in runs:
-        n = run.into.numel() * run.dtype.itemsize
-        straight = run.into.device.type == "cpu" and run.into.dtype == run.dtype
-        raw = run.into.view(torch.uint8) if straight else scratch.of(BLOCK)[:n]
-        opened.read(run.name, run.start, raw)
-        if not straight:
-            run.into.copy_(raw.view(run.dtype))
-        if seen is not None:
-            seen(n)
-
-
-class Opened:
-    """The files of a checkpoint, opened when they are first read; by several threads.
+class Readback:
+    """Reads files of a checkpoint.
 
     Args:
-        path: of the checkpoint.
-        cached: through the page cache.
+        path, files: of the checkpoint.
+        progress: told how many bytes were read.
+
+    Cost: a buffer of one block per thread, of 8 MiB.
     """
 
-    def __init__(self, path: Path, *, cached: bool) -> None:
-        self.path, self._cached = path, cached
+    def __init__(self, path: Path, files: Mapping[str, FileEntry], progress: Progress | None = None) -> None:
+        self.path, self.files, self.progress = path, files, progress
+        self._buffers = Buffers()
         self._fds: dict[str, int] = {}
         self._opening = threading.Lock()
 
-    def fd(self, name: str) -> int:
-        with self._opening:
-            if name not in self._fds:
-                self._fds[name] = open_file(self.path / name, os.O_RDONLY, cached=self._cached)
-            return self._fds[name]
+    def read(self, runs: Iterable[Run] = (), also: Mapping[str, Iterable[int]] | None = None) -> None:
+        """Fill tensors, and compare the checksums of all grains that hold something of them.
 
-    def read(self, name: str, start: int, into: torch.Tensor) -> None:
-        """Fill a host tensor (``uint8``) from byte ``start`` on.
+        Args:
+            runs: in any order; the tensors do not overlap.
+            also: further grains to compare, by file.
 
         Raises:
-            CheckpointError: the file ends before.
+            CheckpointError: a file is missing, cut off or changed; names it. Some tensors may have their values then,
+                none has others.
         """
-        if read_at(self.fd(name), into.numpy().data, start, self.path / name) < into.numel():
-            raise damaged(self.path / name, f"the file ends before byte {start + into.numel()}")
+        wanted: dict[tuple[str, int], list[Run]] = {(n, i): [] for n, some in (also or {}).items() for i in some}
+        for run in runs:
+            for index in run.grains:
+                wanted.setdefault((run.name, index), []).append(run)
+        crew = Crew()
+        try:
+            block: list[list[Run]] = []
+            before = ("", -1)
+            for name, index in sorted(wanted):
+                if block and ((name, index - 1) != before or len(block) == BLOCK // GRAIN):
+                    crew.do(partial(self._block, before, block))
+                    block = []
+                block.append(wanted[name, index])
+                before = name, index
+            if block:
+                crew.do(partial(self._block, before, block))
+            crew.end()
+        finally:
+            crew.stop()
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()
 
-    def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+    def _block(self, last: tuple[str, int], grains: list[list[Run]]) -> None:
+        """Read some grains in a row, up to ``last``, and give what they hold to their runs."""
+        name, first = last[0], last[1] - len(grains) + 1
+        path, entry, begin = self.path / name, self.files[name], first * GRAIN
+        n = min(len(grains) * GRAIN, entry.size - begin)
+        buffer = self._buffers.take()
+        try:
+            view = buffer.numpy().data
+            if read_at(self._fd(name), view[: padded(n)], begin, path, at_least=n) < n:
+                raise damaged(path, f"the file has fewer bytes than the {entry.size} it was written with")
+            for k, runs in enumerate(grains):
+                lo, hi = k * GRAIN, min(n, (k + 1) * GRAIN)
+                if crc32(view[lo:hi]) != entry.crc32[first + k]:
+                    raise damaged(path, "the contents have changed since it was written (wrong checksum)")
+                for run in runs:
+                    run.take(begin + lo, buffer[lo:hi])
+        finally:
+            self._buffers.give(buffer)
+        if self.progress is not None:
+            self.progress.add(n)
+
+    def _fd(self, name: str) -> int:
+        with self._opening:
+            if name not in self._fds:
+                self._fds[name] = open_file(self.path / name, os.O_RDONLY)
+            return self._fds[name]

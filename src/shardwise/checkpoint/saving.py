@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.checkpoint import files, series
+from shardwise.checkpoint import files, partly, series
 from shardwise.checkpoint.background import AsyncSave, Background, settle_saves
 from shardwise.checkpoint.blocks import Buffers, Crew
 from shardwise.checkpoint.files import Manifest
@@ -132,6 +132,8 @@ def _begin(
     world = World.current()
     with Together(f"writing checkpoint {directory}") as ranks:
         states = model_states(models)
+        for s in states:
+            partly.refuse(s.module)
         labels = parameter_labels(states)
         steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers)]
         collected = [stepper.collect() for stepper in steppers]

@@ -19,18 +19,19 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.utils import find_state_dict_object
 
 from shardwise.checkpoint.blocks import BlockFile
 from shardwise.checkpoint.files import FileEntry
-from shardwise.checkpoint.payload import around, known
+from shardwise.checkpoint.payload import ALIGN, around, known
 from shardwise.checkpoint.ranks import Together
 from shardwise.checkpoint.slices import Slices
 from shardwise.comm import World
 from shardwise.errors import CheckpointError
 
 METADATA = ".metadata"
+_SMALL = 1 << 14  # elements
 _CANNOT_READ = (pickle.PickleError, AttributeError, TypeError, ValueError, RuntimeError, EOFError, KeyError, IndexError)
 
 
@@ -106,6 +107,10 @@ def _place(tensor: torch.Tensor) -> Any:
     return None if chunks is None else [[list(chunk.offsets), list(chunk.sizes)] for chunk in chunks()]
 
 
+def _is_large(item: WriteItem) -> bool:
+    return item.tensor_data is not None and prod(item.tensor_data.chunk.sizes) >= _SMALL
+
+
 class Copy:
     """The copy of this rank's tensors into its file.
 
@@ -121,7 +126,8 @@ class Copy:
         self.results: list[tuple[MetadataIndex, Any]] = []
         self._name, self._tensors, plans = f"__{World.current().rank}_0.distcp", tensors.by_name, tensors.plans
         self._left: list[tuple[MetadataIndex, torch.Tensor, int]] = []
-        self._todo = [item.index for item in plans.mine.items]
+        # Small ones lie together: every rank that loads reads some of them, and a file is read by whole blocks.
+        self._todo = [item.index for item in sorted(plans.mine.items, key=_is_large)]
         self._metadata, self._aliases = plans.metadata, tensors.aliases
         self._new_file = new_file
         self._file: BlockFile | None = None
@@ -170,6 +176,7 @@ class Copy:
     def _write(self, index: MetadataIndex, tensor: torch.Tensor) -> None:
         file = self._file
         assert file is not None
+        file.write(bytes(-file.size % ALIGN))  # elements then begin at multiples of their size
         start = file.size
         if _is_plain(tensor):
             before, after = around(tensor.dtype, tuple(tensor.shape))

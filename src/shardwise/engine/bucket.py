@@ -251,11 +251,13 @@ class Bucket:
             return
         opened = not self.values.here
         self.values.materialise()
-        yield self.master
-        if write:
-            All(self.follow_master()).wait()
-        if opened:
-            self.values.settle()
+        try:
+            yield self.master
+            if write:
+                All(self.follow_master()).wait()
+        finally:
+            if opened:
+                self.values.settle()
 
     def catch_up(self) -> None:
         """Wait for an update that was asked for."""
