@@ -246,17 +246,25 @@ def test_foreign_folders_are_checked_for_what_can_be(tmp_path):
     assert "cut off" in failure(check, tmp_path / "hf")
 
 
-def test_a_bar_on_a_terminal_only(folders, monkeypatch, capfd):
+def test_a_bar_on_a_terminal_only(folders, tmp_path, monkeypatch, capfd):
     root, _ = folders
-    ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patched:
-        patched.setattr(sys, "stderr", terminal)
-        patched.setenv("TERM", "xterm")
-        monkeypatch.setattr(progress, "_MOMENT_S", 0.0)
-        check(root / "checkpoint_9")
-        terminal.flush()
-        shown = os.read(ours, 1 << 16).decode()
-    os.close(ours)
-    assert "checking" in shown
-    check(root / "checkpoint_9")
+    model = Deep(0, 64, 2)
+    checkpoint.save(tmp_path / "a", models=[model])
+    calls = {
+        "checking": lambda: check(root / "checkpoint_9"),
+        "writing": lambda: checkpoint.save(tmp_path / "b", models=[model]),
+        "loading": lambda: checkpoint.load(tmp_path / "a", models=[model]),
+    }
+    for words, call in calls.items():
+        ours, theirs = pty.openpty()
+        with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patched:
+            patched.setattr(sys, "stderr", terminal)
+            patched.setenv("TERM", "xterm")
+            patched.setattr(progress, "_MOMENT_S", 0.0)
+            call()
+            terminal.flush()
+            shown = os.read(ours, 1 << 16).decode()
+        os.close(ours)
+        assert words in shown
+        call()
     assert capfd.readouterr().err == ""

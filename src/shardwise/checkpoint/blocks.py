@@ -19,6 +19,7 @@ import torch
 
 from shardwise.checkpoint.crc import crc32
 from shardwise.checkpoint.files import BLOCK, GRAIN, FileEntry
+from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.rawio import named, open_file, write_at
 from shardwise.errors import CheckpointError
 from shardwise.tiers.aligned import aligned_empty, padded
@@ -114,10 +115,11 @@ class BlockFile:
         path: is made when the first block is written.
         buffers: of this rank's whole save.
         crew: writes each block as soon as it is full; ``None``: they stay in memory until :meth:`give_to`.
+        progress: told how many bytes are written.
     """
 
-    def __init__(self, path: Path, buffers: Buffers, crew: Crew | None) -> None:
-        self.path, self.size = path, 0
+    def __init__(self, path: Path, buffers: Buffers, crew: Crew | None, progress: Progress | None = None) -> None:
+        self.path, self.size, self._progress = path, 0, progress
         self._buffers, self._crew = buffers, crew
         self._waiting: list[tuple[Callable[[], None], Callable[[], None]]] = []
         self._crcs: list[int] = []
@@ -193,6 +195,8 @@ class BlockFile:
         end = padded(n)  # direct I/O knows whole blocks only; the file is cut to its length at the end
         view[n:end] = bytes(end - n)
         write_at(self._fd, view[:end], index * GRAIN, self.path)
+        if self._progress is not None:
+            self._progress.add(n)
 
     def close(self) -> FileEntry:
         """Cut to its length and flushed to the disk. After the crew has ended."""

@@ -21,6 +21,7 @@ from shardwise.checkpoint.blocks import Buffers, Crew
 from shardwise.checkpoint.files import Manifest
 from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizers import OptimizerState
+from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Together, share
 from shardwise.checkpoint.storage import Copy, Tensors
 from shardwise.checkpoint.writing import Files, Save
@@ -39,6 +40,7 @@ def save(
     info: Mapping[str, Any] | None = None,
     files_from: Callable[[Path], None] | None = None,
     total_limit: int | None = None,
+    progress: bool = True,
 ) -> Path:
     """Save models, optimizers and small state. Collective.
 
@@ -53,6 +55,7 @@ def save(
         files_from: called on every rank with the directory that is being written, to put further files in. Do
             not communicate in it, and let every file be written by one rank.
         total_limit: when it is complete, delete the oldest ``checkpoint_<n>`` beside it; see :func:`prune`.
+        progress: show a bar on rank 0, if it has a terminal and this takes longer than a second.
 
     Returns:
         The absolute path of the checkpoint.
@@ -69,7 +72,8 @@ def save(
     try:
         files = Files(Buffers(), crew, Background.of(World.current()).plans)
         save_ = _begin(directory, files, models, optimizers, state, rank_state, info, files_from, total_limit)
-        save_.finish(crew, share, copied=lambda: None)
+        with Progress("writing", save_.copy.nbytes, progress) as files.progress:
+            save_.finish(crew, share, copied=lambda: None)
     finally:
         crew.stop()
     return save_.final

@@ -127,10 +127,17 @@ class Copy:
         self._name, self._tensors, plans = f"__{World.current().rank}_0.distcp", tensors.by_name, tensors.plans
         self._left: list[tuple[MetadataIndex, torch.Tensor, int]] = []
         # Small ones lie together: every rank that loads reads some of them, and a file is read by whole blocks.
-        self._todo = [item.index for item in sorted(plans.mine.items, key=_is_large)]
+        self._items = sorted(plans.mine.items, key=_is_large)
+        self._todo = [item.index for item in self._items]
         self._metadata, self._aliases = plans.metadata, tensors.aliases
         self._new_file = new_file
         self._file: BlockFile | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors that this rank writes."""
+        data = (item.tensor_data for item in self._items)
+        return sum(prod(d.chunk.sizes) * d.properties.dtype.itemsize for d in data if d is not None)
 
     def begin(self, later: Callable[[str], bool] = lambda _: False) -> None:
         """Copy what may change as soon as the caller goes on.

@@ -14,6 +14,7 @@ from typing import Any
 from shardwise.checkpoint import files, safe, series
 from shardwise.checkpoint.blocks import BlockFile, Buffers, Crew, checksum
 from shardwise.checkpoint.files import FileEntry, Manifest
+from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Share, Together
 from shardwise.checkpoint.storage import METADATA, Copy, Plans
 from shardwise.comm import World
@@ -26,10 +27,11 @@ class Files:
     def __init__(self, buffers: Buffers, crew: Crew | None, plans: Plans) -> None:
         self.buffers, self.crew, self.plans = buffers, crew, plans
         self.folder = Path()
+        self.progress: Progress | None = None
         self.by_name: dict[str, BlockFile] = {}
 
     def new(self, name: str) -> BlockFile:
-        file = self.by_name[name] = BlockFile(self.folder / name, self.buffers, self.crew)
+        file = self.by_name[name] = BlockFile(self.folder / name, self.buffers, self.crew, self.progress)
         return file
 
 
