@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import shardwise
-from models import PRESETS, assert_same, make, rank, whole
+from models import PRESETS, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
 from shardwise import Accelerator
 from shardwise.errors import CheckpointError
@@ -302,6 +303,23 @@ def named(folder):
 def test_automatic_names(size, tmp_path):
     for names in everywhere(size, named, tmp_path):
         assert names == ["checkpoint_1", "checkpoint_2", "checkpoint_3"]
+
+
+def inside_a_window(folder):
+    accelerator = Accelerator(cpu=True, strategy="zero2", gradient_accumulation_steps=2, project_dir=folder)
+    model = accelerator.prepare(make(0))
+    for index in (0, 1):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, batch(index, rank())))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            accelerator.save_state(folder / f"a{index}")
+        said = any("inside an accumulation window" in str(w.message) for w in caught)
+        assert said == (index == 0 and rank() == 0)
+
+
+def test_saving_inside_a_window_is_said(tmp_path):
+    run(2, inside_a_window, tmp_path)
 
 
 def none_whole(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,8 @@ class Saving(Base):
 
         Models, optimizers, schedulers, the loss scale, the place in each dataloader, the random states of every
         rank, and registered objects. The folder appears complete or not at all; a run under another strategy or on
-        another number of ranks can load it. Gradients of an unfinished accumulation window are not saved.
+        another number of ranks can load it. Gradients of an unfinished accumulation window are not saved; a warning
+        says so.
 
         Args:
             output_dir: with ``automatic_checkpoint_naming`` leave it out: the next free ``checkpoint_<n>`` in the
@@ -122,6 +124,12 @@ class Saving(Base):
 
     def _save(self, output_dir: str | os.PathLike[str] | None, save: Callable[..., Any]) -> Any:
         checkpoint.settle_saves()
+        if not self._steps.sync_gradients and World.current().rank == 0:
+            warnings.warn(
+                "saving inside an accumulation window: gradients are not saved, so a run that is resumed here goes on "
+                "without the micro-batches since the last step; save where accelerator.sync_gradients is true",
+                stacklevel=3,
+            )
         named = output_dir is None or self.project_configuration.automatic_checkpoint_naming
         path = self._next_checkpoint() if named else Path(os.fspath(output_dir))  # type: ignore[arg-type]
         models, beside = self._run_save_hooks(path)

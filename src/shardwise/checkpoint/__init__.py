@@ -28,8 +28,9 @@ raise. All errors are :class:`~shardwise.errors.CheckpointError` and name the fi
                                          ``wait_for_copy()``
 ``wait_for_saves()``                     wait for a save in the background, and raise what it ended with. No collective
 ``settle_saves()``                       the same as a collective; saves and loads begin with it
-``load(directory, ...)``                 collective; checks everything before it changes anything, then loads in
-                                         place. Returns :class:`Loaded`. ``strict=False`` loads what fits
+``load(directory, ...)``                 collective; checks what it can before it changes anything, then loads in
+                                         place; ``verify=True`` checks every byte first. Returns :class:`Loaded`.
+                                         ``strict=False`` loads what fits
 ``read_manifest(directory)``             the :class:`Manifest`: step, strategies, world size, files. Any one rank
 ``verify(directory)``                    collective; reads all files against their checksums
 ``find(directory)``                      collective; the path, or what ``directory/latest`` stands for
