@@ -228,18 +228,24 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "svg.hashsalt": "shardwise"})
-    goals = {"save_over_raw": 0.8, "load_over_raw": 0.8, "stall_over_save": 0.1}
-    labels = ["save / raw write", "load / raw read", "async stall / save"]
-    figure, axis = plt.subplots(figsize=(7.2, 2.4))
-    for row, (key, goal) in enumerate(goals.items()):
-        ratio = result[key]
+    saved = result["ranks"]
+    rows = [
+        ("save / raw write", result["save_over_raw"], 0.8, "at least"),
+        ("load / raw read", result["load_over_raw"], 0.8, "at least"),
+        ("async stall / save", result["stall_over_save"], 0.1, "at most"),
+    ]
+    for n, ratio in result["resized_over_same"].items():
+        rows.append((f"load on {n}: saved by {saved} / by {n}", ratio, 1.5, "at most"))
+    figure, axis = plt.subplots(figsize=(7.2, 0.9 + 0.45 * len(rows)))
+    for row, (_, ratio, goal, sense) in enumerate(rows):
         axis.barh(row, ratio["median"], color="#1f6feb", height=0.6)
         axis.plot([ratio["q1"], ratio["q3"]], [row, row], color="#24292f", linewidth=1)
         axis.plot([goal, goal], [row - 0.4, row + 0.4], color="#cf222e", linewidth=1.5)
-        axis.annotate(f"{ratio['median']:.2f}", (ratio["q3"], row), (5, 0), textcoords="offset points", va="center")
-    axis.set_yticks(range(3), labels)
+        words = f"{ratio['median']:.2f} ({sense} {goal})"
+        axis.annotate(words, (max(ratio["q3"], goal), row), (5, 0), textcoords="offset points", va="center")
+    axis.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.1)
+    axis.set_xlim(0, 2.1)
     axis.spines[["top", "right"]].set_visible(False)
     busy = " The machine was busy." if result["notes"] else ""
     axis.set_xlabel(f"{result['state_bytes'] / 2**30:.1f} GiB on {result['ranks']} ranks; red: the goal.{busy}")
