@@ -274,4 +274,6 @@ def check_size(path: Path, entry: FileEntry) -> None:
 
 
 def damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(what, where=str(path), fix="load another checkpoint")
+    return CheckpointError(
+        what, where=str(path), fix="load another one; 'shardwise checkpoint verify FOLDER' says which are whole"
+    )

@@ -96,6 +96,8 @@ class Readback:
         for run in runs:
             for index in run.grains:
                 wanted.setdefault((run.name, index), []).append(run)
+        if not wanted:
+            return
         crew = Crew()
         try:
             block: list[list[Run]] = []
