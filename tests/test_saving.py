@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import shardwise
 from models import PRESETS, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
-from shardwise import Accelerator
+from shardwise import Accelerator, checkpoint
 from shardwise.errors import CheckpointError
 from shardwise.utils import DataLoaderConfiguration, GradScalerKwargs, ProjectConfiguration, set_seed
 
@@ -291,6 +291,8 @@ def named(folder):
     again = Run(folder, "zero2")
     assert again.accelerator.load_state(resume="latest")
     assert again.counter.value == 3 and again.accelerator.save_iteration == 3
+    again.train(2, save_after=[2])
+    assert checkpoint.read_manifest(folder / "checkpoints" / "checkpoint_3").info["step"] == 5  # what inspect shows
     assert Run(folder, "zero2").accelerator.load_state(folder / "checkpoints", resume="latest")
     with pytest.raises(CheckpointError, match="resume='newest'"):
         one.accelerator.load_state(resume="newest")
@@ -302,7 +304,7 @@ def named(folder):
 @pytest.mark.parametrize("size", [1, 2])
 def test_automatic_names(size, tmp_path):
     for names in everywhere(size, named, tmp_path):
-        assert names == ["checkpoint_1", "checkpoint_2", "checkpoint_3"]
+        assert names == ["checkpoint_1", "checkpoint_2", "checkpoint_3", "checkpoint_4"]
 
 
 def inside_a_window(folder):

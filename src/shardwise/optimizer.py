@@ -32,6 +32,7 @@ class AcceleratedOptimizer(Optimizer):
         self.optimizer = optimizer
         self._steps = steps
         self._skipped = False
+        self.steps_taken = 0  # at boundaries, and not skipped
         self.checked = False  # gradients are unscaled, and known to be finite or not
         self.stepped = False  # since the scale last changed
 
@@ -112,11 +113,12 @@ class AcceleratedOptimizer(Optimizer):
         if not steps.sync_gradients:
             return None
         if steps.scaler is None:
-            if closure is not None:
-                return self.optimizer.step(closure)
-            steps.settle()
-            self._clip()
-            return self.optimizer.step()
+            if closure is None:
+                steps.settle()
+                self._clip()
+            loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+            self.steps_taken += 1
+            return loss
         if closure is not None:
             raise OptimizerError("fp16 loss scaling cannot see inside a closure", fix="use bf16, or leave it out")
         overflow = self.unscale()
@@ -124,6 +126,7 @@ class AcceleratedOptimizer(Optimizer):
         if not overflow:
             self._clip()
             self.optimizer.step()
+            self.steps_taken += 1
         self.stepped = True
         steps.update_scale()
         return None

@@ -144,9 +144,13 @@ class Saving(Base):
                 "objects": [item.state_dict() for item in self._custom_objects],
                 "loaders": positions,
                 "step": self.step,
+                "optimizer_steps": [o.steps_taken for o in self._optimizers],
             },
             rank_state={"rng": checkpoint.rng_state(), "loaders": positions},
-            info={"step": self.step, "accelerator": self._counts()},
+            info={
+                "step": max((o.steps_taken for o in self._optimizers), default=self.step),
+                "accelerator": self._counts(),
+            },
             files_from=None if beside is None else beside.move_into,
             total_limit=self.project_configuration.total_limit if named else None,
         )
@@ -232,6 +236,8 @@ class Saving(Base):
         for loader, position in zip(self._dataloaders, own, strict=True):
             loader.load_state_dict(position)
         self.step = state["step"]
+        for optimizer, taken in zip(self._optimizers, state["optimizer_steps"], strict=False):
+            optimizer.steps_taken = taken
         if loaded.rank_state is not None:
             checkpoint.set_rng_state(loaded.rank_state["rng"])
         number = path.name.rpartition("_")[2]
