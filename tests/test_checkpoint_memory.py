@@ -48,15 +48,16 @@ def grown(path, strategy: str, width: int, depth: int) -> tuple[int, int, bool]:
 
 @pytest.mark.parametrize(
     ("strategy", "width", "depth"),
-    [("zero3", 1024, 12), ("zero3,offload_params=nvme,offload_optimizer=nvme", 512, 48)],
+    [("zero3", 1024, 16), ("zero3,offload_params=nvme,offload_optimizer=nvme", 512, 64)],
 )
 def test_it_does_not_grow_with_the_state(tmp_path, strategy, width, depth):
     if "nvme" in strategy:
         strategy += f",nvme_path={tmp_path}"
     numel = width * width * depth
-    state = 3 * 4 * numel // 2  # of each of two ranks: 72 MiB
+    state = 3 * 4 * numel // 2  # of each of two ranks: 96 MiB
     unit = 3 * 4 * width * width // 2 if "nvme" in strategy else 0
     for saved, loaded, equal in run(2, grown, tmp_path / "a", strategy, width, depth):
         assert equal
-        assert saved <= 5 * BLOCK + 8 * unit + 8 * MIB < state, saved / MIB
-        assert loaded <= 3 * BLOCK + 8 * unit + 8 * MIB < state, loaded / MIB
+        # Saving has five blocks, loading three. The rest is what the allocator keeps, also of units that came and went.
+        assert saved <= 5 * BLOCK + 8 * unit + 16 * MIB < state, saved / MIB
+        assert loaded <= 3 * BLOCK + 8 * unit + 32 * MIB < state, loaded / MIB
