@@ -120,3 +120,12 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for k in a:
         assert torch.equal(a[k], b[k]), f"{k} differs by {(a[k].double() - b[k].double()).abs().max()}"
+
+
+def step(model, optimizer, index):
+    """One step on this rank's batch; its loss."""
+    loss = loss_of(model, batch(index, rank()))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()

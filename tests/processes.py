@@ -19,6 +19,7 @@ import importlib
 import multiprocessing
 import multiprocessing.util
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -353,3 +355,14 @@ def _script(path: Path, args: list[str]) -> None:
 def _module(name: str, args: list[str]) -> None:
     sys.argv = [name, *args]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+@contextmanager
+def longest_file(nbytes: int):
+    """What this process writes into a file beyond that fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import shardwise
-from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, whole, world
+from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, step, whole, world
 from ranks import run
 from shardwise import checkpoint
 from shardwise.checkpoint.payload import around, known
@@ -46,14 +46,6 @@ def read_all(path) -> dict[str, torch.Tensor]:
     walk(torch.load(out, weights_only=True), "")
     out.unlink()
     return flat
-
-
-def step(model, optimizer, index):
-    loss = loss_of(model, batch(index, rank()))
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
 
 
 def build(strategy, optimizer=adamw, seed=0, **kw):

@@ -9,7 +9,7 @@ import resource
 import threading
 import time
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,21 +17,14 @@ import torch
 
 import processes
 import shardwise
-from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, whole
+from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, step, whole
+from processes import longest_file
 from ranks import run
 from shardwise import Accelerator, checkpoint
 from shardwise.checkpoint.blocks import BlockFile
 from shardwise.errors import CheckpointError
 from shardwise.utils import ProjectConfiguration
 from test_offload import separate_memory
-
-
-def step(model, optimizer, index):
-    loss = loss_of(model, batch(index, rank()))
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
 
 
 def build(strategy, seed=0, **kw):
@@ -45,17 +38,6 @@ def failure(function, *args, **kw) -> str:
     except (CheckpointError, MemoryError) as error:
         return str(error)
     return ""
-
-
-@contextmanager
-def files_no_longer_than(nbytes):
-    """What this process writes beyond that fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- what it holds -------------------------------------------------------------------------------
@@ -307,7 +289,7 @@ def fails_on_one_rank(folder, heard_at):
     model, opt = build("zero3", d=64, odd=False)
     checkpoint.save(folder / "checkpoint_0", models=[model], optimizers=[opt], state={"n": 0})
     kept = whole(model)
-    with files_no_longer_than(30_000 if rank() == 1 else resource.RLIM_INFINITY):
+    with longest_file(30_000 if rank() == 1 else resource.RLIM_INFINITY):
         handle = checkpoint.async_save(folder / "checkpoint_1", models=[model], optimizers=[opt], state={"n": 1})
         step(model, opt, 0)
         while not handle.done:

@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from processes import longest_file
 from shardwise.errors import OffloadError, ShardwiseError
 from shardwise.tiers.aligned import ALIGN, BufferPool, aligned_empty, areas, padded
 from shardwise.tiers.disk import DiskStore, Extent
@@ -337,16 +337,6 @@ def test_a_disk_that_is_too_small_is_found_when_space_is_reserved(tmp_path):
         store.write(kept, noise(4096)).wait()  # the store goes on
         with pytest.raises(OffloadError, match="disk is full"):
             probe(tmp_path, 2 * free + (1 << 40))
-
-
-@contextmanager
-def longest_file(nbytes: int):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("limit", [CHUNK, CHUNK + 4096])

@@ -113,10 +113,12 @@ class AcceleratedOptimizer(Optimizer):
         if not steps.sync_gradients:
             return None
         if steps.scaler is None:
-            if closure is None:
+            if closure is not None:
+                loss = self.optimizer.step(closure)
+            else:
                 steps.settle()
                 self._clip()
-            loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+                loss = self.optimizer.step()
             self.steps_taken += 1
             return loss
         if closure is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -26,37 +26,31 @@ class Portion:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     after: list[Callable[[], object]] = field(default_factory=list)
 
-    @contextmanager
-    def here(self) -> Iterator[None]:
+    def here(self) -> AbstractContextManager[object]:
         """Have its values in memory inside the block. They go home after it."""
-        if self.bucket is None:
-            yield
-            return
-        with self.bucket.master_here(write=True):
-            yield
+        return nullcontext() if self.bucket is None else self.bucket.master_here(write=True)
 
 
 class Portions:
-    """All that a load fills."""
+    """All that a load fills.
+
+    Attributes:
+        rest: for what has no portion of its own, and for what belongs to no parameter; comes last.
+    """
 
     def __init__(self) -> None:
         self._of: dict[int, Portion] = {}
-        self._rest = Portion()
+        self.rest = Portion()
 
     def of(self, mine: Held | None) -> Portion:
         """Where what belongs to a parameter is to be put."""
         if mine is None or mine.bucket.home is None or mine.bucket.home.disk is None:
-            return self._rest
+            return self.rest
         return self._of.setdefault(id(mine.bucket), Portion(mine.bucket))
-
-    @property
-    def rest(self) -> Portion:
-        """For what belongs to no parameter, and is done last."""
-        return self._rest
 
     def __iter__(self) -> Iterator[Portion]:
         yield from self._of.values()
-        yield self._rest
+        yield self.rest
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
