@@ -15,7 +15,7 @@ ROOT = Path(shardwise.__file__).parent
 FLOORS = [
     ["errors", "trees", "lazy"],
     ["strategy", "environment"],
-    ["layout"],
+    ["layout", "placement"],
     ["comm"],
     ["tiers"],
     ["engine"],
@@ -69,7 +69,7 @@ def test_imports_go_downward():
 
 
 def test_layout_and_strategy_know_no_torch():
-    for name in ("layout.py", "strategy.py", "errors.py"):
+    for name in ("layout.py", "placement.py", "strategy.py", "errors.py"):
         assert "import torch" not in (ROOT / name).read_text()
 
 

@@ -677,7 +677,7 @@ def part_on_the_device(path: str, ratio: float) -> Any:
     assert (losses, norms) == plain[:2]
     assert_same(weights, plain[2])
     buckets = [b for u in shardwise.engine.build.require_engine(model).units for b in u.buckets]
-    away = sum(b.master.numel() for b in buckets if b.on_host)
+    away = sum(b.master.numel() for b in buckets if b.placement.step_on_host)
     return away / sum(b.master.numel() for b in buckets), max(b.master.numel() for b in buckets)
 
 

@@ -18,9 +18,9 @@ from torch import nn
 from shardwise import operations
 from shardwise.comm import World
 from shardwise.data_loader import PreparedLoader
-from shardwise.engine.build import engine_of
+from shardwise.engine.engine import Engine
+from shardwise.engine.hooks import engine_of
 from shardwise.engine.optimizer import unit_of
-from shardwise.engine.schedule import Engine
 from shardwise.errors import GradientError
 
 if TYPE_CHECKING:

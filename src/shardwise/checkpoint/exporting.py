@@ -54,7 +54,7 @@ def _stream(state: ModelState) -> Iterator[tuple[str, torch.Tensor]]:
     names = {id(p): name for name, p in state.parameters.items()}
     for unit in units_of(state.module):
         for bucket in unit.buckets:
-            full = bucket.full_values()
+            full = unit.full_values(bucket)
             for slot, p in zip(bucket.layout.slots, bucket.params, strict=True):
                 if id(p) in names:
                     yield names[id(p)], full[slot.offset : slot.stop].view(slot.shape)

@@ -114,7 +114,7 @@ def load_model(
             for stored, lo, hi in _wanted(state, found):
                 reader.prepare(stored, lo, hi)
         for unit in units_of(state.module):
-            unit.settle()
+            unit.finish_transfers()
         with loading([state.module], given):
             with Together(doing, slow=True):
                 _load(state, found, reader)

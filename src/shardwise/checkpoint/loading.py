@@ -107,7 +107,7 @@ def load(
                 fix="build the model and optimizers as they were when it was saved, or load what fits: strict=False",
             )
         for unit in (unit for s in states for unit in units_of(s.module)):
-            unit.settle()
+            unit.finish_transfers()
         portions = Portions()
         for s in states:
             _plan(s, metadata, portions)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.checkpoint.slices import Slices
-from shardwise.engine.build import engine_of
+from shardwise.engine.hooks import engine_of
 from shardwise.engine.state_dict import held, units_of
 from shardwise.errors import CheckpointError
 

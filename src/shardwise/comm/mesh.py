@@ -16,6 +16,8 @@ import torch.distributed as dist
 from shardwise.comm.group import Group, Op, Transfer, reduce_scatter_builtin
 from shardwise.comm.world import World
 
+_COPIES = 1 << 24  # tags of copied models begin here
+
 
 class Memory(Protocol):
     """Where a reduce gets the memory it receives into (the engine's ledger)."""
@@ -36,7 +38,7 @@ class Mesh:
         self.world, self.whole, self.shard, self.replicate, self.control = world, whole, shard, replicate, control
         self.parts = whole.size
         self.first_held = shard.rank * replicate.size
-        self._tags = 0
+        self._tags = self._copy_tags = 0
         # Which shard each rank reduces: column s, row r takes shard s*R + r, so that the R shards of a
         # column end up in row order, ready to be gathered along the replicate axis.
         self._reduces = [(r % shard.size) * replicate.size + r // shard.size for r in range(whole.size)]
@@ -45,6 +47,11 @@ class Mesh:
         """A tag that no other unit of this mesh uses; equal on all ranks that shard in the same order."""
         self._tags += 1
         return self._tags
+
+    def new_copy_tag(self) -> int:
+        """As :meth:`new_tag`, from a range of its own: a model that is copied on one rank only moves nobody's tags."""
+        self._copy_tags += 1
+        return _COPIES + self._copy_tags
 
     @property
     def held(self) -> range:

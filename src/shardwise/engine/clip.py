@@ -15,8 +15,9 @@ from torch import nn
 
 from shardwise.comm import World
 from shardwise.engine.bucket import Bucket
-from shardwise.engine.grads import ShardedGrad
-from shardwise.engine.optimizer import unit_of
+from shardwise.engine.commands import Command
+from shardwise.engine.sharded_grad import ShardedGrad
+from shardwise.engine.unit import unit_of
 from shardwise.errors import GradientError
 
 
@@ -47,7 +48,7 @@ def clip_grad_norm_(
     """
     held = [p for p in (params.parameters() if isinstance(params, nn.Module) else params) if p.grad is not None]
     grads = _settled(held)
-    with told("norms", held, norm_type):
+    with told(Command.NORMS, held, norm_type):
         total = combine(shard_norms(grads, norm_type), norm_type)
     if error_if_nonfinite and not torch.isfinite(total):
         raise GradientError(
@@ -57,7 +58,7 @@ def clip_grad_norm_(
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     pieces = [piece for _, _, ps in grads for piece in ps]
     if pieces:
-        with told("multiply", held, factor.cpu):
+        with told(Command.MULTIPLY, held, factor.cpu):
             multiply_(pieces, factor)
     return total
 
@@ -76,12 +77,12 @@ def clip_grad_value_(params: nn.Module | Iterable[nn.Parameter], clip_value: flo
     held = [p for p in (params.parameters() if isinstance(params, nn.Module) else params) if p.grad is not None]
     pieces = [piece for _, _, ps in _settled(held) for piece in ps]
     if pieces:
-        with told("clamp", held, clip_value):
+        with told(Command.CLAMP, held, clip_value):
             torch._foreach_clamp_min_(pieces, -abs(clip_value))
             torch._foreach_clamp_max_(pieces, abs(clip_value))
 
 
-def told(kind: str, params: Sequence[nn.Parameter], *args: Any) -> AbstractContextManager[None]:
+def told(kind: Command, params: Sequence[nn.Parameter], *args: Any) -> AbstractContextManager[None]:
     """Around a change of these parameters' gradients: ranks that have run out of data make it too."""
     join = World.current().join
     return nullcontext() if join is None else join.event(kind, None, join.addresses(params), *args)
@@ -130,7 +131,7 @@ def shard_norms(grads: Sequence[Settled], norm_type: float) -> list[torch.Tensor
         row = torch.zeros(mesh.parts, dtype=torch.float32, device=device)
         for shard, parts in mine.items():
             row[shard] = torch.linalg.vector_norm(torch.stack(parts), norm_type)
-        if bucket.split_optimizer:
+        if bucket.placement.split_state:
             mesh.gather(row, bucket.op("norm")).wait()
         out.append(row)
     if plain:
@@ -150,7 +151,7 @@ def norms_of(grads: Sequence[torch.Tensor], norm_type: float) -> list[torch.Tens
     sharded: list[tuple[int, ShardedGrad]] = []
     for k, g in enumerate(grads):
         if isinstance(g, ShardedGrad):
-            g.bucket.grads.require_reduced(g.slot)
+            g.grads.require_reduced(g.slot)
             sharded.append((k, g))
         else:
             out[k] = torch.linalg.vector_norm(g, norm_type)

@@ -45,7 +45,7 @@ class Slot(NamedTuple):
 
 def moves(bucket: Bucket, value: Any) -> bool:
     """Do this state's bytes leave the memory between steps?"""
-    if not bucket.state_on_disk or not isinstance(value, torch.Tensor):
+    if not bucket.placement.state_on_disk or not isinstance(value, torch.Tensor):
         return False
     return isinstance(value, Staged) or (type(value) is torch.Tensor and value.dim() > 0 and value.numel() > 0)
 
@@ -74,8 +74,8 @@ class Part:
         self.slots: list[Slot] = []
         self.nbytes = 0  # of the state tensors; master values lie before them in a buffer
         self._values_bytes = 0 if bucket.values is None else bucket.values.nbytes
-        n, on_host = bucket.master.numel(), bucket.on_host
-        follows = bucket.apart and (bucket.params_on_disk or (on_host and not bucket.params_away))
+        n, on_host = bucket.master.numel(), bucket.placement.step_on_host
+        follows = bucket.placement.follows_home and (bucket.placement.params_on_disk or (on_host and not bucket.placement.params_offloaded))
         # What crosses the link or goes to the disk in the compute dtype: gradients, then values.
         self._low_bytes = padded(n * bucket.dtype.itemsize) if follows or (on_host and not bucket.grads.on_host) else 0
         # Gradients that are not where the update is: they cross in the compute dtype, and are widened there.
@@ -91,7 +91,7 @@ class Part:
     @property
     def crosses(self) -> bool:
         """Do gradients come from the other side of the link?"""
-        return self.bucket.grads_cross
+        return self.bucket.placement.grads_cross
 
     # --- one update --------------------------------------------------------------------------
     @property
@@ -106,7 +106,7 @@ class Part:
             grads: they are reduced. Otherwise a second call, or :meth:`enter`, brings them.
         """
         crossing = values and grads and self.crosses and not self._crossed
-        if crossing and not self.bucket.on_host:
+        if crossing and not self.bucket.placement.step_on_host:
             held = self._held_grads()
             self._device_grad = torch.empty_like(held, device=self.bucket.device)
             self._coming.append(Ordered(self.home.step_link.to_device(held, self._device_grad)))
@@ -120,7 +120,7 @@ class Part:
                 self._coming += self.bucket.values.read(self._loan.buffer)
             if self._shelf is not None:
                 self._coming += self._shelf.read(self._mine)
-        if crossing and self.bucket.on_host:
+        if crossing and self.bucket.placement.step_on_host:
             self._crossed = True
             self._coming.append(self.home.step_link.to_host(self._held_grads(), self._low))
 
@@ -174,7 +174,7 @@ class Part:
                 for piece in self._pieces:
                     piece.grad = None
             writes += self.bucket.follow_master(self._low if self._low_bytes else None)
-        if not self.bucket.state_on_disk and not self._values_bytes:
+        if not self.bucket.placement.state_on_disk and not self._values_bytes:
             self._release(writes)
             return
         values = values and self._values_bytes > 0
@@ -224,7 +224,7 @@ class Part:
 
     def flush(self, state: State) -> None:
         """Write out state that is in memory, because it was materialised, loaded or made by hand."""
-        if self.bucket.state_on_disk and any(not isinstance(value, Staged) for _, _, value in self._found(state)):
+        if self.bucket.placement.state_on_disk and any(not isinstance(value, Staged) for _, _, value in self._found(state)):
             self.enter(state, values=False)
             self.leave(state, values=False)
 
@@ -260,7 +260,7 @@ class Part:
             for key, value in state.get(piece, {}).items():
                 if moves(self.bucket, value):
                     out.append((piece, key, value))
-                elif self.bucket.state_on_disk and (large := _elements(value)) > piece.numel() // 2 and large > 1:
+                elif self.bucket.placement.state_on_disk and (large := _elements(value)) > piece.numel() // 2 and large > 1:
                     raise OptimizerError(
                         f"its state '{key}' is a {type(value).__name__} with {large} elements, which cannot be moved",
                         where=f"{self.optimizer}, unit {self.bucket.label}",
@@ -353,7 +353,7 @@ def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: 
         part.begin()
         if k + 1 < len(todo) and part.home.buffers > 1:
             todo[k + 1].begin()
-        _unit(part.bucket).settle()
+        part.bucket.finish_transfers()
         mine, on_the_way = pieces_of(part, pieces, crossing)
         changed = update(optimizer, part, mine, on_the_way)
         if after is not None and not _equal(after, changed):
@@ -410,10 +410,6 @@ def _equal(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> bo
     return all(x.keys() == y.keys() and all(same(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True))
 
 
-def _unit(bucket: Bucket) -> Any:
-    return bucket.params[0]._shardwise_unit  # type: ignore[attr-defined]
-
-
-def _place(bucket: Bucket) -> tuple[int, int, int]:
-    unit = _unit(bucket)
-    return id(unit.engine), unit.index, unit.buckets.index(bucket)
+def _place(bucket: Bucket) -> int:
+    """In the order in which buckets were made, which all ranks share."""
+    return bucket.tag

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Container
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -28,13 +27,23 @@ _PART = 8  # a tensor that is less than this part of its storage stays: somebody
 _IN_FLIGHT = 1 << 28  # bytes on their way to the host, which are still on the device too
 
 
+class Apart(Protocol):
+    """Packs tensors that have a way of their own from forward to backward."""
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """What stands for the tensor; ``None``: it is moved as any other."""
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        """The tensor that :meth:`pack` was given."""
+
+
 class SavedOnHost:
     """The saved tensors of one model that are on the host.
 
     Args:
         device: where the model computes.
         ledger: counts the host's bytes, under ``host_activations``.
-        stays: storages (by ``_cdata``) whose views are never moved: the flat buffers, which come and go by themselves.
+        apart: packs tensors that are never moved: views of flat buffers, which come and go by themselves.
         pin: page-lock host memory, so that copies to and from a CUDA device run beside its work. torch's allocator for
             it rounds sizes up to powers of two.
         separate: the device's memory is not the host's; by default what the device says. Where it is, nothing moves.
@@ -44,12 +53,12 @@ class SavedOnHost:
         self,
         device: torch.device,
         ledger: Ledger,
-        stays: Container[int],
+        apart: Apart,
         *,
         pin: bool = True,
         separate: bool | None = None,
     ) -> None:
-        self.ledger, self.stays = ledger, stays
+        self.ledger, self.apart = ledger, apart
         self.link = Link(device)
         self.separate = device.type != "cpu" if separate is None else separate
         self.pin = pin and device.type == "cuda"
@@ -63,6 +72,9 @@ class SavedOnHost:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
+        apart = self.apart.pack(tensor)
+        if apart is not None:
+            return _Apart(apart)
         # Detached, since what is returned is held by the node that made the tensor.
         plain = tensor.detach()
         if not self._moves(plain):
@@ -83,7 +95,6 @@ class SavedOnHost:
             and tensor.device == self.link.device
             and not (tensor.is_conj() or tensor.is_neg())  # their values are not what is in the storage
             and tensor.untyped_storage().nbytes() >= SMALLEST
-            and tensor.untyped_storage()._cdata not in self.stays
         )
 
     def _take(self, tensor: torch.Tensor, storage: torch.UntypedStorage, version: int) -> _Bytes:
@@ -117,6 +128,8 @@ class SavedOnHost:
                 )
 
     def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, _Apart):
+            return self.apart.unpack(packed.packed)
         if not isinstance(packed, _Saved):
             return packed
         self.settle(_IN_FLIGHT)
@@ -126,6 +139,12 @@ class SavedOnHost:
             earlier.start()
         view = torch.empty(0, dtype=packed.dtype, device=storage.device)
         return view.set_(storage, packed.offset, packed.size, packed.stride)
+
+
+class _Apart(NamedTuple):
+    """What somebody else has packed."""
+
+    packed: Any
 
 
 class _Saved(NamedTuple):

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from shardwise.engine.commands import Command
+from shardwise.engine.flat import FlatParameters
+from shardwise.engine.gradients import Gradients, GradState
 from shardwise.errors import GradientError
 from shardwise.trees import leaves, map_tensors
-
-if TYPE_CHECKING:
-    from shardwise.engine.bucket import Bucket
 
 aten = torch.ops.aten
 
@@ -25,23 +25,30 @@ aten = torch.ops.aten
 class ShardedGrad(torch.Tensor):
     """A handle of logical shape on one parameter's reduced gradient."""
 
-    _bucket: weakref.ref[Bucket]
+    _grads: weakref.ref[Gradients]
     slot: int
 
     @staticmethod
-    def __new__(cls, bucket: Bucket, index: int) -> ShardedGrad:
+    def __new__(cls, grads: Gradients, index: int) -> ShardedGrad:
+        bucket = grads.bucket
         slot = bucket.layout.slots[index]
         self = torch.Tensor._make_wrapper_subclass(cls, slot.shape, dtype=bucket.master_dtype, device=bucket.device)
         # By a weak reference: p.grad is kept by C++, where the collector cannot look for cycles.
-        self._bucket, self.slot = weakref.ref(bucket), index
+        self._grads, self.slot = weakref.ref(grads), index
         return self
 
-    def __init__(self, bucket: Bucket, index: int) -> None:
+    def __init__(self, grads: Gradients, index: int) -> None:
         super().__init__()
 
     @property
-    def bucket(self) -> Bucket:
-        found = self._bucket()
+    def bucket(self) -> FlatParameters:
+        """The flat parameters that it is a gradient of."""
+        return self.grads.bucket
+
+    @property
+    def grads(self) -> Gradients:
+        """The gradients of its bucket."""
+        found = self._grads()
         if found is None:
             raise GradientError(
                 "the gradient's model is gone", fix="keep the model as long as its gradients are needed"
@@ -51,21 +58,21 @@ class ShardedGrad(torch.Tensor):
     @property
     def local(self) -> list[torch.Tensor]:
         """This rank's pieces, 1-D (whole-shaped under ``layout=tensor``)."""
-        return self.bucket.grads.pieces(self.slot)
+        return self.grads.pieces(self.slot)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         name = self.bucket.layout.slots[self.slot].name
-        if self.bucket.grads.spent[self.slot]:
+        if self.grads.states[self.slot] is GradState.SPENT:
             return f"ShardedGrad({name}, shape={tuple(self.shape)}, used up by an update in the backward)"
         return f"ShardedGrad({name}, shape={tuple(self.shape)}, local={sum(t.numel() for t in self.local)} elements)"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         rule = _RULES.get(func)
-        whole = [a for a in leaves(args) if isinstance(a, ShardedGrad) and not a.bucket.split_optimizer]
+        whole = [a for a in leaves(args) if isinstance(a, ShardedGrad) and not a.bucket.placement.split_state]
         if whole and (rule is None or func in _LOOKS):
             for handle in whole:
-                handle.bucket.grads.require_reduced(handle.slot)
+                handle.grads.require_reduced(handle.slot)
             plain = map_tensors((args, kwargs or {}), _unwrapped)
             return func(*plain[0], **plain[1])
         if rule is None:
@@ -85,20 +92,20 @@ class ShardedGrad(torch.Tensor):
         places = join.addresses([g.bucket.params[g.slot] for g in handles])
         rest = args[1:]
         with join.event(
-            "operation", None, str(func), many, places, lambda: map_tensors(rest, torch.Tensor.cpu), kwargs
+            Command.OPERATION, None, str(func), many, places, lambda: map_tensors(rest, torch.Tensor.cpu), kwargs
         ):
             return rule(*args, **kwargs)
 
 
 def _unwrapped(t: torch.Tensor) -> torch.Tensor:
-    return t.bucket.grads.whole(t.slot) if isinstance(t, ShardedGrad) and not t.bucket.split_optimizer else t
+    return t.grads.whole(t.slot) if isinstance(t, ShardedGrad) and not t.bucket.placement.split_state else t
 
 
 def _local(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     out: list[torch.Tensor] = []
     for g in grads:
         if isinstance(g, ShardedGrad):
-            g.bucket.grads.require_reduced(g.slot)
+            g.grads.require_reduced(g.slot)
             out += g.local
         else:
             out.append(g)
@@ -131,7 +138,7 @@ def _many(inplace: Callable[..., Any]) -> Callable[..., None]:
 
 
 def _zero(grad: ShardedGrad) -> ShardedGrad:
-    grad.bucket.grads.zero(grad.slot)
+    grad.grads.zero(grad.slot)
     return grad
 
 

@@ -17,7 +17,7 @@ _ROW = 256  # bytes of a message; a longer one sends the rest after it
 _IN_FLIGHT = 32  # messages that followers have not read yet
 
 
-class Line:
+class Channel:
     """Ordered messages between ranks of a group.
 
     Cost: 256 bytes per message and receiver, rarely more. Sending does not wait for the receivers.
