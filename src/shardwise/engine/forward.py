@@ -153,6 +153,8 @@ class Forward:
                     self.prefetch(following)
                 if not (will_backward and unit in self.stay_gathered):
                     unit.release()
+                elif unit.released:
+                    unit.take_writes()
             return changed
         finally:
             self._close()

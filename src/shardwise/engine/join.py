@@ -110,7 +110,7 @@ class Join:
         self._pending: tuple[int, bool] | None = None  # a batch that nobody knows of: its depth, is it the last
         self._depth = 0  # inside how many events
         self._last: dict[int, bool] = {}  # per depth of dataloaders: the batch in hand is the last on every rank
-        self._rules: dict[Event, Callable[..., None]] = {command: rule for command, rule in follower.RULES.items()}
+        self._rules: dict[Event, Callable[..., None]] = {**follower.RULES}
         self._rules.update(loop.rules())
         self._channel = Channel(self.group)
         self._groups_sent: dict[int, bytes] = {}  # per optimizer: the settings that followers have

@@ -266,15 +266,21 @@ class Unit:
             for b in self.buckets:
                 b.unstage()
         if self.residence.here:
-            self._take_writes()
+            self.take_writes()
             self.residence.to(Residency.RELEASED)
             for b in self.buckets:
                 if b.placement.released:
                     b.flat.release()
                     guard(b.params)
 
-    def _take_writes(self) -> None:
-        """Values are about to be released: what the script wrote to them goes to the master values."""
+    def take_writes(self) -> None:
+        """What the script wrote to values that come and go is taken to the master values, before they go.
+
+        Raises:
+            UnitError: it cannot be.
+        """
+        if not self.residence.here or self.residence.pinned(Pin.READING) or self.residence.pinned(Pin.WRITING):
+            return  # the end of such a block sees to it
         for b in self.buckets:
             if not b.placement.released or not (written := b.written()):
                 continue
@@ -414,7 +420,9 @@ class Unit:
         self.reconcile_values()
 
     def reconcile_values(self) -> None:
-        """What the script wrote to values that stay goes to the master values, if they are another tensor."""
+        """What the script wrote to values goes to the master values, if they are another tensor."""
+        if self.released:
+            self.take_writes()
         for b in self.buckets:
             if not b.placement.released and b.written():
                 self.finish_transfers()
