@@ -348,7 +348,7 @@ def test_a_write_that_fails_ends_the_store(limit, tmp_path):
         extent, other = store.extent("blocks.1", 4 * CHUNK), store.extent("blocks.2", CHUNK)
         store.write(other, noise(CHUNK)).wait()
         with longest_file(limit):
-            with store._requests.lock:  # so that all three are started; two of them wait for the first
+            with store._queue.lock:  # so that all three are started; two of them wait for the first
                 failing = [store.write(extent, noise(4 * CHUNK)) for _ in range(3)]
             for transfer in failing:
                 with pytest.raises(OffloadError, match=r"allowed size|took only") as caught:
@@ -395,7 +395,7 @@ def test_a_disk_that_does_not_answer_is_an_error(tmp_path):
     """No disk hangs on demand, so the lock that every request passes at its end is held instead."""
     with store_at(tmp_path, timeout=0.3) as store:
         extent = store.extent("blocks.1", CHUNK)
-        with store._requests.lock:
+        with store._queue.lock:
             transfer = store.write(extent, noise(CHUNK))
             with pytest.raises(OffloadError, match="not finished any request"):
                 transfer.wait()

@@ -19,7 +19,7 @@ from shardwise.comm import World
 from shardwise.engine.optimizer import PER_PARAMETER, attach, bare_state_dict, part, put_state
 from shardwise.engine.state_dict import Held, held
 from shardwise.errors import CheckpointError
-from shardwise.tiers.staged import Staged, fetch
+from shardwise.tiers.swapped_tensor import SwappedTensor, fetch
 
 NUMBERS: dict[str, tuple[type, torch.dtype]] = {
     "bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64),
@@ -243,7 +243,7 @@ class OptimizerState:
         old = (self.optimizer.state.get(piece) or {}).get(key)
         if (
             isinstance(old, torch.Tensor)
-            and not isinstance(old, Staged)
+            and not isinstance(old, SwappedTensor)
             and old.shape == piece.shape
             and old.dtype == dtype
             and old.is_contiguous()

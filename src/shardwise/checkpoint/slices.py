@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from shardwise.tiers.staged import Staged, fetch
+from shardwise.tiers.swapped_tensor import SwappedTensor, fetch
 
 Box = tuple[tuple[int, ...], tuple[int, ...], int, int]
 """Offsets, sizes, and the range ``start:stop`` of the flattened tensor that the box covers."""
@@ -88,7 +88,7 @@ class Slices(torch.Tensor):
         self.pieces = list(pieces)
         self.parts = []
         for start, stop, piece in pieces:
-            source = piece if isinstance(piece, Staged) else piece.detach().view(-1)  # the memory it has now
+            source = piece if isinstance(piece, SwappedTensor) else piece.detach().view(-1)  # the memory it has now
             self.parts += [(box, start, source) for box in _boxes(tuple(shape), start, stop)]
 
     @classmethod
@@ -101,7 +101,7 @@ class Slices(torch.Tensor):
     @property
     def here(self) -> bool:
         """Are all bytes in memory?"""
-        return not any(isinstance(piece, Staged) for _, _, piece in self.pieces)
+        return not any(isinstance(piece, SwappedTensor) for _, _, piece in self.pieces)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Slices({tuple(self.shape)}, {[(a, b) for a, b, _ in self.pieces]})"

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardwise.errors import StrategyError, UnitError
 from shardwise.strategy import Strategy
-from shardwise.tiers.saved import SavedOnHost
+from shardwise.tiers.saved_tensors import SavedOnHost
 
 if TYPE_CHECKING:
     from shardwise.engine.schedule import Engine

@@ -32,9 +32,9 @@ from shardwise.engine.gradients import Gradients
 from shardwise.layout import Layout, Piece
 from shardwise.strategy import Strategy
 from shardwise.tiers import Buffer, Ledger
-from shardwise.tiers.home import All, Home
-from shardwise.tiers.transfer import Transfer
-from shardwise.tiers.values import Values
+from shardwise.tiers.home import Home
+from shardwise.tiers.offloaded_values import OffloadedValues
+from shardwise.tiers.transfer import Transfer, TransferGroup
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,8 +111,8 @@ class Bucket:
         self.piece_starts = [p.offset - self.held.start for pieces in self.pieces for p in pieces]
         views = list(zip(self.piece_starts, [view for pieces in self.piece_params for view in pieces], strict=True))
         # Master values, and what gathers read; ``None``: on the device.
-        self.values: Values | None = None
-        self.source: Values | None = None
+        self.values: OffloadedValues | None = None
+        self.source: OffloadedValues | None = None
         if self.apart:
             self.values = self._at_home("master values", self.master, self.state_on_disk, "optimizer", views)
             if self.params_away:
@@ -129,9 +129,9 @@ class Bucket:
 
     def _at_home(
         self, what: str, tensor: torch.Tensor, disk: bool, state: str, views: Sequence[tuple[int, torch.Tensor]] = ()
-    ) -> Values:
+    ) -> OffloadedValues:
         assert self.home is not None
-        return Values(self.home, f"unit {self.label} {what}", tensor, views, disk=disk, state=state)
+        return OffloadedValues(self.home, f"unit {self.label} {what}", tensor, views, disk=disk, state=state)
 
     def op(self, kind: str) -> Op:
         return self._ops[kind]
@@ -194,7 +194,7 @@ class Bucket:
         """Nobody gathers what was staged: let it go."""
         if self._arriving is not None:
             arriving, self._arriving = self._arriving, None
-            All(arriving).wait()
+            TransferGroup(arriving).wait()
             self.flat.release()
 
     def start_gather(self) -> Transfer:
@@ -202,7 +202,7 @@ class Bucket:
         if self.source is not None:
             self.stage()
             assert self._arriving is not None
-            arriving, self._arriving = All(self._arriving), None
+            arriving, self._arriving = TransferGroup(self._arriving), None
             if self.mesh.shard.size == 1:
                 return arriving
             arriving.wait()  # here, not later: all ranks start their collectives in the same order
@@ -249,15 +249,15 @@ class Bucket:
         if self.values is None:
             yield self.master
             return
-        opened = not self.values.here
+        opened = not self.values.resident
         self.values.materialise()
         try:
             yield self.master
             if write:
-                All(self.follow_master()).wait()
+                TransferGroup(self.follow_master()).wait()
         finally:
             if opened:
-                self.values.settle()
+                self.values.write_back()
 
     def catch_up(self) -> None:
         """Wait for an update that was asked for."""

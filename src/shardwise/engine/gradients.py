@@ -16,7 +16,7 @@ from shardwise.comm.mesh import Reduction
 from shardwise.engine.grads import ShardedGrad
 from shardwise.errors import GradientError
 from shardwise.tiers.aligned import padded
-from shardwise.tiers.home import Loan
+from shardwise.tiers.home import BufferLease
 from shardwise.tiers.link import Copy
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Gradients:
         self.reduction: Reduction | None = None
         self._reducing: torch.Tensor | None = None  # the ``raw`` that is being reduced
         self._merge: torch.Tensor | None = None  # what it is reduced to, if that is not its last place
-        self._crossing: tuple[Copy, torch.Tensor, Loan | None] | None = None  # from there to the host
+        self._crossing: tuple[Copy, torch.Tensor, BufferLease | None] | None = None  # from there to the host
         self._handles: list[torch.Tensor] | None = None
         self._pieces: list[list[torch.Tensor]] = []
 
@@ -215,28 +215,28 @@ class Gradients:
         assert home is not None
         straight = not any(self.valid) and b.dtype == b.master_dtype
         if straight:
-            loan, low = None, self.held()
+            lease, low = None, self.held()
         else:
             self._land()
             while len(home.landing) > 1:  # a buffer is free when the one before the last has landed
                 home.landing.popleft()()
-            loan = home.lend(padded(reduced.numel() * b.dtype.itemsize), "gradients", 2)
-            low = loan.buffer[: reduced.numel() * b.dtype.itemsize].view(b.dtype)
+            lease = home.lease(padded(reduced.numel() * b.dtype.itemsize), "gradients", 2)
+            low = lease.buffer[: reduced.numel() * b.dtype.itemsize].view(b.dtype)
             home.landing.append(self._land)
-        self._crossing = home.link.to_host(reduced, low), low, loan
+        self._crossing = home.link.to_host(reduced, low), low, lease
         self._adding = list(self.valid)
 
     def _land(self) -> None:
         """What was on its way to the host has arrived."""
         if self._crossing is None:
             return
-        (copy, low, loan), self._crossing = self._crossing, None
+        (copy, low, lease), self._crossing = self._crossing, None
         copy.wait()
-        if loan is not None:
+        if lease is not None:
             valid, self.valid = self.valid, self._adding
             self._add(low)
             self.valid = valid
-            loan.release()
+            lease.release()
 
     # --- other ends of a backward -------------------------------------------------------------------
     def keep(self) -> None:

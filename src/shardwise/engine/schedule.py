@@ -35,7 +35,7 @@ from shardwise.engine.unit import Call, Unit
 from shardwise.errors import GradientError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
-from shardwise.tiers.saved import SavedOnHost
+from shardwise.tiers.saved_tensors import SavedOnHost
 from shardwise.trees import map_tensors, tensors_in
 
 _NOTHING: AbstractContextManager[None] = nullcontext()

@@ -16,7 +16,7 @@ from shardwise.engine.bucket import Bucket
 from shardwise.engine.optimizer import unit_of
 from shardwise.engine.unit import Unit
 from shardwise.errors import UnitError
-from shardwise.tiers.home import All
+from shardwise.tiers.transfer import TransferGroup
 
 
 def install(unit: Unit) -> None:
@@ -122,6 +122,6 @@ def publish(module: nn.Module) -> None:
 def _let_follow(unit: Unit) -> None:
     """Master values that have another home were written to: take the values over, and let them go home."""
     for bucket in unit.buckets:
-        if bucket.values is not None and bucket.values.here:
-            All(bucket.follow_master()).wait()
-            bucket.values.settle()
+        if bucket.values is not None and bucket.values.resident:
+            TransferGroup(bucket.follow_master()).wait()
+            bucket.values.write_back()

@@ -25,10 +25,10 @@ import torch
 
 from shardwise.errors import OffloadError
 from shardwise.tiers.aligned import ALIGN, aligned_empty, padded
-from shardwise.tiers.chunks import Bytes, Chunks, Extent
+from shardwise.tiers.block_io import BlockIO, Bytes, Extent
 from shardwise.tiers.disk_errors import again, explain, free_bytes, size
+from shardwise.tiers.io_queue import DiskStats, DiskTransfer, IOQueue
 from shardwise.tiers.mounts import file_system, in_memory
-from shardwise.tiers.requests import DiskStats, DiskTransfer, Requests
 from shardwise.tiers.swap import SwapFolder
 
 __all__ = ["CHUNK", "DEPTH", "DiskStats", "DiskStore", "DiskTransfer", "Extent"]
@@ -101,13 +101,13 @@ class DiskStore:
                 f"nvme_path {self.folder.base}: {reason}; the swap files go through the page cache instead",
                 stacklevel=2,
             )
-        chunks = Chunks(self._where, self.folder.path, chunk=chunk, direct=self.direct, checksum=checksum)
-        self._requests = Requests(chunks, depth, timeout)
-        self._finalizer = weakref.finalize(self, _close, self._requests, self.folder)
+        io = BlockIO(self._where, self.folder.path, chunk=chunk, direct=self.direct, checksum=checksum)
+        self._queue = IOQueue(io, depth, timeout)
+        self._finalizer = weakref.finalize(self, _close, self._queue, self.folder)
 
     @property
     def stats(self) -> DiskStats:
-        return self._requests.stats
+        return self._queue.stats
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +116,7 @@ class DiskStore:
 
     def reset_stats(self) -> None:
         """Count from zero; wait for what is under way first."""
-        self._requests.stats = DiskStats()
+        self._queue.stats = DiskStats()
 
     # --- extents -----------------------------------------------------------------------------
     def extent(self, name: str, nbytes: int) -> Extent:
@@ -147,7 +147,7 @@ class DiskStore:
             raise explain(error, doing, where, self.folder.base, nbytes) from error
         extent = Extent(name, nbytes, padded(nbytes), path, fd)
         self._extents.add(extent)
-        self._requests.files.add(fd)
+        self._queue.files.add(fd)
         return extent
 
     def free(self, extent: Extent) -> None:
@@ -160,7 +160,7 @@ class DiskStore:
         for transfer in list(extent.active):
             transfer.wait()
         self._extents.discard(extent)
-        self._requests.files.discard(extent.fd)
+        self._queue.files.discard(extent.fd)
         os.close(extent.fd)
 
     # --- transfers ---------------------------------------------------------------------------
@@ -180,18 +180,18 @@ class DiskStore:
         Cost: nothing is copied if the tensor's address, its length and ``offset`` are multiples of 4096 (of ``chunk``,
         lengths and offsets, with ``checksum``); otherwise the first and last chunk, or all, go through a scratch.
         """
-        return self._requests.submit("write", extent, offset, self._bytes(extent, tensor, offset))
+        return self._queue.submit("write", extent, offset, self._bytes(extent, tensor, offset))
 
     def read(self, extent: Extent, tensor: torch.Tensor, offset: int = 0) -> DiskTransfer:
         """Start to fill a tensor with the bytes at ``offset`` of an extent; see :meth:`write`.
 
         Autograd is not told that the values change.
         """
-        return self._requests.submit("read", extent, offset, self._bytes(extent, tensor, offset))
+        return self._queue.submit("read", extent, offset, self._bytes(extent, tensor, offset))
 
     def _bytes(self, extent: Extent, tensor: torch.Tensor, offset: int) -> Bytes:
         self._own(extent)
-        where = self._requests.chunks.place(extent)
+        where = self._queue.io.place(extent)
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             kind = f"on {tensor.device}" if tensor.device.type != "cpu" else "not contiguous"
             raise OffloadError(f"a tensor that is {kind}", where=where, fix="copy it to a host buffer first")
@@ -232,9 +232,9 @@ class DiskStore:
         self.close()
 
     def _check(self) -> None:
-        with self._requests.lock:
-            if self._requests.error is not None:
-                raise again(self._requests.error)
+        with self._queue.lock:
+            if self._queue.error is not None:
+                raise again(self._queue.error)
 
     def _own(self, extent: Extent) -> None:
         self._check()
@@ -292,8 +292,8 @@ def _reserve(fd: int, nbytes: int, folder: str) -> None:
     os.ftruncate(fd, nbytes)
 
 
-def _close(requests: Requests, folder: SwapFolder) -> None:
+def _close(requests: IOQueue, folder: SwapFolder) -> None:
     if os.getpid() != requests.pid:  # a forked child has the files, but not the threads
         return
-    requests.stop(OffloadError("the store is closed", where=requests.chunks.where, fix="make a new one"), CLOSE_S)
+    requests.stop(OffloadError("the store is closed", where=requests.io.where, fix="make a new one"), CLOSE_S)
     folder.close()

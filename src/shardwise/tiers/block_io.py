@@ -17,7 +17,7 @@ from shardwise.tiers.aligned import ALIGN, aligned_empty
 from shardwise.tiers.disk_errors import explain
 
 if TYPE_CHECKING:
-    from shardwise.tiers.requests import DiskTransfer
+    from shardwise.tiers.io_queue import DiskTransfer
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Kind = Literal["read", "write"]
@@ -42,7 +42,7 @@ class Extent:
         return f"Extent({self.name!r}, nbytes={self.nbytes})"
 
 
-class Chunks:
+class BlockIO:
     """How one store reads and writes.
 
     Args:

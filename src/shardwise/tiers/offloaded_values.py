@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from shardwise.tiers.aligned import padded
-from shardwise.tiers.home import All, Home, Loan, Shelf
-from shardwise.tiers.link import Copy, Link, Ordered
-from shardwise.tiers.staged import Place, bring, send_away
-from shardwise.tiers.transfer import Transfer
+from shardwise.tiers.home import BufferLease, Home, StateExtent
+from shardwise.tiers.link import Copy, Link, StreamOrdered
+from shardwise.tiers.swapped_tensor import SwapLocation, swap_in, swap_out
+from shardwise.tiers.transfer import Transfer, TransferGroup
 
 
-class Values:
+class OffloadedValues:
     """A flat tensor with a home, and views of it that come and go with it.
 
     Args:
@@ -39,11 +39,11 @@ class Values:
         self.on_disk = disk and tensor.nbytes > 0
         self.nbytes = padded(tensor.nbytes) if self.on_disk else 0
         self._own = tensor.nbytes
-        self.here = True
+        self.resident = True
         if self.on_disk:
-            self.shelf = Shelf(home, f"{name} values", tensor.nbytes, whole=state == "parameters")
-            All(self.write(tensor.view(torch.uint8))).wait()
-            self.send_away()
+            self.state_extent = StateExtent(home, f"{name} values", tensor.nbytes, whole=state == "parameters")
+            TransferGroup(self.write(tensor.view(torch.uint8))).wait()
+            self.swap_out()
         else:
             home.ledger.add(state, tensor.nbytes)
 
@@ -54,62 +54,62 @@ class Values:
         """
         if not self.on_disk:
             if self.home.separate:
-                return [Ordered(self.home.link.to_device(self.tensor, target))]
+                return [StreamOrdered(self.home.link.to_device(self.tensor, target))]
             target.copy_(self.tensor)
             return []
         if not self.home.separate:
-            return self.shelf.read(target.view(torch.uint8))
-        under_way = self.home.under_way
-        while len(under_way) >= self.home.ahead:
-            under_way.popleft().send()
-        loan = self.home.lend(self.nbytes, "values", self.home.ahead + 1)
-        through = _Through(self.home.link, loan, self.shelf.read(loan.buffer[: self._own]), target)
-        under_way.append(through)
-        return [through]
+            return self.state_extent.read(target.view(torch.uint8))
+        prefetches = self.home.prefetches
+        while len(prefetches) >= self.home.ahead:
+            prefetches.popleft().send()
+        lease = self.home.lease(self.nbytes, "values", self.home.ahead + 1)
+        bounced = _BounceBufferRead(self.home.link, lease, self.state_extent.read(lease.buffer[: self._own]), target)
+        prefetches.append(bounced)
+        return [bounced]
 
     def read(self, buffer: torch.Tensor) -> list[Transfer]:
         """Start to bring them into the beginning of a buffer."""
-        return self.shelf.read(buffer[: self._own])
+        return self.state_extent.read(buffer[: self._own])
 
     def write(self, buffer: torch.Tensor) -> list[Transfer]:
-        """Start to write them out from the beginning of a buffer, where :meth:`bring` put them."""
-        return self.shelf.write(buffer[: self._own])
+        """Start to write them out from the beginning of a buffer, where :meth:`swap_in` put them."""
+        return self.state_extent.write(buffer[: self._own])
 
-    def bring(self, buffer: torch.Tensor) -> None:
+    def swap_in(self, buffer: torch.Tensor) -> None:
         """They have arrived in the beginning of ``buffer``: let tensor and views be there."""
-        bring(self.tensor, buffer[: self._own].view(self.tensor.dtype))
+        swap_in(self.tensor, buffer[: self._own].view(self.tensor.dtype))
         for at, view in self.views:
-            bring(view, self.tensor[at : at + view.numel()].view(view.shape))
-        self.here = True
+            swap_in(view, self.tensor[at : at + view.numel()].view(view.shape))
+        self.resident = True
 
-    def send_away(self) -> None:
+    def swap_out(self) -> None:
         """Let go of the memory; the bytes are on the disk or on their way there."""
         size = self.tensor.element_size()
         for at, view in self.views:
             if view.numel():
-                send_away(view, Place(self.shelf, at * size, self.name))
-        send_away(self.tensor, Place(self.shelf, 0, self.name))
-        self.here = False
+                swap_out(view, SwapLocation(self.state_extent, at * size, self.name))
+        swap_out(self.tensor, SwapLocation(self.state_extent, 0, self.name))
+        self.resident = False
 
     def materialise(self) -> None:
-        """Have them in memory of their own, outside of the buffers, until :meth:`settle`."""
-        if not self.here:
+        """Have them in memory of their own, outside of the buffers, until :meth:`write_back`."""
+        if not self.resident:
             memory = torch.empty(self._own, dtype=torch.uint8)
-            All(self.read(memory)).wait()
-            self.bring(memory)
+            TransferGroup(self.read(memory)).wait()
+            self.swap_in(memory)
 
-    def settle(self) -> None:
+    def write_back(self) -> None:
         """After :meth:`materialise`: write them out and let go."""
-        if self.on_disk and self.here:
-            All(self.write(self.tensor.view(torch.uint8))).wait()
-            self.send_away()
+        if self.on_disk and self.resident:
+            TransferGroup(self.write(self.tensor.view(torch.uint8))).wait()
+            self.swap_out()
 
 
-class _Through:
+class _BounceBufferRead:
     """Values on their way from a disk into a host buffer and from there to the device."""
 
-    def __init__(self, link: Link, loan: Loan, reads: Sequence[Transfer], target: torch.Tensor) -> None:
-        self.link, self.loan, self.reads, self.target = link, loan, reads, target
+    def __init__(self, link: Link, lease: BufferLease, reads: Sequence[Transfer], target: torch.Tensor) -> None:
+        self.link, self.lease, self.reads, self.target = link, lease, reads, target
         self._copy: Copy | None = None
 
     def send(self) -> Copy:
@@ -118,8 +118,8 @@ class _Through:
             for read in self.reads:
                 read.wait()
             n = self.target.nbytes
-            self._copy = self.link.to_device(self.loan.buffer[:n].view(self.target.dtype), self.target)
-            self.loan.release([self._copy])
+            self._copy = self.link.to_device(self.lease.buffer[:n].view(self.target.dtype), self.target)
+            self.lease.release([self._copy])
         return self._copy
 
     def wait(self) -> None:

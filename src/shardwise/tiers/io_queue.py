@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from time import perf_counter
 
 from shardwise.errors import OffloadError
-from shardwise.tiers.chunks import Bytes, Chunks, Extent, Kind
+from shardwise.tiers.block_io import BlockIO, Bytes, Extent, Kind
 from shardwise.tiers.disk_errors import again, explain
 
 
@@ -50,9 +50,9 @@ class DiskTransfer:
     Until ``wait()`` has returned, the tensor must not be changed (a write) or looked at (a read).
     """
 
-    def __init__(self, disk: Requests, kind: Kind, extent: Extent, start: int, data: Bytes) -> None:
+    def __init__(self, disk: IOQueue, kind: Kind, extent: Extent, start: int, data: Bytes) -> None:
         self.disk, self.kind, self.extent, self.start, self.data = disk, kind, extent, start, data
-        self.begin, self.end = disk.chunks.blocks(extent, start, start + len(data))
+        self.begin, self.end = disk.io.blocks(extent, start, start + len(data))
         self.ended = threading.Event()
         self.error: OffloadError | None = None
         self.left = self.blockers = 0
@@ -75,19 +75,19 @@ class DiskTransfer:
             raise again(self.error)
 
 
-class Requests:
+class IOQueue:
     """The threads of one store, and what is under way.
 
     Args:
-        chunks: how to read and write.
+        io: how to read and write.
         depth: reads in flight, and writes in flight.
         timeout: seconds without any progress after which a wait gives up.
 
     Cost: ``2 * depth`` threads, each with a scratch of one chunk once it met unaligned memory.
     """
 
-    def __init__(self, chunks: Chunks, depth: int, timeout: float) -> None:
-        self.chunks, self.timeout = chunks, timeout
+    def __init__(self, io: BlockIO, depth: int, timeout: float) -> None:
+        self.io, self.timeout = io, timeout
         self.stats = DiskStats()
         self.lock = threading.RLock()  # the garbage collector may close a store wherever a thread allocates
         self.error: OffloadError | None = None
@@ -116,7 +116,7 @@ class Requests:
         if os.getpid() != self.pid:
             raise OffloadError(
                 "a forked process used the swap files of its parent",
-                where=self.chunks.where,
+                where=self.io.where,
                 fix="use them in the parent",
             )
         transfer = DiskTransfer(self, kind, extent, start, data)
@@ -143,7 +143,7 @@ class Requests:
                 if perf_counter() - max(self.moved, start) >= self.timeout:
                     stuck = OffloadError(
                         f"the disk has not finished any request for {self.timeout:g} s",
-                        where=self.chunks.place(transfer.extent),
+                        where=self.io.place(transfer.extent),
                         fix="look whether its disk still answers; a larger timeout if it is only slow",
                     )
                     with self.lock:
@@ -179,7 +179,7 @@ class Requests:
         if not self._busy[kind]:
             self._since[kind] = now
         self._busy[kind] += 1
-        step = self.chunks.chunk
+        step = self.io.chunk
         cuts = [start, *range((start // step + 1) * step, end, step), end]
         transfer.left = len(cuts) - 1
         for i in range(transfer.left):
@@ -197,23 +197,23 @@ class Requests:
                     self.files.clear()
 
     def _serve(self, queue: SimpleQueue[tuple[DiskTransfer, int, int] | None]) -> None:
-        chunks = self.chunks
+        io = self.io
         scratch: Bytes | None = None
         while (item := queue.get()) is not None:
             transfer, start, end = item
             error: OffloadError | None = self.error
             if error is None:
                 # If something unforeseen ends this thread, the transfer ends with an error all the same.
-                error = OffloadError("an I/O thread ended", where=self.chunks.where, fix="see its traceback on stderr")
+                error = OffloadError("an I/O thread ended", where=self.io.where, fix="see its traceback on stderr")
                 try:
                     data = transfer.data[start - transfer.start : end - transfer.start]
-                    scratch = chunks.move(transfer.kind, transfer.extent, start, data, scratch)
+                    scratch = io.move(transfer.kind, transfer.extent, start, data, scratch)
                     error = None
                 except OffloadError as found:
                     error = found
                 except OSError as found:
                     doing = f"{transfer.kind} of {end - start} bytes at {start}"
-                    error = explain(found, doing, self.chunks.place(transfer.extent), chunks.folder)
+                    error = explain(found, doing, self.io.place(transfer.extent), io.folder)
                     error.__cause__ = found
                 finally:
                     self._ended(transfer, error)
@@ -229,8 +229,8 @@ class Requests:
             self.error = self.error or error
             if transfer.left:
                 return
-        if not self.chunks.direct and transfer.error is None:
-            error = self.chunks.drop_cache(transfer.kind, transfer.extent, transfer.begin, transfer.end)
+        if not self.io.direct and transfer.error is None:
+            error = self.io.drop_cache(transfer.kind, transfer.extent, transfer.begin, transfer.end)
         with self.lock:
             self.error = self.error or error
             self._finish(transfer, error)

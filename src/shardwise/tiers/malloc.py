@@ -20,7 +20,7 @@ def _trim() -> Callable[[int], int] | None:
         return None
 
 
-def give_back() -> None:
+def release_free_memory() -> None:
     """Whole free pages of malloc's heap. About 20 ms for a heap of 1 GiB, without the interpreter's lock."""
     trim = _trim()
     if trim is not None:

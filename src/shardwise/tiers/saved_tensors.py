@@ -87,7 +87,7 @@ class SavedOnHost:
         )
 
     def _take(self, tensor: torch.Tensor, storage: torch.UntypedStorage, version: int) -> _Bytes:
-        self.settle(_IN_FLIGHT - storage.nbytes())
+        self.drain(_IN_FLIGHT - storage.nbytes())
         host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.pin)
         self.ledger.adopt(host, STATE)
         held = _Bytes(self, host, self._last)
@@ -99,7 +99,7 @@ class SavedOnHost:
         self._last = weakref.ref(held)
         return held
 
-    def settle(self, room: int = 0) -> None:
+    def drain(self, room: int = 0) -> None:
         """Wait until at most ``room`` bytes are on their way to the host.
 
         Raises:
@@ -119,7 +119,7 @@ class SavedOnHost:
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Saved):
             return packed
-        self.settle(_IN_FLIGHT)
+        self.drain(_IN_FLIGHT)
         storage = packed.held.fetch()
         before = packed.held.before
         if before is not None and (earlier := before()) is not None:
