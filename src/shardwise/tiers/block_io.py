@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 import zlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from shardwise.errors import OffloadError
 from shardwise.tiers.aligned import ALIGN, aligned_empty
+from shardwise.tiers.direct_io import read_full, write_full
 from shardwise.tiers.disk_errors import explain
-
-if TYPE_CHECKING:
-    from shardwise.tiers.io_queue import DiskTransfer
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Kind = Literal["read", "write"]
@@ -31,12 +29,13 @@ class Extent:
         nbytes: its length.
         padded: the file's length, a multiple of ``ALIGN``.
         path: the name that the file was made under.
+        fd: the open file.
+        sums: CRC-32 of what was written, by the byte it begins at; where the store keeps checksums.
     """
 
     def __init__(self, name: str, nbytes: int, padded: int, path: str, fd: int) -> None:
         self.name, self.nbytes, self.padded, self.path, self.fd = name, nbytes, padded, path, fd
         self.sums: dict[int, int] = {}
-        self.active: list[DiskTransfer] = []
 
     def __repr__(self) -> str:
         return f"Extent({self.name!r}, nbytes={self.nbytes})"
@@ -104,22 +103,16 @@ class BlockIO:
             whole[end - begin :] = 0
 
     def read(self, extent: Extent, whole: Bytes, begin: int) -> None:
-        done, view = 0, whole.data
-        while done < len(whole):
-            got = os.preadv(extent.fd, [view[done:]], begin + done)
-            if self.direct and done + got < len(whole):  # direct I/O can only go on from a block's start
-                got -= got % ALIGN
-            if got == 0:
-                raise OffloadError(
-                    f"the file ends at {os.fstat(extent.fd).st_size} of {extent.padded} bytes"
-                    f" (read of {len(whole)} bytes at {begin})",
-                    where=self.place(extent),
-                    fix="something has cut it short: look for programs that clean up on this disk, and at its health",
-                )
-            done += got
+        if read_full(extent.fd, whole.data, begin) < len(whole):
+            raise OffloadError(
+                f"the file ends at {os.fstat(extent.fd).st_size} of {extent.padded} bytes"
+                f" (read of {len(whole)} bytes at {begin})",
+                where=self.place(extent),
+                fix="something has cut it short: look for programs that clean up on this disk, and at its health",
+            )
         if self.checksum:
             expected = extent.sums.get(begin)
-            if expected is not None and zlib.crc32(view) != expected:
+            if expected is not None and zlib.crc32(whole.data) != expected:
                 raise OffloadError(
                     f"bytes {begin} to {begin + len(whole)} are not those that were written (checksum differs)",
                     where=self.place(extent),
@@ -127,20 +120,14 @@ class BlockIO:
                 )
 
     def write(self, extent: Extent, whole: Bytes, begin: int) -> None:
-        done, view = 0, whole.data
         if self.checksum:
-            extent.sums[begin] = zlib.crc32(view)
-        while done < len(whole):
-            put = os.pwrite(extent.fd, view[done:], begin + done)
-            if self.direct and done + put < len(whole):
-                put -= put % ALIGN
-            if put == 0:
-                raise OffloadError(
-                    f"the disk took only {done} of {len(whole)} bytes at {begin}",
-                    where=self.place(extent),
-                    fix="look for limits on file sizes (`ulimit -f`, quotas) and free space there",
-                )
-            done += put
+            extent.sums[begin] = zlib.crc32(whole.data)
+        if (done := write_full(extent.fd, whole.data, begin)) < len(whole):
+            raise OffloadError(
+                f"the disk took only {done} of {len(whole)} bytes at {begin}",
+                where=self.place(extent),
+                fix="look for limits on file sizes (`ulimit -f`, quotas) and free space there",
+            )
 
     def drop_cache(self, kind: Kind, extent: Extent, begin: int, end: int) -> OffloadError | None:
         """Without direct I/O the bytes would fill the page cache: write them out and let go of them."""

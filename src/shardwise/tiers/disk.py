@@ -3,7 +3,7 @@
 ::
 
     store = DiskStore("/mnt/nvme", rank=rank)
-    offsets, total = areas([values.nbytes, exp_avg.nbytes, exp_avg_sq.nbytes])
+    total = padded(values.nbytes) + padded(exp_avg.nbytes) + padded(exp_avg_sq.nbytes)
     extent = store.extent("blocks.3", total)
     store.write(extent, buffer[:total]).wait()
     coming = store.read(extent, buffer[:total])   # other work
@@ -24,9 +24,11 @@ import numpy as np
 import torch
 
 from shardwise.errors import OffloadError
+from shardwise.sizes import format_bytes
 from shardwise.tiers.aligned import ALIGN, aligned_empty, padded
 from shardwise.tiers.block_io import BlockIO, Bytes, Extent
-from shardwise.tiers.disk_errors import again, explain, free_bytes, size
+from shardwise.tiers.direct_io import DIRECT, UNSUPPORTED
+from shardwise.tiers.disk_errors import again, explain, free_bytes
 from shardwise.tiers.io_queue import DiskStats, DiskTransfer, IOQueue
 from shardwise.tiers.mounts import file_system, in_memory
 from shardwise.tiers.swap import SwapFolder
@@ -143,7 +145,7 @@ class DiskStore:
             _reserve(fd, padded(nbytes), self.folder.base)
         except OSError as error:
             os.close(fd)
-            doing = f"reserving {size(nbytes)}, with {size(self.nbytes)} reserved by this rank before"
+            doing = f"reserving {format_bytes(nbytes)}, with {format_bytes(self.nbytes)} reserved by this rank before"
             raise explain(error, doing, where, self.folder.base, nbytes) from error
         extent = Extent(name, nbytes, padded(nbytes), path, fd)
         self._extents.add(extent)
@@ -157,8 +159,7 @@ class DiskStore:
             OffloadError: such a transfer failed, or the extent is not (any more) of this store.
         """
         self._own(extent)
-        for transfer in list(extent.active):
-            transfer.wait()
+        self._queue.drain(extent)
         self._extents.discard(extent)
         self._queue.files.discard(extent.fd)
         os.close(extent.fd)
@@ -216,8 +217,7 @@ class DiskStore:
             OffloadError: the first failure, if there was any.
         """
         for extent in list(self._extents):
-            for transfer in list(extent.active):
-                transfer.wait()
+            self._queue.drain(extent)
         self._check()
 
     def close(self) -> None:
@@ -246,7 +246,7 @@ class DiskStore:
         base = self.folder.base
         if in_memory(base):
             return f"this folder lies in memory ({file_system(base)}), not on a disk"
-        if not hasattr(os, "O_DIRECT"):
+        if not DIRECT:
             return "this system has no direct I/O"
         if free_bytes(base) < ALIGN:
             raise OffloadError("the disk is full", where=f"{self._where}, {base}", fix="free space there")
@@ -259,18 +259,15 @@ class DiskStore:
             finally:
                 os.close(fd)
         except OSError as error:
-            if error.errno in _REFUSES_DIRECT:
+            if error.errno in UNSUPPORTED:
                 return f"its file system ({file_system(base) or 'unknown'}) refuses direct I/O"
             raise
         return ""
 
 
-_REFUSES_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
-
-
 def _open(path: str, direct: bool) -> int:
     """A new file without a name: its bytes are free as soon as nobody has it open, whatever ends the process."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (DIRECT if direct else 0)
     try:
         fd = os.open(path, flags, 0o600)
     finally:
@@ -287,7 +284,7 @@ def _reserve(fd: int, nbytes: int, folder: str) -> None:
             os.posix_fallocate(fd, 0, nbytes)
             return
         except OSError as error:  # no reservation on this file system: what is free now has to do
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            if error.errno not in UNSUPPORTED:
                 raise
     os.ftruncate(fd, nbytes)
 

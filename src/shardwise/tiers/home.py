@@ -56,6 +56,14 @@ class Home:
         separate: its memory is not the host's, so that master values and gradients have to be copied.
         warn: say so if the disk cannot do direct I/O.
 
+    Attributes:
+        disk: the store of extents; ``None`` at home ``cpu``.
+        link: copies of values and gradients between the device and the host.
+        step_link: copies of updates, which values on their way do not wait for.
+        prefetches: values that are being read ahead, the first to be needed in front.
+        landing: waits for gradients that are on their way to the host, in order.
+        failed: why an update that nobody has waited for did not take place.
+
     Raises:
         OffloadError: see :class:`~shardwise.tiers.disk.DiskStore`.
     """
@@ -80,12 +88,12 @@ class Home:
         self.kind, self.ledger, self.buffers, self.pin, self.ratio = kind, ledger, buffers, pin, ratio
         self.disk = DiskStore(path, rank=rank, depth=depth, checksum=checksum, warn=warn) if kind == "nvme" else None
         self.link = Link(device or torch.device("cpu"))
-        self.step_link = Link(self.link.device)  # of updates, which values on their way do not wait for
+        self.step_link = Link(self.link.device)
         self.separate = self.link.device.type != "cpu" if separate is None else separate
         self.ahead = ahead
         self.prefetches: deque[Prefetch] = deque()
-        self.landing: deque[Callable[[], None]] = deque()  # waits for gradients on their way here
-        self.failed: Exception | None = None  # why an update that nobody has waited for did not take place
+        self.landing: deque[Callable[[], None]] = deque()
+        self.failed: Exception | None = None
         self._trimmed = 0.0
         self._pools: dict[str, BufferPool] = {}
         self._dropped: list[Extent] = []

@@ -93,6 +93,7 @@ class IOQueue:
         self.error: OffloadError | None = None
         self.pid = os.getpid()
         self.files: set[int] = set()
+        self.active: dict[Extent, list[DiskTransfer]] = {}  # what is under way, in the order it was started
         self.moved = perf_counter()
         self._busy = {"read": 0, "write": 0}
         self._since = {"read": 0.0, "write": 0.0, "any": 0.0}
@@ -126,11 +127,12 @@ class IOQueue:
             if len(data) == 0:
                 transfer.ended.set()
                 return transfer
-            for other in extent.active:
+            active = self.active.setdefault(extent, [])
+            for other in active:
                 if other.begin < transfer.end and transfer.begin < other.end and "write" in (kind, other.kind):
                     other.next.append(transfer)
                     transfer.blockers += 1
-            extent.active.append(transfer)
+            active.append(transfer)
             if transfer.blockers == 0:
                 self._start(transfer)
         return transfer
@@ -168,6 +170,17 @@ class IOQueue:
         end = perf_counter() + timeout
         for thread in self.threads:
             thread.join(max(0.0, end - perf_counter()))
+
+    def drain(self, extent: Extent) -> None:
+        """Wait for what is under way on an extent.
+
+        Raises:
+            OffloadError: one of those transfers failed.
+        """
+        with self.lock:
+            active = list(self.active.get(extent, ()))
+        for transfer in active:
+            transfer.wait()
 
     # --- the threads' side -------------------------------------------------------------------
     def _start(self, transfer: DiskTransfer) -> None:
@@ -252,7 +265,10 @@ class IOQueue:
         over = [transfer]
         while over:
             ended = over.pop()
-            ended.extent.active.remove(ended)
+            active = self.active[ended.extent]
+            active.remove(ended)
+            if not active:
+                del self.active[ended.extent]
             following, ended.next = ended.next, []
             for other in following:
                 other.blockers -= 1
