@@ -26,8 +26,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-from shardwise.comm.group import Op
 from shardwise.comm.mesh import Mesh
+from shardwise.comm.stats import Op
 from shardwise.engine.gradients import Gradients
 from shardwise.layout import Layout, Piece
 from shardwise.strategy import Strategy

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import nn
 
-from shardwise.comm.mesh import Reduction
+from shardwise.comm.reduction import Reduction
 from shardwise.engine.grads import ShardedGrad
 from shardwise.errors import GradientError
 from shardwise.tiers.aligned import padded

@@ -36,7 +36,7 @@ import torch
 from torch.optim import Optimizer
 
 from shardwise.comm import World
-from shardwise.comm.group import Op
+from shardwise.comm.stats import Op
 from shardwise.engine import follow
 from shardwise.engine.gradmask import mask
 from shardwise.engine.line import Line

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from shardwise.comm.group import Group, Op
+from shardwise.comm.group import Group
+from shardwise.comm.stats import Op
 
 # Units count their tags from 8; dataloaders and operations use those below 5.
 _OP = Op("join", "what the ranks with data do next", 5)

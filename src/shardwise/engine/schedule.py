@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from shardwise.comm.group import Op
 from shardwise.comm.mesh import Mesh
-from shardwise.comm.world import World
+from shardwise.comm.process import Process
+from shardwise.comm.stats import Op
 from shardwise.engine.control import Message
 from shardwise.engine.gradmask import mask
 from shardwise.engine.in_backward import InBackward
@@ -79,7 +79,7 @@ class Engine:
 
     def __init__(self, module: nn.Module, strategy: Strategy, mesh: Mesh) -> None:
         self.module, self.strategy, self.mesh = module, strategy, mesh
-        self.world: World = mesh.world
+        self.world: Process = mesh.world
         self.ledger = Ledger()
         self.units: list[Unit] = []
         self.sync = True  # False inside no_sync()
