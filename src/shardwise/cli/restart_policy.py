@@ -20,7 +20,7 @@ _TRY_S = 60.0  # a device that has not answered by then does not
 
 
 @dataclass(frozen=True)
-class Start:
+class Attempt:
     """A start after a failure.
 
     Attributes:
@@ -33,7 +33,7 @@ class Start:
     devices: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
-    def words(self, before: Start) -> str:
+    def words(self, before: Attempt) -> str:
         """What is different from the start before, to go behind "starting"."""
         ranks = f"anew with {self.nproc} rank{'s' * (self.nproc > 1)} instead of {before.nproc}"
         without = f", without device {', '.join(self.left_out)}" if self.left_out else ""
@@ -41,7 +41,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Fewer:
+class RestartPolicy:
     """How far the ranks of this host may become fewer.
 
     Args:
@@ -54,7 +54,7 @@ class Fewer:
     multiple: int = 1
     cuda: bool = False
 
-    def after(self, ended: Sequence[tuple[int, int]], now: Start) -> Start:
+    def after(self, ended: Sequence[tuple[int, int]], now: Attempt) -> Attempt:
         """The start after a failure.
 
         Args:
@@ -73,7 +73,7 @@ class Fewer:
         # Where more were lost than may be missing, some of their devices are needed again: not the first to fail.
         left_out = [devices[rank] for rank in lost[: len(devices) - nproc]] if devices else []
         rest = tuple(name for name in now.devices if name not in left_out)
-        return Start(nproc, rest, tuple(left_out))
+        return Attempt(nproc, rest, tuple(left_out))
 
 
 def lost_ranks(ended: Sequence[tuple[int, int]], nproc: int, sick: Sequence[int] = ()) -> list[int]:
