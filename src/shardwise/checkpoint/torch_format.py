@@ -1,36 +1,140 @@
-"""What ``torch.save`` wrote, as an index: plain values, and for each tensor where its bytes are. Runs nothing.
+"""What ``torch.save`` writes, without going through it: single tensors byte for byte, and whole files as an index.
 
-The pickle inside is read with a closed list of names, none of which is the real thing: tensors become :class:`Stored`,
-dicts of all kinds become dicts, and a few classes that training states contain become empty stand-ins.
+``torch.distributed.checkpoint`` stores each tensor as one such archive. Knowing it byte for byte lets us write a
+tensor's memory straight into a file, and read any part of one straight out of it, with nothing unpickled.
+
+Files of others are read as an index: plain values, and for each tensor where its bytes are. Runs nothing. The pickle
+inside is read with a closed list of names, none of which is the real thing: tensors become :class:`Stored`, dicts of
+all kinds become dicts, and a few classes that training states contain become empty stand-ins.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import struct
+import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import torch
 
-from shardwise.checkpoint.stored import Part, Stored, row_major
+from shardwise.checkpoint.stored_tensor import Segment, Stored, row_major
 from shardwise.errors import CheckpointError
 
+_STORAGES = {
+    torch.float32: "FloatStorage", torch.float64: "DoubleStorage", torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage", torch.uint8: "ByteStorage", torch.int8: "CharStorage",
+    torch.int16: "ShortStorage", torch.int32: "IntStorage", torch.int64: "LongStorage", torch.bool: "BoolStorage",
+}  # fmt: skip
+ALIGN = 64
+_BIG = 0xFFFFFFFF  # what does not fit into a field of four bytes, and the mark that it is elsewhere
+_OLD, _ZIP64 = 20, 45  # versions a reader needs
+
+
+class _Bytes:
+    """Stands for a tensor's memory."""
+
+    def __init__(self, dtype: torch.dtype, numel: int) -> None:
+        self.dtype, self.numel = dtype, numel
+
+
+class _Archived:
+    """Is pickled as torch pickles a contiguous tensor."""
+
+    def __init__(self, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        strides = [prod([max(n, 1) for n in shape[i + 1 :]]) for i in range(len(shape))]
+        numel = prod(shape)
+        self.reduced: tuple[Any, ...] = (_Bytes(dtype, numel), 0, tuple(shape), tuple(strides), False, OrderedDict())
+
+    def __reduce__(self) -> Any:
+        return torch._utils._rebuild_tensor_v2, self.reduced
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, _Bytes):
+            return "storage", getattr(torch, _STORAGES[obj.dtype]), "0", "cpu", obj.numel
+        return None
+
+
+def archivable(dtype: torch.dtype) -> bool:
+    """Can tensors of this dtype be written and read in this way? Others go through ``torch.save``."""
+    return dtype in _STORAGES and sys.byteorder == "little"
+
+
+@lru_cache(maxsize=4096)
+def archive_around(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """The archive of a contiguous tensor: all bytes before its memory, and all after it.
+
+    Args:
+        dtype: a :func:`archivable` one.
+        shape: of the tensor.
+
+    The archive's own checksum of the memory is left 0, as torch does when told not to compute it: torch does not
+    look at it, and the file has checksums of its own.
+    """
+    data = io.BytesIO()
+    _Pickler(data, protocol=2).dump(_Archived(dtype, shape))
+    small = {"archive/data.pkl": data.getvalue(), "archive/byteorder": b"little", "archive/version": b"3\n"}
+    nbytes = prod(shape) * dtype.itemsize
+    head, directory = b"", b""
+    for name, content in small.items():
+        local, central = _entry(name, len(content), zlib.crc32(content), len(head), 0)
+        head, directory = head + local + content, directory + central
+    plain, _ = _entry("archive/data/0", nbytes, 0, len(head), 0)
+    local, central = _entry("archive/data/0", nbytes, 0, len(head), -(len(head) + len(plain)) % ALIGN)
+    head, directory = head + local, directory + central
+    return head, directory + _end(len(small) + 1, len(directory), len(head) + nbytes)
+
+
+def _entry(name: str, size: int, crc: int, offset: int, padding: int) -> tuple[bytes, bytes]:
+    """A file's headers in a zip archive: the one before it, and the one in the directory at the end."""
+    big = size >= _BIG
+    version, said = (_ZIP64, _BIG) if big else (_OLD, size)
+    sizes = struct.pack("<HHQQ", 1, 16, size, size) if big else b""
+    if 0 < padding < 4:
+        padding += ALIGN
+    # A field with a tag that nobody knows makes up the padding; it needs at least four bytes.
+    filler = struct.pack("<HH", 0x4246, padding - 4).ljust(padding, b"Z") if padding else b""
+    extra = sizes + filler
+    raw = name.encode()
+    common = struct.pack("<HHHHHIIIH", version, 0, 0, 0, 0x21, crc, said, said, len(raw))
+    local = b"PK\x03\x04" + common + struct.pack("<H", len(extra)) + raw + extra
+    central = b"PK\x01\x02" + struct.pack("<H", version) + common
+    central += struct.pack("<HHHHII", len(sizes), 0, 0, 0, 0, offset) + raw + sizes
+    return local, central
+
+
+def _end(count: int, length: int, start: int) -> bytes:
+    big = start >= _BIG
+    out = b""
+    if big:
+        out += b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, _ZIP64, _ZIP64, 0, 0, count, count, length, start)
+        out += b"PK\x06\x07" + struct.pack("<IQI", 0, start + length, 1)
+    return out + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, count, count, length, min(start, _BIG), 0)
+
+
+# --- files as an index ---------------------------------------------------------------------------
 DAMAGED = (
     pickle.PickleError, zipfile.BadZipFile, AttributeError, TypeError, ValueError, RuntimeError, EOFError, KeyError,
     IndexError, NotImplementedError, RecursionError, OverflowError, MemoryError,
 )  # fmt: skip
 """What readers of files raise about damaged ones. Lengths are in the files, so memory may run out as well."""
-_STORAGES = {
+_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "ComplexDoubleStorage": torch.complex128, "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }  # fmt: skip
-_HARMLESS = frozenset(
+_STAND_INS = frozenset(
     {(b, name) for b in ("builtins", "__builtin__") for name in ("set", "frozenset", "complex", "bytearray")}
     | {("torch", "device"), ("torch.serialization", "_get_layout"), ("_codecs", "encode")}
     | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
@@ -195,7 +299,7 @@ class _Unpickler(pickle.Unpickler):
         known = self._known(module, name)
         if known is not None:
             return known
-        if (module, name) not in _HARMLESS and (module, name) not in self.also:
+        if (module, name) not in _STAND_INS and (module, name) not in self.also:
             self._refuse(f"{module}.{name}")
         return self.stand_ins.setdefault((module, name), type(name, (StandIn,), {}))
 
@@ -213,8 +317,8 @@ class _Unpickler(pickle.Unpickler):
         }
         if (module, name) in functions:
             return functions[module, name]
-        if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
-            return _STORAGES[name]
+        if module in ("torch", "torch.storage", "torch.cuda") and name in _DTYPES:
+            return _DTYPES[name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         return None
@@ -266,7 +370,7 @@ class _Unpickler(pickle.Unpickler):
             if numel and (last + 1) * item > storage.nbytes:
                 raise pickle.UnpicklingError("a tensor that goes beyond its storage")
             layout = None if row_major(sizes, strides) else (sizes, strides)
-            part = Part(self.path, storage.at + offset * item, 0, numel, layout=layout)
+            part = Segment(self.path, storage.at + offset * item, 0, numel, layout=layout)
             self.tensors[key] = Stored(dtype, sizes, (part,))
         return self.tensors[key]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
+import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardwise.checkpoint.payload import known
+from shardwise.checkpoint.torch_format import archivable
 from shardwise.errors import CheckpointError
 from shardwise.trees import map_tensors
 
@@ -69,7 +70,7 @@ def _doubtful(value: Any) -> Iterator[Any]:
         for part in value:
             yield from _doubtful(part)
     elif kind is torch.Tensor:
-        simple = value.layout == torch.strided and value.device.type in ("cpu", "cuda") and known(value.dtype)
+        simple = value.layout == torch.strided and value.device.type in ("cpu", "cuda") and archivable(value.dtype)
         if not simple or value.is_conj() or value.is_neg() or value.__dict__:
             yield value
     elif not (
@@ -138,3 +139,36 @@ def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unsupported = [line for line in lines if "nsupported" in line or "not an allowed" in line]
     return (unsupported or lines or [type(error).__name__])[0][:200]
+
+
+# --- random generators ---------------------------------------------------------------------------
+def rng_state() -> dict[str, Any]:
+    """The states of Python's ``random``, NumPy's global generator, torch's CPU one and the current CUDA device's."""
+    numpy_state = np.random.get_state(legacy=False)
+    inner = numpy_state["state"]
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": {
+            **{k: v for k, v in numpy_state.items() if k != "state"},
+            "state": {k: torch.from_numpy(v.astype(np.int64)) if k == "key" else v for k, v in inner.items()},
+        },
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the generators into the states that :func:`rng_state` gave.
+
+    The state of a CUDA generator has no use on a machine without CUDA, and is left out there; without one in
+    ``state`` the CUDA generator stays as it is.
+    """
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    inner = {k: v.numpy().astype(np.uint32) if k == "key" else v for k, v in state["numpy"]["state"].items()}
+    np.random.set_state({**state["numpy"], "state": inner})
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpoint import files
-from shardwise.checkpoint.checking import every_grain
-from shardwise.checkpoint.files import BLOCK, MANIFEST
-from shardwise.checkpoint.naming import match_names
-from shardwise.checkpoint.progress import Progress
-from shardwise.checkpoint.readback import Readback
-from shardwise.checkpoint.reading import Reader
-from shardwise.checkpoint.sources import open_source
-from shardwise.checkpoint.stored import KINDS, Source, Stored
-from shardwise.checkpoint.writers import DTYPES, SafeWriter, bytes_of, shards_of
+from shardwise.checkpoint import directory as directories
+from shardwise.checkpoint.coordination import Progress
+from shardwise.checkpoint.directory import every_grain
+from shardwise.checkpoint.formats import open_source
+from shardwise.checkpoint.manifest import BLOCK, MANIFEST, FileEntry, check_size
+from shardwise.checkpoint.model_loading import match_names
+from shardwise.checkpoint.model_saving import SafeWriter, shard_limit, shards_of
+from shardwise.checkpoint.storage_reader import StorageReader
+from shardwise.checkpoint.stored_tensor import KINDS, SAFETENSORS_DTYPES, Source, Stored
 from shardwise.errors import CheckpointError
 
 
@@ -27,7 +26,7 @@ def check(path: str | os.PathLike[str], progress: bool = True) -> tuple[Source, 
     """Look at everything that can be checked without a model. Any rank may call it alone.
 
     Args:
-        path: what :func:`~shardwise.checkpoint.sources.open_source` takes.
+        path: what :func:`~shardwise.checkpoint.formats.open_source` takes.
         progress: show a bar, on a terminal.
 
     Returns:
@@ -41,7 +40,7 @@ def check(path: str | os.PathLike[str], progress: bool = True) -> tuple[Source, 
     own = _own(Path(os.path.realpath(path)))
     problems: list[str] = []
     if own is not None:
-        manifest = files.read_manifest(own)
+        manifest = directories.read_manifest(own)
         with Progress("checking", sum(entry.size for entry in manifest.files.values()), progress) as bar:
             for name, entry in manifest.files.items():
                 problem = _problem(own, name, entry, bar)
@@ -50,7 +49,7 @@ def check(path: str | os.PathLike[str], progress: bool = True) -> tuple[Source, 
         if problems:
             return Source(own, "shardwise", {}, {"manifest": manifest}), problems
     source = open_source(path)
-    with Reader() as reader:
+    with StorageReader() as reader:
         for stored in source.everything().values():
             reader.prepare(stored, 0, stored.numel)
     return source, problems
@@ -60,14 +59,14 @@ def _own(path: Path) -> Path | None:
     """Where the files of one of our checkpoints are; ``None`` if it is none."""
     if path.is_dir() and not (path / MANIFEST).is_file() and any(path.iterdir()):
         return None
-    return None if path.is_file() else files.resolve(path)
+    return None if path.is_file() else directories.resolve(path)
 
 
-def _problem(path: Path, name: str, entry: files.FileEntry, bar: Progress) -> str:
-    one = {name: entry}
+def _problem(path: Path, name: str, entry: FileEntry, bar: Progress) -> str:
+    one = {path / name: entry}
     try:
-        files.check_size(path / name, entry)
-        Readback(path, one, bar).read(also=every_grain(one))
+        check_size(path / name, entry)
+        StorageReader(one, bar.add).read(also=every_grain(one))
     except CheckpointError as error:
         return error.what
     except OSError as error:
@@ -107,8 +106,8 @@ def export(
 
     Cost: reads a checkpoint of Shardwise twice, to check and to write. Host memory: five blocks of 8 MiB.
     """
-    limit = bytes_of(max_shard_size)
-    if dtype is not None and not (dtype.is_floating_point and dtype in DTYPES):
+    limit = shard_limit(max_shard_size)
+    if dtype is not None and not (dtype.is_floating_point and dtype in SAFETENSORS_DTYPES):
         raise CheckpointError(f"dtype={dtype} is no floating-point dtype of safetensors", fix="give torch.bfloat16 ...")
     source, problems = check(path, progress)
     if problems:
@@ -127,11 +126,11 @@ def export(
         root.mkdir(parents=True, exist_ok=True)
         writer = SafeWriter(root, shards, aliases)
         try:
-            with Progress("writing", total, progress) as bar, Reader(bar.add) as reader:
+            with Progress("writing", total, progress) as bar, StorageReader(seen=bar.add) as reader:
                 for name, stored in kept.items():
                     for lo, hi in _blocks(stored.numel, max(stored.dtype.itemsize, wanted[name].itemsize)):
                         values = torch.empty(hi - lo, dtype=wanted[name])
-                        reader.read(stored, lo, hi, values)
+                        reader.read_tensor(stored, lo, hi, values)
                         writer.add(name, values, lo)
             writer.finish()
         finally:
@@ -146,7 +145,7 @@ def export(
 
 def _dtype_of(name: str, stored: Stored, wanted: torch.dtype | None) -> torch.dtype:
     dtype = wanted if wanted is not None and stored.dtype.is_floating_point else stored.dtype
-    if dtype not in DTYPES:
+    if dtype not in SAFETENSORS_DTYPES:
         raise CheckpointError(f"has dtype {dtype}, which safetensors lacks", where=f"'{name}'", fix="say dtype=...")
     return dtype
 
@@ -209,7 +208,7 @@ def compare(
     out = Comparison()
     both = [name for name in mine if name in theirs]
     total = sum(mine[name].nbytes + theirs[name].nbytes for name in both if mine[name].shape == theirs[name].shape)
-    with Progress("comparing", total, progress) as bar, Reader(bar.add) as reader:
+    with Progress("comparing", total, progress) as bar, StorageReader(seen=bar.add) as reader:
         for name in dict.fromkeys([*mine, *theirs]):
             left, right = mine.get(name), theirs.get(name)
             if left is None or right is None:
@@ -240,7 +239,7 @@ def _pairs(a: Source, b: Source, part: str | None) -> tuple[dict[str, Stored], d
     return mine, {**match.found, **{name: theirs[name] for name in match.unexpected}}
 
 
-def _largest(reader: Reader, a: Stored, b: Stored) -> float:
+def _largest(reader: StorageReader, a: Stored, b: Stored) -> float:
     """The largest absolute difference; above zero exactly if any values differ."""
     largest = 0.0
     for lo, hi in _blocks(a.numel, 8):

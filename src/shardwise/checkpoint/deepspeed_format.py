@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from shardwise.checkpoint.stored import Part, Source, Stored
-from shardwise.checkpoint.torchfile import StandIn, read_nest
+from shardwise.checkpoint.stored_tensor import Segment, Source, Stored
+from shardwise.checkpoint.torch_format import StandIn, read_nest
 from shardwise.errors import CheckpointError
 
 _CLASSES = frozenset(
@@ -160,23 +160,24 @@ class _Folder:
 
     def _groups(self, optim: Mapping[str, Any], key: str) -> list[Stored]:
         found = optim.get(key)
-        if not isinstance(found, list) or not all(isinstance(t, Stored) and t.parts for t in found):
+        if not isinstance(found, list) or not all(isinstance(t, Stored) and t.segments for t in found):
             raise CheckpointError(f"the optimizer's file has no '{key}'", where=str(self.path), fix=_FIX)
         return found
 
     def _joined(self, name: str, shape: tuple[int, ...], pieces: Sequence[tuple[Stored, int, int]]) -> Stored:
         """One tensor of slices ``(stored, start, length)``, one behind the other. What is too much is padding."""
-        parts: list[Part] = []
+        segments: list[Segment] = []
         at, numel = 0, prod(shape)
         for stored, start, length in pieces:
             length = min(length, numel - at)
             if length > 0:
-                parts.append(replace(stored.parts[0], start=at, length=length, skip=stored.parts[0].skip + start))
+                first = stored.segments[0]
+                segments.append(replace(first, start=at, length=length, skip=first.skip + start))
                 at += length
-        if at != numel or any(stored.parts[0].layout for stored, _, _ in pieces):
+        if at != numel or any(stored.segments[0].layout for stored, _, _ in pieces):
             raise CheckpointError(f"parts of '{name}' are missing", where=str(self.path), fix="use a complete copy")
         dtype = pieces[0][0].dtype if pieces else next(iter(self._groups(self.optims[0], "fp32_flat_groups"))).dtype
-        return Stored(dtype, shape, tuple(parts))
+        return Stored(dtype, shape, tuple(segments))
 
 
 def _cut(line: Sequence[tuple[Stored, int, int]], at: int, length: int) -> list[tuple[Stored, int, int]]:

@@ -13,8 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from shardwise.checkpoint.portions import Portion, Portions
-from shardwise.checkpoint.slices import Slices
+from shardwise.checkpoint.model_state import LoadBatch, LoadBatches, Slices
 from shardwise.comm import World
 from shardwise.engine.optimizer import PER_PARAMETER, attach, bare_state_dict, part, put_state
 from shardwise.engine.state_dict import Held, held
@@ -30,7 +29,7 @@ Kinds = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Slot:
+class OptimizerEntry:
     """One parameter of an optimizer, and what this rank holds of it."""
 
     label: str  # in the optimizer's keys
@@ -58,7 +57,7 @@ class OptimizerState:
     Args:
         index: its keys begin with ``optimizer``, ``optimizer_1``, ...
         optimizer: with pieces or plain parameters.
-        names: of :func:`~shardwise.checkpoint.models.parameter_labels`.
+        names: of :func:`~shardwise.checkpoint.model_state.parameter_labels`.
 
     Raises:
         CheckpointError: it holds a sharded parameter of none of the models.
@@ -68,9 +67,9 @@ class OptimizerState:
     def __init__(self, index: int, optimizer: Optimizer, names: Mapping[int, tuple[str, str]]) -> None:
         attach(optimizer)
         self.label, self.optimizer = ("optimizer" if index == 0 else f"optimizer_{index}"), optimizer
-        self.groups: list[list[Slot]] = []
+        self.groups: list[list[OptimizerEntry]] = []
         for g, group in enumerate(optimizer.param_groups):
-            slots = []
+            entries = []
             for i, p in enumerate(group["params"]):
                 mine = held(p)
                 if id(p) not in names and mine is not None:
@@ -80,12 +79,12 @@ class OptimizerState:
                         fix="save and load the models together with their optimizers",
                     )
                 name, key = names.get(id(p), (f"group{g}.{i}", ""))
-                slots.append(Slot(name, key, p, mine))
-            self.groups.append(slots)
+                entries.append(OptimizerEntry(name, key, p, mine))
+            self.groups.append(entries)
 
     @property
-    def slots(self) -> Iterator[Slot]:
-        return (slot for group in self.groups for slot in group)
+    def entries(self) -> Iterator[OptimizerEntry]:
+        return (entry for group in self.groups for entry in group)
 
     # --- saving ------------------------------------------------------------------------------
     def collect(self) -> tuple[dict[str, dict[str, torch.Tensor]], Kinds]:
@@ -96,20 +95,22 @@ class OptimizerState:
         """
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         kinds: Kinds = {}
-        for slot in self.slots:
-            states = [self.optimizer.state.get(piece) for _, _, piece in slot.pieces]
+        for entry in self.entries:
+            states = [self.optimizer.state.get(piece) for _, _, piece in entry.pieces]
             if not states or states[0] is None:
                 continue
-            writes = slot.mine is not None or World.current().rank == 0 or isinstance(slot.param, DTensor)
+            writes = entry.mine is not None or World.current().rank == 0 or isinstance(entry.param, DTensor)
             for key, value in states[0].items():
-                kind, tensor = self._of(slot, key, value, [s[key] for s in states if s is not None])
-                kinds.setdefault(slot.label, {})[key] = kind
+                kind, tensor = self._of(entry, key, value, [s[key] for s in states if s is not None])
+                kinds.setdefault(entry.label, {})[key] = kind
                 if tensor is not None and writes:
-                    tensors.setdefault(slot.label, {})[key] = tensor
-            kinds.setdefault(slot.label, {})
+                    tensors.setdefault(entry.label, {})[key] = tensor
+            kinds.setdefault(entry.label, {})
         return tensors, kinds
 
-    def _of(self, slot: Slot, key: str, value: Any, values: Sequence[Any]) -> tuple[str, torch.Tensor | None]:
+    def _of(
+        self, entry: OptimizerEntry, key: str, value: Any, values: Sequence[Any]
+    ) -> tuple[str, torch.Tensor | None]:
         if value is None:
             return "none", None
         for kind, (python, dtype) in NUMBERS.items():
@@ -118,20 +119,20 @@ class OptimizerState:
         if not isinstance(value, torch.Tensor) or "." in key:
             raise CheckpointError(
                 f"its state '{key}' is a {type(value).__name__}, which has no place in a checkpoint",
-                where=f"{self.label}, parameter '{slot.label}'",
+                where=f"{self.label}, parameter '{entry.label}'",
                 fix="optimizer state is saved if it consists of tensors, numbers and None",
             )
-        first = slot.pieces[0][2]
+        first = entry.pieces[0][2]
         if value.shape == first.shape and key not in PER_PARAMETER:
-            if slot.mine is None:
+            if entry.mine is None:
                 return "sliced", value.detach()
-            parts = [(a, b, v) for (a, b, _), v in zip(slot.pieces, values, strict=True)]
+            parts = [(a, b, v) for (a, b, _), v in zip(entry.pieces, values, strict=True)]
             if all(v.is_contiguous() for v in values):
-                return "sliced", Slices(slot.shape, value.dtype, value.device, parts)
-        if value.dim() and slot.mine is not None and not slot.mine.whole:
+                return "sliced", Slices(entry.shape, value.dtype, value.device, parts)
+        if value.dim() and entry.mine is not None and not entry.mine.whole:
             raise CheckpointError(
                 f"its state '{key}' has shape {tuple(value.shape)} for a slice of shape {tuple(first.shape)}",
-                where=f"{self.label}, parameter '{slot.label}'",
+                where=f"{self.label}, parameter '{entry.label}'",
                 fix="shard with layout=tensor",
             )
         value = fetch(value)
@@ -141,9 +142,9 @@ class OptimizerState:
     def plain(self) -> dict[str, Any]:
         """Hyperparameters by group with the names of its parameters, and what else its state dict has."""
         groups = []
-        for group, slots in zip(self.optimizer.param_groups, self.groups, strict=True):
+        for group, entries in zip(self.optimizer.param_groups, self.groups, strict=True):
             values = {k: v for k, v in group.items() if k != "params"}
-            groups.append({"params": [s.label for s in slots], "values": values})
+            groups.append({"params": [s.label for s in entries], "values": values})
         named = {k: v for k, v in self.optimizer.state.items() if not isinstance(k, torch.Tensor)}
         extra = {k: v for k, v in bare_state_dict(self.optimizer).items() if k not in ("state", "param_groups")}
         return {"groups": groups, "named": named, "extra": extra}
@@ -153,90 +154,90 @@ class OptimizerState:
         """What of this optimizer does not fit the checkpoint, one line each."""
         out = []
         known = {label: g for g, group in enumerate(saved["groups"]) for label in group["params"]}
-        mine = {slot.label for slot in self.slots}
+        mine = {entry.label for entry in self.entries}
         out += [f"{self.label}: parameter '{label}' is not in the checkpoint" for label in mine - known.keys()]
         out += [f"{self.label}: parameter '{label}' is in the checkpoint only" for label in known.keys() - mine]
-        for g, slots in enumerate(self.groups):
-            if len({known[s.label] for s in slots if s.label in known}) > 1:
+        for g, entries in enumerate(self.groups):
+            if len({known[s.label] for s in entries if s.label in known}) > 1:
                 out.append(f"{self.label}: the parameters of group {g} are in several groups of the checkpoint")
-        for slot in self.slots:
-            out += self._misfits(slot, saved["state"].get(slot.label, {}), metadata)
+        for entry in self.entries:
+            out += self._misfits(entry, saved["state"].get(entry.label, {}), metadata)
         return sorted(out)
 
-    def _misfits(self, slot: Slot, kinds: Mapping[str, str], metadata: Metadata) -> list[str]:
+    def _misfits(self, entry: OptimizerEntry, kinds: Mapping[str, str], metadata: Metadata) -> list[str]:
         out = []
         for key, kind in kinds.items():
-            found: Any = metadata.state_dict_metadata.get(f"{self.label}.state.{slot.label}.{key}")
+            found: Any = metadata.state_dict_metadata.get(f"{self.label}.state.{entry.label}.{key}")
             if found is None and kind != "none":
-                out.append(f"{self.label}: '{key}' of '{slot.label}' is missing")
-            elif kind == "sliced" and tuple(found.size) != slot.shape:
-                out.append(f"{self.label}: '{key}' of '{slot.label}' has shape {tuple(found.size)}, not {slot.shape}")
+                out.append(f"{self.label}: '{key}' of '{entry.label}' is missing")
+            elif kind == "sliced" and tuple(found.size) != entry.shape:
+                out.append(f"{self.label}: '{key}' of '{entry.label}' has shape {tuple(found.size)}, not {entry.shape}")
         return out
 
-    def plan(self, saved: Mapping[str, Any], metadata: Metadata, portions: Portions) -> None:
+    def plan(self, saved: Mapping[str, Any], metadata: Metadata, batches: LoadBatches) -> None:
         """Say what is to be filled from the checkpoint, and what to do then.
 
         Parameters that the checkpoint does not have keep their state; those that had none there lose it.
         """
         groups = {label: group["values"] for group in saved["groups"] for label in group["params"]}
         offloaded: dict[int, Held] = {}
-        for group, slots in zip(self.optimizer.param_groups, self.groups, strict=True):
-            fitting = [groups[s.label] for s in slots if s.label in groups]
+        for group, entries in zip(self.optimizer.param_groups, self.groups, strict=True):
+            fitting = [groups[s.label] for s in entries if s.label in groups]
             if fitting:
-                portions.rest.after.append(partial(_set_values, group, fitting[0]))
-            for slot in slots:
-                if slot.label in groups:
-                    hyper = {**group, **groups[slot.label]}
-                    self._plan(slot, saved["state"].get(slot.label), hyper, metadata, portions.of(slot.mine))
-                if slot.mine is not None and slot.mine.bucket.home is not None:
-                    offloaded[id(slot.mine.bucket)] = slot.mine
+                batches.rest.after.append(partial(_set_values, group, fitting[0]))
+            for entry in entries:
+                if entry.label in groups:
+                    hyper = {**group, **groups[entry.label]}
+                    self._plan(entry, saved["state"].get(entry.label), hyper, metadata, batches.of(entry.mine))
+                if entry.mine is not None and entry.mine.bucket.home is not None:
+                    offloaded[id(entry.mine.bucket)] = entry.mine
         for mine in offloaded.values():
             state_of = part(self.optimizer, mine.bucket)
-            portions.of(mine).after.append(partial(state_of.flush, self.optimizer.state))
+            batches.of(mine).after.append(partial(state_of.flush, self.optimizer.state))
         if saved["named"]:
-            portions.rest.after.append(lambda: self.optimizer.state.update(saved["named"]))
+            batches.rest.after.append(lambda: self.optimizer.state.update(saved["named"]))
         if saved["extra"]:  # only its own load_state_dict knows what to do with it
-            portions.rest.after.append(
+            batches.rest.after.append(
                 lambda: self.optimizer.load_state_dict({**self.optimizer.state_dict(), **saved["extra"]})
             )
 
     def _plan(
         self,
-        slot: Slot,
+        entry: OptimizerEntry,
         kinds: Mapping[str, str] | None,
         hyper: Mapping[str, Any],
         metadata: Metadata,
-        portion: Portion,
+        batch: LoadBatch,
     ) -> None:
-        pieces = [piece for _, _, piece in slot.pieces]
+        pieces = [piece for _, _, piece in entry.pieces]
         if kinds is None:
-            portion.after += [partial(self._put, slot, piece, None) for piece in pieces]
+            batch.after += [partial(self._put, entry, piece, None) for piece in pieces]
             return
-        if self._misfits(slot, kinds, metadata):
+        if self._misfits(entry, kinds, metadata):
             return  # with strict=False: keeps the state it has
         new: list[dict[str, Any]] = [{} for _ in pieces]
         for key, kind in kinds.items() if pieces else ():
-            name = f"{self.label}.state.{slot.label}.{key}"
+            name = f"{self.label}.state.{entry.label}.{key}"
             found: Any = metadata.state_dict_metadata.get(name)
             if kind == "none":
                 for state in new:
                     state[key] = None
             elif kind == "sliced":
-                dtype = self._dtype(slot, found.properties.dtype, metadata)
+                dtype = self._dtype(entry, found.properties.dtype, metadata)
                 for state, piece in zip(new, pieces, strict=True):
                     state[key] = self._tensor(piece, key, dtype)
-                if slot.mine is None:
-                    portion.tensors[name] = new[0][key]
+                if entry.mine is None:
+                    batch.tensors[name] = new[0][key]
                 else:
-                    parts = [(a, b, s[key]) for (a, b, _), s in zip(slot.pieces, new, strict=True)]
-                    portion.tensors[name] = Slices(slot.shape, dtype, slot.mine.device, parts)
+                    parts = [(a, b, s[key]) for (a, b, _), s in zip(entry.pieces, new, strict=True)]
+                    batch.tensors[name] = Slices(entry.shape, dtype, entry.mine.device, parts)
             else:
-                portion.tensors[name] = read = torch.empty(found.size, dtype=found.properties.dtype)
+                batch.tensors[name] = read = torch.empty(found.size, dtype=found.properties.dtype)
                 for state, piece in zip(new, pieces, strict=True):
                     state[key] = None  # keeps the order of keys
                     device = _device(key, kind, hyper, piece)
-                    portion.after.append(partial(_fill, state, key, read, kind, device))
-        portion.after += [partial(self._put, slot, piece, state) for piece, state in zip(pieces, new, strict=True)]
+                    batch.after.append(partial(_fill, state, key, read, kind, device))
+        batch.after += [partial(self._put, entry, piece, state) for piece, state in zip(pieces, new, strict=True)]
 
     def _tensor(self, piece: torch.Tensor, key: str, dtype: torch.dtype) -> torch.Tensor:
         """The state tensor that is there in memory, or a new one: loading in place needs no second copy."""
@@ -251,14 +252,14 @@ class OptimizerState:
             return old
         return torch.empty(piece.shape, dtype=dtype, device=piece.device)  # takes memory when it is filled
 
-    def _dtype(self, slot: Slot, saved: torch.dtype, metadata: Metadata) -> torch.dtype:
+    def _dtype(self, entry: OptimizerEntry, saved: torch.dtype, metadata: Metadata) -> torch.dtype:
         """State of the parameter's own dtype follows it; other state (8 bit, or fp32 beside bf16) stays as it is."""
-        param: Any = metadata.state_dict_metadata.get(slot.key)
-        return slot.dtype if param is not None and param.properties.dtype == saved else saved
+        param: Any = metadata.state_dict_metadata.get(entry.key)
+        return entry.dtype if param is not None and param.properties.dtype == saved else saved
 
-    def _put(self, slot: Slot, piece: torch.Tensor, state: dict[str, Any] | None) -> None:
-        if slot.mine is not None:
-            put_state(self.optimizer, slot.mine.bucket, piece, state)
+    def _put(self, entry: OptimizerEntry, piece: torch.Tensor, state: dict[str, Any] | None) -> None:
+        if entry.mine is not None:
+            put_state(self.optimizer, entry.mine.bucket, piece, state)
         elif state is None:
             self.optimizer.state.pop(piece, None)
         else:

@@ -23,6 +23,13 @@ KINDS = {
     "torch": "files of torch.save",
     "deepspeed": "a checkpoint of DeepSpeed",
 }
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""The names of dtypes in safetensors files."""
 _WEIGHTS = ("model", "module", "state_dict", "model_state_dict", "")  # where weights are as a rule
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
@@ -30,7 +37,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """``count`` runs of ``length`` elements of the flattened tensor, the i-th from element ``start + i * step``.
 
     Their bytes stand one behind the other in ``file``.
@@ -58,13 +65,13 @@ class Stored:
     """One tensor in files. Names that share a tensor share the object.
 
     Args:
-        parts: they cover every element once.
+        segments: they cover every element once.
         values: where the format cannot be read in parts: all of it, on the CPU.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: tuple[Part, ...] = ()
+    segments: tuple[Segment, ...] = ()
     values: torch.Tensor | None = None
 
     @property
@@ -80,13 +87,15 @@ class Stored:
         """Whether the parts have every element, and nothing beyond."""
         if self.values is not None:
             return True
-        at, single = 0, all(part.count == 1 for part in self.parts)
-        for part in sorted(self.parts, key=lambda part: part.start):
-            end = part.start + (part.count - 1) * part.step + part.length
-            if min(part.start, part.length, part.count) < 0 or end > self.numel or (single and part.start != at):
+        at, single = 0, all(segment.count == 1 for segment in self.segments)
+        for segment in sorted(self.segments, key=lambda segment: segment.start):
+            end = segment.start + (segment.count - 1) * segment.step + segment.length
+            if min(segment.start, segment.length, segment.count) < 0 or end > self.numel:
+                return False
+            if single and segment.start != at:
                 return False
             at = end
-        return sum(part.length * part.count for part in self.parts) == self.numel
+        return sum(segment.length * segment.count for segment in self.segments) == self.numel
 
 
 @dataclass
@@ -145,9 +154,9 @@ def row_major(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def box_parts(
+def box_segments(
     shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], file: Path, at: int, record: int = 0
-) -> list[Part]:
+) -> list[Segment]:
     """The box of ``sizes`` at ``offsets`` of a tensor of ``shape``, whose own bytes are row-major in a file."""
     if not prod(sizes):
         return []
@@ -159,10 +168,10 @@ def box_parts(
     start = sum(o * s for o, s in zip(offsets, steps, strict=True))
     length = prod(sizes[cut:])
     if not cut:
-        return [Part(file, at, start, length, record=record)]
-    out: list[Part] = []
+        return [Segment(file, at, start, length, record=record)]
+    out: list[Segment] = []
     count, step = sizes[cut - 1], steps[cut - 1]
     for number, index in enumerate(itertools.product(*(range(n) for n in sizes[: cut - 1]))):
         first = start + sum(i * s for i, s in zip(index, steps, strict=False))
-        out.append(Part(file, at, first, length, count, step, number * count * length, record))
+        out.append(Segment(file, at, first, length, count, step, number * count * length, record))
     return out
