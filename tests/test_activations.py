@@ -22,7 +22,7 @@ from shardwise.engine.hooks import engine_of
 from shardwise.errors import OffloadError, StrategyError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
-from shardwise.tiers.saved import SavedOnHost
+from shardwise.tiers.saved_tensors import SavedOnHost
 from shardwise.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 D = 32
@@ -251,7 +251,7 @@ def test_a_tensor_that_is_changed_on_its_way_is_an_error():
         saved._pack(tensor)
         tensor.add_(1)
     with pytest.raises(OffloadError, match="changed in place"):
-        saved.settle()
+        saved.drain()
 
 
 # --- the module -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from shardwise.engine.engine import Engine
 from shardwise.engine.saved_tensors import SavedTensors, SavedView
 from shardwise.errors import StrategyError, UnitError
 from shardwise.strategy import Strategy
-from shardwise.tiers.saved import SavedOnHost
+from shardwise.tiers.saved_tensors import SavedOnHost
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")  # as transformers calls them
 

@@ -30,8 +30,8 @@ from torch import nn
 from torch.autograd import Variable
 
 from shardwise.comm.faults import Tracker
-from shardwise.comm.group import Op
 from shardwise.comm.mesh import Mesh
+from shardwise.comm.stats import Op
 from shardwise.engine.commands import Command
 from shardwise.engine.control import Agreed, Exchange
 from shardwise.engine.forward import Forward

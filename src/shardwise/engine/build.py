@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shardwise.comm import Mesh, World, init
-from shardwise.comm.group import Op
+from shardwise.comm.stats import Op
 from shardwise.comm.world import default_device
 from shardwise.engine import activations, hooks, state_dict
 from shardwise.engine import optimizer as _optimizer  # installs the optimizer hooks

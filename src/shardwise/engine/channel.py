@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from shardwise.comm.group import Group, Op
+from shardwise.comm.group import Group
+from shardwise.comm.stats import Op
 
 # Units count their tags from 8; dataloaders and operations use those below 5.
 _OP = Op("join", "what the ranks with data do next", 5)
@@ -18,7 +19,7 @@ _IN_FLIGHT = 32  # messages that followers have not read yet
 
 
 class Channel:
-    """Ordered messages between ranks of a group.
+    """StreamOrdered messages between ranks of a group.
 
     Cost: 256 bytes per message and receiver, rarely more. Sending does not wait for the receivers.
     """

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from shardwise.comm.group import Group, Op, Transfer
+from shardwise.comm.group import Group, Transfer
+from shardwise.comm.stats import Op
 from shardwise.engine.unit import Unit
 from shardwise.errors import CommError
 

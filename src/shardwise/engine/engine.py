@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwise.comm.group import Op
 from shardwise.comm.mesh import Mesh
-from shardwise.comm.world import World
+from shardwise.comm.process import Process
+from shardwise.comm.stats import Op
 from shardwise.engine.backward import Backward
 from shardwise.engine.binding import Installed, copy_bindings
 from shardwise.engine.commands import Command
@@ -30,7 +30,7 @@ from shardwise.engine.unit import Unit
 from shardwise.errors import GradientError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
-from shardwise.tiers.saved import SavedOnHost
+from shardwise.tiers.saved_tensors import SavedOnHost
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -60,7 +60,7 @@ class Engine:
 
     def __init__(self, module: nn.Module, strategy: Strategy, mesh: Mesh, *, copy: bool = False) -> None:
         self.module, self.strategy, self.mesh = module, strategy, mesh
-        self.world: World = mesh.world
+        self.world: Process = mesh.world
         self.ledger = Ledger()
         self.units: list[Unit] = []
         self.passes = Passes()

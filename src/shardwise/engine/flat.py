@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from shardwise.comm.group import Op
 from shardwise.comm.mesh import Mesh
+from shardwise.comm.stats import Op
 from shardwise.layout import Layout, Piece
 from shardwise.placement import DTYPE_NAMES, Placement, Ranks, Where, place
 from shardwise.strategy import Strategy
 from shardwise.tiers import Buffer, Ledger
-from shardwise.tiers.home import All, Home
-from shardwise.tiers.transfer import Transfer
-from shardwise.tiers.values import Values
+from shardwise.tiers.home import Home
+from shardwise.tiers.offloaded_values import OffloadedValues
+from shardwise.tiers.transfer import Transfer, TransferGroup
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,8 +113,8 @@ class FlatParameters:
                 self.pieces[piece.slot].append(piece)
         self.piece_params = [[self.view(piece) for piece in pieces] for pieces in self.pieces]
         self.piece_starts = [p.offset - self.held.start for pieces in self.pieces for p in pieces]
-        self.values: Values | None = None
-        self.source: Values | None = None
+        self.values: OffloadedValues | None = None
+        self.source: OffloadedValues | None = None
         self._send_home()
         self._arriving: list[Transfer] | None = None  # shards that were staged, on their way into ``flat``
 
@@ -256,9 +256,9 @@ class FlatParameters:
 
     def _at_home(
         self, what: str, tensor: torch.Tensor, disk: bool, state: str, views: Sequence[tuple[int, torch.Tensor]] = ()
-    ) -> Values:
+    ) -> OffloadedValues:
         assert self.home is not None
-        return Values(self.home, f"unit {self.label} {what}", tensor, views, disk=disk, state=state)
+        return OffloadedValues(self.home, f"unit {self.label} {what}", tensor, views, disk=disk, state=state)
 
     def empty(self, numel: int, dtype: torch.dtype, *, on_host: bool) -> torch.Tensor:
         """Uninitialised memory on the device or at home on the host, not counted by the ledger."""
@@ -278,7 +278,7 @@ class FlatParameters:
         """Nobody gathers what was staged: let it go."""
         if self._arriving is not None:
             arriving, self._arriving = self._arriving, None
-            All(arriving).wait()
+            TransferGroup(arriving).wait()
             self.flat.release()
 
     def start_gather(self) -> Transfer:
@@ -286,7 +286,7 @@ class FlatParameters:
         if self.source is not None:
             self.stage()
             assert self._arriving is not None
-            arriving, self._arriving = All(self._arriving), None
+            arriving, self._arriving = TransferGroup(self._arriving), None
             if self.mesh.shard.size == 1:
                 return arriving
             arriving.wait()  # here, not later: all ranks start their collectives in the same order
@@ -340,15 +340,15 @@ class FlatParameters:
         if self.values is None:
             yield self.master
             return
-        opened = not self.values.here
+        opened = not self.values.resident
         self.values.materialise()
         try:
             yield self.master
             if write:
-                All(self.follow_master()).wait()
+                TransferGroup(self.follow_master()).wait()
         finally:
             if opened:
-                self.values.settle()
+                self.values.write_back()
 
     # --- values that the script writes to ------------------------------------------------------------------
     def note(self) -> None:

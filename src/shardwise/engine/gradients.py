@@ -22,11 +22,11 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from shardwise.comm.mesh import Reduction
+from shardwise.comm.reduction import Reduction
 from shardwise.engine.flat import FlatParameters
 from shardwise.errors import GradientError, InternalError
 from shardwise.tiers.aligned import padded
-from shardwise.tiers.home import Loan
+from shardwise.tiers.home import BufferLease
 from shardwise.tiers.link import Copy
 
 
@@ -144,7 +144,7 @@ class Gradients:
         self.reduction: Reduction | None = None
         self._reducing: torch.Tensor | None = None  # the ``raw`` that is being reduced
         self._merge: torch.Tensor | None = None  # what it is reduced to, if that is not its last place
-        self._crossing: tuple[Copy, torch.Tensor, Loan | None] | None = None  # from there to the host
+        self._crossing: tuple[Copy, torch.Tensor, BufferLease | None] | None = None  # from there to the host
         self._adding: list[bool] = []  # per parameter: what crosses is added to what is there
         self._shown: list[torch.Tensor] | None = None  # what ``p.grad`` shows
         self._pieces: list[list[torch.Tensor]] = []
@@ -307,26 +307,26 @@ class Gradients:
         assert home is not None
         straight = not any(adding) and b.dtype == b.master_dtype
         if straight:
-            loan, low = None, self.held()
+            lease, low = None, self.held()
         else:
             self._land()
             while len(home.landing) > 1:  # a buffer is free when the one before the last has landed
                 home.landing.popleft()()
-            loan = home.lend(padded(reduced.numel() * b.dtype.itemsize), "gradients", 2)
-            low = loan.buffer[: reduced.numel() * b.dtype.itemsize].view(b.dtype)
+            lease = home.lease(padded(reduced.numel() * b.dtype.itemsize), "gradients", 2)
+            low = lease.buffer[: reduced.numel() * b.dtype.itemsize].view(b.dtype)
             home.landing.append(self._land)
-        self._crossing = home.link.to_host(reduced, low), low, loan
+        self._crossing = home.link.to_host(reduced, low), low, lease
         self._adding = adding
 
     def _land(self) -> None:
         """What was on its way to the host has arrived."""
         if self._crossing is None:
             return
-        (copy, low, loan), self._crossing = self._crossing, None
+        (copy, low, lease), self._crossing = self._crossing, None
         copy.wait()
-        if loan is not None:
+        if lease is not None:
             self._add(low, self._adding)
-            loan.release()
+            lease.release()
 
     # --- other ends of a backward -------------------------------------------------------------------
     def keep(self) -> None:

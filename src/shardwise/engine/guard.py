@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from shardwise.errors import ReleasedParameterError, UnitError
-from shardwise.tiers.harmless import METADATA, METHODS, asked
+from shardwise.tiers.metadata_access import METADATA_ATTRIBUTES, METADATA_METHODS, accessed
 
-_METADATA = METADATA | {
+_METADATA = METADATA_ATTRIBUTES | {
     "grad_dtype", "name", "retains_grad", "output_nr", "_backward_hooks", "_post_accumulate_grad_hooks",
 }  # fmt: skip
-_METHODS = METHODS | {
+_METHODS = METADATA_METHODS | {
     "stride", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "is_contiguous",
     "storage_offset", "_is_view", "is_distributed", "retain_grad",
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
@@ -53,8 +53,8 @@ class Guard:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name, harmless = asked(func, _METADATA, _METHODS)
-        if not harmless:
+        name, metadata_only = accessed(func, _METADATA, _METHODS)
+        if not metadata_only:
             for param in _find((args, kwargs)):
                 if name == "__repr__":
                     return f"GuardedParameter({param._shardwise_name}, shape={tuple(_plain(param.size))}, released)"

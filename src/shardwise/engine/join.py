@@ -29,14 +29,14 @@ and code behind the loop finds all of them there.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 from shardwise.comm import World
-from shardwise.comm.group import Op
+from shardwise.comm.stats import Op
 from shardwise.engine import follower
 from shardwise.engine.channel import Channel
 from shardwise.engine.commands import Command
@@ -49,8 +49,6 @@ BATCH = 1 << 16
 _ROUND = Op("join", "the question who has data left", 6)  # see channel.py
 _LIVE = Op("collective", "the ranks with data", 7)
 
-Event = Command | str
-"""What followers are told of: a command of the engine's, or an event of the loop's own by name."""
 _ROUND_BEGINS = "round"
 _C = Command
 _USES_GRADS = {_C.BACKWARD, _C.SCALE, _C.NORMS, _C.MULTIPLY, _C.CLAMP, _C.STEP}
@@ -110,8 +108,7 @@ class Join:
         self._pending: tuple[int, bool] | None = None  # a batch that nobody knows of: its depth, is it the last
         self._depth = 0  # inside how many events
         self._last: dict[int, bool] = {}  # per depth of dataloaders: the batch in hand is the last on every rank
-        self._rules: dict[Event, Callable[..., None]] = {**follower.RULES}
-        self._rules.update(loop.rules())
+        self._rules: dict[Any, Callable[..., None]] = {**follower.RULES, **loop.rules()}
         self._channel = Channel(self.group)
         self._groups_sent: dict[int, bytes] = {}  # per optimizer: the settings that followers have
         self._versions: dict[int, int] = {}  # per bucket with whole gradients: what followers have
@@ -235,7 +232,7 @@ class Join:
             self._equal = True
 
     # --- leading -----------------------------------------------------------------------------
-    def event(self, kind: Event, engine: Engine | None = None, *args: Any) -> _Inside:
+    def event(self, kind: Hashable, engine: Engine | None = None, *args: Any) -> _Inside:
         """About to do what needs all ranks: tell those who follow. A context manager around doing it.
 
         Args:
@@ -293,7 +290,7 @@ class Join:
     def _absent(self) -> int:
         return self._followers[0]
 
-    def _tell(self, kind: Event, engine: Engine | None, args: tuple[Any, ...]) -> None:
+    def _tell(self, kind: Hashable, engine: Engine | None, args: tuple[Any, ...]) -> None:
         self._channel.tell((kind, None if engine is None else self._index(engine), args), self._followers)
 
     def _index(self, engine: Engine) -> int:
@@ -422,7 +419,7 @@ class _Inside:
 
     __slots__ = ("join", "kind")
 
-    def __init__(self, join: Join, kind: Event) -> None:
+    def __init__(self, join: Join, kind: Hashable) -> None:
         self.join, self.kind = join, kind
 
     def __enter__(self) -> None:

@@ -28,7 +28,7 @@ from shardwise.engine.offload import Part, part_of
 from shardwise.engine.readers import wait_for_readers
 from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import OptimizerError
-from shardwise.tiers.staged import Staged, fetch
+from shardwise.tiers.swapped_tensor import SwappedTensor, fetch
 
 ELEMENTWISE: set[str] = {
     "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop",
@@ -189,7 +189,7 @@ def _take_out(optimizer: Optimizer, record: _Attachment, state_dict: dict[str, A
         return
     state: dict[Any, dict[str, Any]] = state_dict["state"]
     for key, values in state.items():
-        if any(isinstance(value, Staged) for value in values.values()):
+        if any(isinstance(value, SwappedTensor) for value in values.values()):
             state[key] = {k: fetch(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 

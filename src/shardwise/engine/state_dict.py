@@ -1,6 +1,6 @@
 """``state_dict()`` and ``load_state_dict()`` of a sharded module: whole tensors under the names that torch gives them.
 
-Values come from the master values, so a bf16 run saves fp32. Reading a split model is a collective that
+OffloadedValues come from the master values, so a bf16 run saves fp32. Reading a split model is a collective that
 every rank must join; each rank ends with the whole model, so it is for models that fit one host.
 
 Names are torch's business: wrappers and hooks rename keys as they like. A tensor of the state dict is known by its
@@ -20,7 +20,7 @@ from shardwise.engine.bucket import Bucket
 from shardwise.engine.residency import Pin
 from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import UnitError
-from shardwise.tiers.home import All
+from shardwise.tiers.transfer import TransferGroup
 
 
 def install(unit: Unit) -> None:
@@ -163,8 +163,8 @@ def publish(module: nn.Module) -> None:
 def let_follow(unit: Unit) -> None:
     """Master values that have another home were written to: take the values over, and let them go home."""
     for bucket in unit.buckets:
-        if bucket.values is not None and bucket.values.here:
-            All(bucket.follow_master()).wait()
-            bucket.values.settle()
+        if bucket.values is not None and bucket.values.resident:
+            TransferGroup(bucket.follow_master()).wait()
+            bucket.values.write_back()
 
 
