@@ -20,7 +20,7 @@ FLOORS = [
     ["tiers"],
     ["engine"],
     ["operations", "observe"],
-    ["utils"],
+    ["compat", "utils"],
     ["state"],
     ["data_loader", "checkpoint", "tracking", "logging"],
     ["stepping", "optimizer", "scheduler"],

@@ -13,6 +13,21 @@ from shardwise.lazy import importing
 if TYPE_CHECKING:
     from shardwise.accelerator import Accelerator
     from shardwise.comm import init
+    from shardwise.compat.dataclasses import (
+        AutocastKwargs,
+        DataLoaderConfiguration,
+        DDPCommunicationHookType,
+        DistributedDataParallelKwargs,
+        DistributedType,
+        GradientAccumulationPlugin,
+        GradScalerKwargs,
+        InitProcessGroupKwargs,
+        ProfileKwargs,
+        ProjectConfiguration,
+    )
+    from shardwise.compat.memory import find_executable_batch_size
+    from shardwise.compat.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+    from shardwise.compat.random import set_seed, synchronize_rng_states
     from shardwise.data_loader import skip_first_batches
     from shardwise.engine.build import gathered, no_sync
     from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
@@ -25,43 +40,28 @@ if TYPE_CHECKING:
     from shardwise.observe.stats import Stats, expected, reset_stats, stats
     from shardwise.state import PartialState
     from shardwise.strategy import Strategy
-    from shardwise.utils.dataclasses import (
-        AutocastKwargs,
-        DataLoaderConfiguration,
-        DDPCommunicationHookType,
-        DistributedDataParallelKwargs,
-        DistributedType,
-        GradientAccumulationPlugin,
-        GradScalerKwargs,
-        InitProcessGroupKwargs,
-        ProfileKwargs,
-        ProjectConfiguration,
-    )
-    from shardwise.utils.memory import find_executable_batch_size
-    from shardwise.utils.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-    from shardwise.utils.random import set_seed, synchronize_rng_states
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Accelerator": "accelerator",
-    "AutocastKwargs": "utils.dataclasses",
-    "DDPCommunicationHookType": "utils.dataclasses",
-    "DataLoaderConfiguration": "utils.dataclasses",
-    "DeepSpeedPlugin": "utils.plugins",
+    "AutocastKwargs": "compat.dataclasses",
+    "DDPCommunicationHookType": "compat.dataclasses",
+    "DataLoaderConfiguration": "compat.dataclasses",
+    "DeepSpeedPlugin": "compat.plugins",
     "DistributedDataParallel": "fsdp",
-    "DistributedDataParallelKwargs": "utils.dataclasses",
-    "DistributedType": "utils.dataclasses",
+    "DistributedDataParallelKwargs": "compat.dataclasses",
+    "DistributedType": "compat.dataclasses",
     "FullyShardedDataParallel": "fsdp",
-    "FullyShardedDataParallelPlugin": "utils.plugins",
-    "GradScalerKwargs": "utils.dataclasses",
-    "GradientAccumulationPlugin": "utils.dataclasses",
-    "InitProcessGroupKwargs": "utils.dataclasses",
+    "FullyShardedDataParallelPlugin": "compat.plugins",
+    "GradScalerKwargs": "compat.dataclasses",
+    "GradientAccumulationPlugin": "compat.dataclasses",
+    "InitProcessGroupKwargs": "compat.dataclasses",
     "LocalSGD": "local_sgd",
     "MemoryMeter": "observe.memory",
     "PartialState": "state",
-    "ProfileKwargs": "utils.dataclasses",
-    "ProjectConfiguration": "utils.dataclasses",
+    "ProfileKwargs": "compat.dataclasses",
+    "ProjectConfiguration": "compat.dataclasses",
     "ShardwiseError": "errors",
     "Stats": "observe.stats",
     "Strategy": "strategy",
@@ -70,7 +70,7 @@ _HOME = {
     "clip_grad_value_": "engine.clip",
     "debug_launcher": "launchers",
     "expected": "observe.stats",
-    "find_executable_batch_size": "utils.memory",
+    "find_executable_batch_size": "compat.memory",
     "fully_shard": "fsdp",
     "gathered": "engine.build",
     "init": "comm",
@@ -79,10 +79,10 @@ _HOME = {
     "no_sync": "engine.build",
     "notebook_launcher": "launchers",
     "reset_stats": "observe.stats",
-    "set_seed": "utils.random",
+    "set_seed": "compat.random",
     "skip_first_batches": "data_loader",
     "stats": "observe.stats",
-    "synchronize_rng_states": "utils.random",
+    "synchronize_rng_states": "compat.random",
 }
 __all__ = [*_HOME]
 

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from shardwise import operations
 from shardwise.comm import World, init
 from shardwise.comm.world import default_device
+from shardwise.compat.dataclasses import DistributedType, InitProcessGroupKwargs
 from shardwise.environment import CPU
 from shardwise.errors import DataError, StrategyError
 from shardwise.strategy import Strategy
-from shardwise.utils.dataclasses import DistributedType, InitProcessGroupKwargs
 
 if TYPE_CHECKING:
     from shardwise.stepping import Steps

@@ -251,7 +251,7 @@ class PreparedLoader(DataLoader[Any]):
         """The random states that the user wants to be equal: orders are equal without it."""
         kinds = [kind for kind in self.rng_types or () if getattr(kind, "value", kind) != "generator"]
         if kinds:
-            from shardwise.utils.random import synchronize_rng_states
+            from shardwise.compat.random import synchronize_rng_states
 
             synchronize_rng_states(kinds)
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from shardwise import environment
+from shardwise.compat.environment import patch_environment
 from shardwise.errors import LaunchError
 from shardwise.launchers.processes import Job, run
 from shardwise.strategy import Strategy
-from shardwise.utils.environment import patch_environment
 
 _PORT = 29500  # of several hosts that were told none; one host takes a free one
 

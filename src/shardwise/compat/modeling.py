@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardwise.compat.imports import is_peft_available
+from shardwise.compat.other import extract_model_from_parallel
 from shardwise.engine.activations import recompute
 from shardwise.engine.select import UnitRule, select_units
 from shardwise.errors import ConfigError
-from shardwise.utils.imports import is_peft_available
-from shardwise.utils.other import extract_model_from_parallel
 
 _UNITS = {
     "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,

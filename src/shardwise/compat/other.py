@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from shardwise import operations
+from shardwise.compat.environment import current_local_rank, current_rank
 from shardwise.errors import TensorError
-from shardwise.utils.environment import current_local_rank, current_rank
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from shardwise import operations
+from shardwise.compat.dataclasses import TensorInformation
+from shardwise.compat.enums import DistributedType
 from shardwise.errors import CommError, ConfigError, TensorError
 from shardwise.operations import broadcast, broadcast_object_list, gather, pad_across_processes
-from shardwise.utils.dataclasses import TensorInformation
-from shardwise.utils.enums import DistributedType
 
 DistributedOperationException = CommError
 """What Accelerate calls the error of ranks that bring different shapes."""

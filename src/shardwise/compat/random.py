@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from shardwise import operations
+from shardwise.compat.enums import RNGType
+from shardwise.compat.environment import current_rank
 from shardwise.errors import ConfigError
-from shardwise.utils.enums import RNGType
-from shardwise.utils.environment import current_rank
 
 
 def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:
