@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     )
     from shardwise.compat.memory import find_executable_batch_size
     from shardwise.compat.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-    from shardwise.compat.random import set_seed, synchronize_rng_states
     from shardwise.data_loader import skip_first_batches
     from shardwise.engine.build import gathered, no_sync
     from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from shardwise.local_sgd import LocalSGD
     from shardwise.observe.memory import MemoryMeter, memory_meter
     from shardwise.observe.stats import Stats, expected, reset_stats, stats
+    from shardwise.rng import set_seed, synchronize_rng_states
     from shardwise.state import PartialState
     from shardwise.strategy import Strategy
 
@@ -79,10 +79,10 @@ _HOME = {
     "no_sync": "engine.build",
     "notebook_launcher": "launchers",
     "reset_stats": "observe.stats",
-    "set_seed": "compat.random",
+    "set_seed": "rng",
     "skip_first_batches": "data_loader",
     "stats": "observe.stats",
-    "synchronize_rng_states": "compat.random",
+    "synchronize_rng_states": "rng",
 }
 __all__ = [*_HOME]
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from shardwise.accelerator.base import HALVES, Base
 from shardwise.compat.memory import release_memory
-from shardwise.compat.other import extract_model_from_parallel
+from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_first_batches
 from shardwise.engine.build import engine_of, shard
 from shardwise.engine.deferred import Deferred, has_meta

@@ -18,7 +18,7 @@ from shardwise import checkpoint, operations
 from shardwise.accelerator.base import Base
 from shardwise.checkpoint.checking import newest
 from shardwise.comm import World
-from shardwise.compat.other import save as save_object
+from shardwise.compat.object_files import save as save_object
 from shardwise.engine.build import engine_of
 from shardwise.errors import CheckpointError
 

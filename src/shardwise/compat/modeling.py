@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.compat.imports import is_peft_available
-from shardwise.compat.other import extract_model_from_parallel
+from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.engine.activations import recompute
 from shardwise.engine.select import UnitRule, select_units
 from shardwise.errors import ConfigError

@@ -22,6 +22,7 @@ from shardwise.data_loader.iterable import Counted, IterableDatasetShard
 from shardwise.data_loader.rows import rows_of
 from shardwise.data_loader.sampling import BatchSamplerShard, Tail, tail_of
 from shardwise.errors import DataError
+from shardwise.rng import synchronize_rng_states
 
 
 class Watcher(Protocol):
@@ -251,8 +252,6 @@ class PreparedLoader(DataLoader[Any]):
         """The random states that the user wants to be equal: orders are equal without it."""
         kinds = [kind for kind in self.rng_types or () if getattr(kind, "value", kind) != "generator"]
         if kinds:
-            from shardwise.compat.random import synchronize_rng_states
-
             synchronize_rng_states(kinds)
 
     def _rounds(self, start: int, snapshot: Any) -> Generator[tuple[Any, Tail | None], None, None]:
