@@ -86,13 +86,22 @@ def test_layout_and_strategy_know_no_torch():
 
 
 @pytest.mark.parametrize("package", [shardwise, checkpoint])
-def test_both_lists_of_public_names_agree(package):
-    """The lazy table of a package, and the imports that type checkers and editors read."""
+def test_the_lists_of_public_names_agree(package):
+    """The lazy table of a package, the imports that type checkers and editors read, and ``__all__``."""
     tree = ast.parse(Path(package.__file__).read_text())
     block = next(n for n in tree.body if isinstance(n, ast.If))
     imported = {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
-    assert imported == {name: f"{package.__name__}.{home}" for name, home in package._HOME.items()}
+    modules = dict.fromkeys(getattr(package, "_MODULES", ()), package.__name__)
+    assert imported == {name: f"{package.__name__}.{home}" for name, home in package._HOME.items()} | modules
+    spelled = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+    assert sorted(ast.literal_eval(spelled)) == sorted(imported)  # mypy --strict takes nothing but a literal
     for name in package.__all__:
         assert getattr(package, name) is not None
     modules = {path.stem for path in Path(package.__file__).parent.iterdir()}
     assert not modules & set(package._HOME), "importing that module would put it in the place of the name"
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "py.typed").exists()
+    stubs = {path.stem for path in (ROOT / "utils").glob("*.pyi")}
+    assert stubs == {path.stem for path in (ROOT / "compat").glob("*.py")} - {"__init__"}

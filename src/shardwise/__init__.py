@@ -3,7 +3,7 @@
 Names are imported when they are first used: the command line's ``--help`` does not wait for torch.
 """
 
-# ruff: noqa: F401  (the first list is for type checkers and editors, the second for Python; a test compares them)
+# The first list is for type checkers and editors, the second for Python; a test compares them.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from shardwise.lazy import importing
 
 if TYPE_CHECKING:
+    from shardwise import checkpoint, errors
     from shardwise.accelerator import Accelerator
     from shardwise.comm import init
     from shardwise.compat.dataclasses import (
@@ -84,11 +85,54 @@ _HOME = {
     "stats": "observe.stats",
     "synchronize_rng_states": "rng",
 }
-__all__ = [*_HOME]
+_MODULES = ("checkpoint", "errors")
+# Spelled out: type checkers take nothing else for the list of what is public.
+__all__ = [
+    "Accelerator",
+    "AutocastKwargs",
+    "DDPCommunicationHookType",
+    "DataLoaderConfiguration",
+    "DeepSpeedPlugin",
+    "DistributedDataParallel",
+    "DistributedDataParallelKwargs",
+    "DistributedType",
+    "FullyShardedDataParallel",
+    "FullyShardedDataParallelPlugin",
+    "GradScalerKwargs",
+    "GradientAccumulationPlugin",
+    "InitProcessGroupKwargs",
+    "LocalSGD",
+    "MemoryMeter",
+    "PartialState",
+    "ProfileKwargs",
+    "ProjectConfiguration",
+    "ShardwiseError",
+    "Stats",
+    "Strategy",
+    "attach",
+    "checkpoint",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "debug_launcher",
+    "errors",
+    "expected",
+    "find_executable_batch_size",
+    "fully_shard",
+    "gathered",
+    "init",
+    "memory_meter",
+    "no_sync",
+    "notebook_launcher",
+    "optimizer_state",
+    "reset_stats",
+    "set_seed",
+    "skip_first_batches",
+    "stats",
+    "synchronize_rng_states",
+]
 
-
-__getattr__ = importing(__name__, _HOME)
+__getattr__ = importing(__name__, _HOME, _MODULES)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *__all__})

@@ -348,10 +348,19 @@ def _put(tree: Any, results: list[tuple[int, Any]]) -> Any:
     return with_leaves(tree, [result for _, result in sorted(results, key=lambda pair: pair[0])])
 
 
+def same_call(call: str) -> None:
+    """Raise on every rank if another one makes another call of this module now. A collective of 8 bytes.
+
+    Raises:
+        CommError: it does.
+    """
+    _agree(call, {})
+
+
 def _agree(call: str, facts: dict[str, str]) -> None:
     """Raise on every rank if they are not equal on all of them.
 
-    Cost: a collective of half a KiB at the most; where the ranks differ, another one of what they brought.
+    Cost: a collective of 8 bytes; where the ranks differ, another one of what they brought.
     """
     world = joined()
     if world.size == 1:
@@ -368,7 +377,8 @@ def _agree(call: str, facts: dict[str, str]) -> None:
         what = f"rank {rank} calls {other_call} while rank {first} calls {first_call}"
         fix = "make the same calls in the same order on every rank"
     else:
-        what = f"rank {rank} brought other tensors than rank {first}: " + "; ".join(
+        other = "other shapes or dtypes" if other_facts.keys() == first_facts.keys() else "another nest"
+        what = f"rank {rank} brought {other} than rank {first}: " + "; ".join(
             _difference(name, rank, other_facts.get(name), first, first_facts.get(name))
             for name in sorted(first_facts.keys() | other_facts.keys())
             if first_facts.get(name) != other_facts.get(name)

@@ -101,14 +101,19 @@ def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     return map_leaves(tree, change, is_tensor)
 
 
-def join(trees: Sequence[Any], combine: Callable[[list[Any]], Any]) -> Any:
-    """Nests of one form as one: ``combine`` gets the leaves that stand in one place. Mappings are matched by key.
+def join(
+    trees: Sequence[Any], combine: Callable[[list[Any]], Any], whole: Callable[[Sequence[Any]], bool] | None = None
+) -> Any:
+    """Nests of one form as one: ``combine`` gets what stands in one place. Mappings are matched by key.
+
+    Args:
+        whole: may say of containers in one place that they are combined as they are; by default only leaves are.
 
     Raises:
         TensorError: the nests have different forms.
     """
     first = trees[0]
-    if children(first) is None:
+    if children(first) is None or (whole is not None and whole(trees)):
         return combine(list(trees))
     rows = []
     for tree in trees:
@@ -120,7 +125,7 @@ def join(trees: Sequence[Any], combine: Callable[[list[Any]], Any]) -> Any:
                 fix="bring the same containers, of the same lengths and keys",
             )
         rows.append(row)
-    return rebuilt(first, [join(column, combine) for column in zip(*rows, strict=True)])
+    return rebuilt(first, [join(column, combine, whole) for column in zip(*rows, strict=True)])
 
 
 def _in_order_of(first: Any, tree: Any) -> list[Any] | None:
