@@ -462,8 +462,9 @@ def variable(samples, even):
         assert torch.equal(batch["point"].x, ids * 2) and batch["point"].y[0].dtype == torch.bfloat16
         assert type(batch["record"]) is Record and type(batch["own"]) is Holder
         assert batch["number"] == 4 and batch["empty"].shape == (0, 3) and batch["yes"].dtype == torch.bool
-        if len(ids) == len(batch["record"].ids):
-            assert torch.equal(batch["record"].ids, ids + 1) and torch.equal(batch["own"].ids, ids)
+        assert torch.equal(batch["record"].ids, ids + 1)
+        if len(ids) == len(batch["own"].ids):  # what rank 0 filled up; it does not look into classes of one's own
+            assert torch.equal(batch["own"].ids, ids)
         seen += gather_for_metrics(ids, loader.tail()).tolist()
         sent += 1
     return seen, sent, World.current().stats.of("dispatch").bytes_sent - before
