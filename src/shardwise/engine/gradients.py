@@ -138,6 +138,8 @@ class Gradients:
         self.bucket, self._handle = bucket, handle
         plan = bucket.placement
         self.split, self.on_host, self.shows_handles = plan.grads_split, plan.grads_on_host, plan.shows_handles
+        # Alone, nothing is to be reduced: gradients add up in their last place, whatever is there already.
+        self._alone = bucket.mesh.parts == 1 and not self.split and bucket.reduce_dtype == bucket.master_dtype
         self.states = GradStates(len(bucket.params), bucket.label)
         self.reduced: torch.Tensor | None = None
         self.raw: torch.Tensor | None = None
@@ -163,7 +165,8 @@ class Gradients:
             else:
                 self.reduced = b.ledger.empty(n, b.master_dtype, b.device, "gradients").zero_()
             origin = b.held.start if self.split else 0
-            self._shown = None  # handles of what was spent
+            if not self.shows_handles:
+                self._shown = None  # handles of what was spent
             self._pieces = [[b.view(p, self.reduced, origin) for p in ps] for ps in b.pieces]
         return self.reduced
 
@@ -210,7 +213,7 @@ class Gradients:
         """The flat buffer gradients arrive in: the whole gradient itself where that is kept and empty."""
         b = self.bucket
         in_place = not self.split and b.reduce_dtype == b.master_dtype
-        if in_place and self.reduction is None and not self.states.any_reduced:
+        if in_place and self.reduction is None and (self._alone or not self.states.any_reduced):
             return self.open()
         return b.ledger.empty(b.layout.numel, b.reduce_dtype, b.device, "gather_buffers")
 
@@ -225,12 +228,17 @@ class Gradients:
         slot, share = self.bucket.layout.slots[index], self.bucket.share
         place = self.raw[slot.offset : slot.stop].view(slot.shape)
         # The mean is taken here, in the pass that copies anyway, so that a reduce is a plain sum.
-        if not self.states.arrive(index):
+        more = self._in_place(index)
+        if not self.states.arrive(index) or more:
             place.add_(grad, alpha=share)
         elif grad.dtype == place.dtype:
             torch.mul(grad, share, out=place)
         else:
             place.copy_(grad).mul_(share)
+
+    def _in_place(self, index: int) -> bool:
+        """Is what arrives added to what is reduced already?"""
+        return self.raw is self.reduced and self.states.is_reduced(index)
 
     def launch_reduce(self) -> None:
         """Start reducing what arrived; parameters without a gradient on this rank count as zeros."""
@@ -239,7 +247,7 @@ class Gradients:
         raw = self.raw if self.raw is not None else self._open_raw()
         self.raw, self._reducing = None, raw
         for i, slot in enumerate(b.layout.slots):
-            if not self.states.waits(i):
+            if not self.states.waits(i) and not (raw is self.reduced and self.states.is_reduced(i)):
                 raw[slot.offset : slot.stop].zero_()
         self.states.taken()
         if raw is self.reduced:
@@ -337,7 +345,7 @@ class Gradients:
         for i, slot in enumerate(self.bucket.layout.slots):
             mine = slice(slot.offset, slot.stop)
             if raw is grad:
-                if not self.states.waits(i):
+                if not self.states.waits(i) and not self.states.is_reduced(i):
                     grad[mine].zero_()
             elif self.states.waits(i):
                 grad[mine].add_(raw[mine]) if self.states.is_reduced(i) else grad[mine].copy_(raw[mine])
