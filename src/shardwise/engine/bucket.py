@@ -29,6 +29,7 @@ from torch import nn
 from shardwise.comm.group import Op
 from shardwise.comm.mesh import Mesh
 from shardwise.engine.gradients import Gradients
+from shardwise.engine.sharded_grad import ShardedGrad
 from shardwise.layout import Layout, Piece
 from shardwise.strategy import Strategy
 from shardwise.tiers import Buffer, Ledger
@@ -124,7 +125,7 @@ class Bucket:
         self._arriving: list[Transfer] | None = None
         grads_on_host = grads_home == "cpu"
         split_grads = (strategy.split_grads and mesh.shard.size > 1) or grads_on_host
-        self.grads = Gradients(self, split=split_grads, on_host=grads_on_host)
+        self.grads = Gradients(self, split=split_grads, on_host=grads_on_host, handle=ShardedGrad)
         self.grads_cross = self.on_host != grads_on_host  # to be where the update is
 
     def _at_home(

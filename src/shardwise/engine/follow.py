@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from shardwise.engine import clip, grads
+from shardwise.engine import clip, norms, sharded_grad
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.gradmask import mask, take_mask
 from shardwise.engine.schedule import Engine, Sequence_
@@ -122,12 +122,12 @@ def _grads(join: Join, engine: Engine, place: int) -> None:
 
 
 def _norms(join: Join, engine: None, places: Any, norm_type: float) -> None:
-    clip.shard_norms(clip._settled(join.params(places)), norm_type)
+    norms.per_shard(*clip.settled(join.params(places)), norm_type)
 
 
 def _multiply(join: Join, engine: None, places: Any, factor: torch.Tensor) -> None:
-    if pieces := [g for _, _, held in clip._settled(join.params(places)) for g in held]:
-        clip.multiply_(pieces, factor)
+    spreads, plain = clip.settled(join.params(places))
+    clip.multiply_(clip.pieces_of(spreads, plain), factor)
 
 
 def _clamp(join: Join, engine: None, places: Any, bound: float) -> None:
@@ -138,7 +138,7 @@ def _operation(join: Join, engine: None, name: str, many: bool, places: Any, arg
     handles = [p.grad for p in join.params(places)]
     device = handles[0].device
     args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
-    grads.BY_NAME[name](handles if many else handles[0], *args, **kwargs)
+    sharded_grad.BY_NAME[name](handles if many else handles[0], *args, **kwargs)
 
 
 def _values(join: Join, engine: Engine, unit: int, bucket: int, kind: str) -> None:

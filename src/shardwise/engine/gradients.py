@@ -7,13 +7,12 @@ host, the buffer lives until the reduce has ended.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
 from shardwise.comm.mesh import Reduction
-from shardwise.engine.grads import ShardedGrad
 from shardwise.errors import GradientError
 from shardwise.tiers.aligned import padded
 from shardwise.tiers.home import Loan
@@ -30,6 +29,7 @@ class Gradients:
         bucket: whose; its layout and place are settled.
         split: each rank keeps those of its held shards only.
         on_host: reduced gradients are kept in host memory, and cross to it in the compute dtype.
+        handle: the class of what ``p.grad`` shows where that is not a plain tensor; made of these and an index.
 
     Attributes:
         reduced: the reduced gradients, flat: of the held shards where they are split, else of all. Made when needed.
@@ -41,9 +41,9 @@ class Gradients:
         spent: was it used up by an update in the backward, and not zeroed since?
     """
 
-    def __init__(self, bucket: Bucket, *, split: bool, on_host: bool) -> None:
-        self.bucket, self.split, self.on_host = bucket, split, on_host
-        # Does ``p.grad`` show a ShardedGrad? Also where an update may still need what it shows.
+    def __init__(self, bucket: Bucket, *, split: bool, on_host: bool, handle: type[Any]) -> None:
+        self.bucket, self.split, self.on_host, self._handle = bucket, split, on_host, handle
+        # Does ``p.grad`` show a handle? Also where an update may still need what it shows.
         self.sharded = bucket.split_optimizer or on_host or bucket.home is not None
         n = len(bucket.params)
         self.valid, self.arrived, self.seen = [False] * n, [False] * n, [False] * n
@@ -282,11 +282,11 @@ class Gradients:
     def show(self, index: int, param: nn.Parameter) -> None:
         """Put the gradient's public face into ``p.grad``."""
         if self.spent[index]:
-            param.grad = ShardedGrad(self.bucket, index)
+            param.grad = self._handle(self, index)
             return
         if self._handles is None:
             if self.sharded:
-                self._handles = [ShardedGrad(self.bucket, i) for i in range(len(self.bucket.params))]
+                self._handles = [self._handle(self, i) for i in range(len(self.bucket.params))]
             else:
                 grad = self.open()
                 self._handles = [grad[s.offset : s.stop].view(s.shape) for s in self.bucket.layout.slots]
@@ -305,7 +305,7 @@ class Gradients:
     def for_step(self, index: int) -> list[torch.Tensor] | None:
         """What the optimizer sees for each held piece of a parameter; ``None`` if it has no gradient."""
         grad = self.bucket.params[index].grad
-        if grad is None or (self.spent[index] and isinstance(grad, ShardedGrad)):
+        if grad is None or (self.spent[index] and isinstance(grad, self._handle)):
             return None
         self.require_reduced(index)
         if not self.is_shown(index, grad):
