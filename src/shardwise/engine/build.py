@@ -17,7 +17,7 @@ from shardwise.comm.group import Op
 from shardwise.comm.world import default_device
 from shardwise.engine import activations, state_dict
 from shardwise.engine import optimizer as _optimizer  # installs the optimizer hooks
-from shardwise.engine.deferred import Deferred, InitFn, bottom_up, has_meta
+from shardwise.engine.deferred import Deferred, InitFn, has_meta
 from shardwise.engine.in_backward import InBackward
 from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
@@ -84,13 +84,8 @@ def shard(
     deferred = Deferred(module, device, param_init_fn) if has_meta(module) else None
     wanted = [name for name in owners if of_unit[name]]
     if deferred is not None:  # a unit is sharded, and its memory freed, as soon as it has values
-        holders = {name: _holders(module, of_unit[name]) for name in wanted if name}
-        for child in bottom_up(module):
-            deferred.materialise(child)
-            for name in [name for name, modules in holders.items() if id(child) in modules]:
-                holders[name].discard(id(child))
-                if not holders[name]:
-                    make(name)
+        for name in deferred.ready({name: _holders(module, of_unit[name]) for name in wanted if name}):
+            make(name)
     for name in [*(n for n in wanted if n), ""]:
         if name not in made:
             make(name)
@@ -230,9 +225,9 @@ def _device(params: Sequence[tuple[str, nn.Parameter]]) -> torch.device:
     return World._current.device if World._current is not None else default_device()
 
 
-def _holders(root: nn.Module, params: Sequence[tuple[nn.Parameter, list[str]]]) -> set[int]:
-    """The modules (by ``id``) that hold any of these parameters themselves."""
-    return {id(root.get_submodule(name.rpartition(".")[0])) for _, names in params for name in names}
+def _holders(root: nn.Module, params: Sequence[tuple[nn.Parameter, list[str]]]) -> list[nn.Module]:
+    """The modules that hold any of these parameters themselves."""
+    return list({root.get_submodule(name.rpartition(".")[0]) for _, names in params for name in names})
 
 
 def _is_dtensor(p: nn.Parameter) -> bool:

@@ -31,9 +31,7 @@ def spread_of(gradients: Gradients, index: int) -> Spread:
     bucket = gradients.bucket
     gradients.require_reduced(index)
     pieces = gradients.pieces(index)
-    return Spread(
-        bucket.mesh, bucket.op("norm"), bucket.master_dtype, bucket.device, bucket.held_shards(index), pieces
-    )
+    return Spread(bucket.mesh, bucket.op("norm"), bucket.master_dtype, bucket.device, bucket.held_shards(index), pieces)
 
 
 class ShardedGrad(torch.Tensor):
