@@ -19,6 +19,7 @@ from shardwise.engine import activations, state_dict
 from shardwise.engine import optimizer as _optimizer  # installs the optimizer hooks
 from shardwise.engine.deferred import Deferred, InitFn, has_meta
 from shardwise.engine.in_backward import InBackward
+from shardwise.engine.overlaps import refuse_overlaps
 from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit
@@ -46,6 +47,7 @@ def shard(
         raise UnitError(f"{type(module).__name__} is sharded already", fix="call fully_shard once per module")
     params = list(module.named_parameters(remove_duplicate=False))
     _check(module, params)
+    refuse_overlaps(params)
     activations.check(module, chosen)
     device = _device(params)
     world = init(device, timeout=chosen.timeout)
