@@ -31,7 +31,7 @@ from torch import nn
 
 from ranks import run
 from report import RESULTS, head, paired, quartiles, save, told
-from shardwise.checkpoint.crc import crc32
+from shardwise.checkpoint.storage_writer import crc32
 from shardwise.tiers.aligned import aligned_empty
 from shardwise.tiers.mounts import file_system
 

@@ -18,11 +18,11 @@ import shardwise
 from models import PRESETS, Block, adamw, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
 from shardwise.engine import activations
-from shardwise.engine.build import engine_of
+from shardwise.engine.hooks import engine_of
 from shardwise.errors import OffloadError, StrategyError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
-from shardwise.tiers.saved import SavedOnHost
+from shardwise.tiers.saved_tensors import SavedOnHost
 from shardwise.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 D = 32
@@ -178,7 +178,7 @@ def copies_of_views() -> None:
         # As often as there are distinct storages: x is saved by a norm and by a sum, and crosses once.
         assert len(crossed) <= 3 * 7 + 6
         for unit in engine.units[:1] if preset == "zero3" else ():
-            assert not unit.gathered  # nothing that was saved keeps its values here
+            assert not unit.here  # nothing that was saved keeps its values here
         loss.backward()
         stats = shardwise.stats(model)
         assert stats.to_host == sum(n for _, n in crossed) and stats.to_device <= stats.to_host
@@ -251,7 +251,7 @@ def test_a_tensor_that_is_changed_on_its_way_is_an_error():
         saved._pack(tensor)
         tensor.add_(1)
     with pytest.raises(OffloadError, match="changed in place"):
-        saved.settle()
+        saved.drain()
 
 
 # --- the module -----------------------------------------------------------------------------------------

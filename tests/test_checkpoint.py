@@ -25,8 +25,8 @@ import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, step, whole, world
 from ranks import run
 from shardwise import checkpoint
-from shardwise.checkpoint.payload import around, known
-from shardwise.checkpoint.slices import boxes
+from shardwise.checkpoint.model_state import boxes
+from shardwise.checkpoint.torch_format import archivable, archive_around
 from shardwise.errors import CheckpointError
 
 
@@ -327,16 +327,16 @@ def test_boxes_are_the_range(shape, data):
 def test_an_archive_made_by_hand_is_torchs(dtype):
     for shape in ((), (0, 4), (3,), (5, 7, 2), (1, 1)):
         tensor = (torch.randn(shape) * 10).to(dtype)
-        before, after = around(dtype, shape)
+        before, after = archive_around(dtype, shape)
         data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         again = torch.load(io.BytesIO(before + data + after), weights_only=True)
         assert torch.equal(again, tensor) and again.dtype == dtype and again.stride() == tensor.stride()
-    assert not known(torch.complex64)
+    assert not archivable(torch.complex64)
 
 
 def test_an_archive_of_more_than_four_gigabytes(tmp_path):
     n = 5 << 30
-    before, after = around(torch.uint8, (n,))
+    before, after = archive_around(torch.uint8, (n,))
     with open(tmp_path / "large.pt", "wb") as file:  # nearly all of it a hole
         file.write(before)
         file.seek(len(before) + n - 3)

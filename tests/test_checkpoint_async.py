@@ -21,7 +21,7 @@ from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, step
 from processes import longest_file
 from ranks import run
 from shardwise import Accelerator, checkpoint
-from shardwise.checkpoint.blocks import BlockFile
+from shardwise.checkpoint.storage_writer import BlockFile
 from shardwise.errors import CheckpointError
 from shardwise.utils import ProjectConfiguration
 from test_offload import separate_memory

@@ -9,7 +9,7 @@ from torch import nn
 import shardwise
 from ranks import run
 from shardwise import checkpoint
-from shardwise.checkpoint.files import BLOCK
+from shardwise.checkpoint.manifest import BLOCK
 from test_load_model import Deep, peak_of
 
 MIB = 1 << 20

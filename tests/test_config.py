@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from shardwise import ShardwiseError, cli
-from shardwise.cli import settings as files
+from shardwise.cli import settings_file as files
 from shardwise.cli.settings import Settings
 from test_launch import ECHO, SRC, command, refused, said, script
 
@@ -435,14 +435,19 @@ def test_a_deepspeed_json_beside_the_file_is_read(tmp_path: Path) -> None:
     assert found.settings == Settings(nproc=2, strategy=strategy, mixed_precision="bf16", gradient_accumulation_steps=2)
     assert [note for note in found.notes if "'optimizer' of ds.json" in note]
     assert {
-        "ds.json: overlap_comm",
+        "ds.json: zero_optimization.overlap_comm",
         "ds.json: activation_checkpointing.profile",
         "ds.json: train_batch_size",
     } <= found.dropped.keys()
     (tmp_path / "conf" / "ds.json").write_text("{")
-    with pytest.raises(ShardwiseError, match="not valid JSON"):
+    with pytest.raises(ShardwiseError, match="is not JSON"):
         files.read(tmp_path / "conf" / "a.yaml")
-    ds["zero_optimization"] = {"stage": 3, "zero_quantized_weights": True}
+    for zero, what in (({"zero_quantized_weights": True}, "quantized"), ({"stege": 3}, "stege.*\n.*stage")):
+        ds["zero_optimization"] = zero
+        (tmp_path / "conf" / "ds.json").write_text(json.dumps(ds))
+        with pytest.raises(ShardwiseError, match=what):  # as the Accelerate door answers
+            files.read(tmp_path / "conf" / "a.yaml")
+    ds |= {"zero_optimization": {"stage": 3, "mics_shard_size": 2}, "communication_data_type": "fp16"}
     (tmp_path / "conf" / "ds.json").write_text(json.dumps(ds))
-    with pytest.raises(ShardwiseError, match="quantized"):
-        files.read(tmp_path / "conf" / "a.yaml")
+    wanted = files.read(tmp_path / "conf" / "a.yaml").settings.strategy
+    assert wanted == "hsdp,shard_size=2,reduce_dtype=fp16,activation_offload=cpu"

@@ -11,7 +11,7 @@ from torch import nn
 import shardwise
 from models import adamw, assert_close, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
-from shardwise.engine.build import engine_of
+from shardwise.engine.hooks import engine_of
 from shardwise.errors import StrategyError
 
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import shardwise
 from models import PRESETS, adamw, assert_close, assert_same, batch, loss_of, make, rank, whole, world
 from ranks import run
-from shardwise.engine.build import engine_of
-from shardwise.engine.schedule import Engine
+from shardwise.engine.engine import Engine
+from shardwise.engine.hooks import engine_of
 from shardwise.errors import GradientError, OptimizerError, ReleasedParameterError, UnitError
 
 D = 8

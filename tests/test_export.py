@@ -18,9 +18,9 @@ import shardwise
 from models import adamw, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
 from shardwise import checkpoint
-from shardwise.checkpoint import progress
-from shardwise.checkpoint.converting import check
-from shardwise.checkpoint.files import BLOCK
+from shardwise.checkpoint import coordination
+from shardwise.checkpoint.conversion import check
+from shardwise.checkpoint.manifest import BLOCK
 from test_load_model import Deep, failure, peak_of
 
 
@@ -260,7 +260,7 @@ def test_a_bar_on_a_terminal_only(folders, tmp_path, monkeypatch, capfd):
         with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patched:
             patched.setattr(sys, "stderr", terminal)
             patched.setenv("TERM", "xterm")
-            patched.setattr(progress, "_MOMENT_S", 0.0)
+            patched.setattr(coordination, "_MOMENT_S", 0.0)
             call()
             terminal.flush()
             shown = os.read(ours, 1 << 16).decode()

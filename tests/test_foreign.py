@@ -27,8 +27,8 @@ import shardwise
 from models import Block, adamw, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
 from shardwise import checkpoint
-from shardwise.checkpoint.reading import Reader
-from shardwise.checkpoint.sources import open_source
+from shardwise.checkpoint.formats import open_source
+from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.errors import CheckpointError
 from test_load_model import failure
 
@@ -130,9 +130,9 @@ def test_tensors_that_are_cut_in_any_way(tmp_path):
     state = run(4, other_shards, tmp_path / "dcp")[0]
     source = open_source(tmp_path / "dcp")
     found = source.sections[source.section()]
-    with Reader() as reader:
+    with StorageReader() as reader:
         for name, value in state.items():
-            assert any(part.count > 1 for part in found[name].parts)
+            assert any(part.count > 1 for part in found[name].segments)
             assert torch.equal(reader.values(found[name]).view(value.shape), value), name
             half = value.numel() // 3
             assert torch.equal(reader.values(found[name], half, 2 * half + 1), value.reshape(-1)[half : 2 * half + 1])
@@ -431,7 +431,7 @@ def test_damaged_bytes_raise_and_do_nothing_else(tmp_path):
             file.write_bytes(data)
             try:
                 source = open_source(file if file.parent == tmp_path else file.parent)
-                with Reader() as reader:
+                with StorageReader() as reader:
                     for stored in source.everything().values():
                         reader.values(stored)
             except CheckpointError:

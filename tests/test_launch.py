@@ -154,7 +154,7 @@ sys.exit(3 if (attempt, rank) == (1, 0) else 0)
 def test_a_lost_rank_and_its_device_are_left_out_and_one_that_raised_is_not(tmp_path: Path) -> None:
     import json
 
-    from shardwise.cli.launch import cores
+    from shardwise.cli.host import cores
 
     code, _, err = command(
         "launch", "-n", 3, "--min-nproc", 1, "--max-restarts", 4, script(tmp_path, LOSES), cwd=tmp_path,
@@ -201,30 +201,31 @@ KILLED, ABORTED, CRASHED, RAISED = -signal.SIGKILL, -signal.SIGABRT, -signal.SIG
     ],
 )
 def test_who_is_lost(ended: list[tuple[int, int]], sick: list[int], lost: list[int]) -> None:
-    from shardwise.cli.fewer import lost_ranks
+    from shardwise.cli.restart_policy import lost_ranks
 
     assert lost_ranks(ended, 3, sick) == lost
 
 
 def test_how_many_ranks_and_which_devices_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shardwise.cli import fewer
-    from shardwise.cli.fewer import Fewer, Start
+    from shardwise.cli import restart_policy
+    from shardwise.cli.restart_policy import Attempt, RestartPolicy
 
     lost = [(1, KILLED), (2, KILLED)]
-    four = Start(4, ("0", "1", "2", "3"))
-    assert Fewer(1).after(lost, four) == Start(2, ("0", "3"), ("1", "2"))
-    assert Fewer(3).after(lost, four) == Start(3, ("0", "2", "3"), ("1",)), "the first to fail is left out"
-    assert Fewer(2, multiple=2).after(lost[:1], four) == Start(2, ("0", "2", "3"), ("1",))
-    assert Fewer(1).after(lost, Start(4)) == Start(2)
-    assert Fewer(1).after(lost, Start(4, ("0",))) == Start(2, ("0",)), "four ranks on one device are on the CPU"
-    spare = Fewer(2).after([(0, KILLED)], Start(2, ("5", "7", "9")))
-    assert spare == Start(2, ("7", "9"), ("5",)) and spare.words(Start(2)) == "all ranks anew, without device 5"
+    four = Attempt(4, ("0", "1", "2", "3"))
+    assert RestartPolicy(1).after(lost, four) == Attempt(2, ("0", "3"), ("1", "2"))
+    assert RestartPolicy(3).after(lost, four) == Attempt(3, ("0", "2", "3"), ("1",)), "the first to fail is left out"
+    assert RestartPolicy(2, multiple=2).after(lost[:1], four) == Attempt(2, ("0", "2", "3"), ("1",))
+    assert RestartPolicy(1).after(lost, Attempt(4)) == Attempt(2)
+    shared = RestartPolicy(1).after(lost, Attempt(4, ("0",)))
+    assert shared == Attempt(2, ("0",)), "four ranks on one device are on the CPU"
+    spare = RestartPolicy(2).after([(0, KILLED)], Attempt(2, ("5", "7", "9")))
+    assert spare == Attempt(2, ("7", "9"), ("5",)) and spare.words(Attempt(2)) == "all ranks anew, without device 5"
     # Devices are tried in processes of their own; here one fails and one never answers.
     tries = "import os, sys, time\nname = os.environ['CUDA_VISIBLE_DEVICES']\ntime.sleep(60 * (name == '3'))\n"
-    monkeypatch.setattr(fewer, "_TRY", f"{tries}sys.exit(name == '1')")
-    monkeypatch.setattr(fewer, "_TRY_S", 4.0)
+    monkeypatch.setattr(restart_policy, "_TRY", f"{tries}sys.exit(name == '1')")
+    monkeypatch.setattr(restart_policy, "_TRY_S", 4.0)
     raised = [(0, RAISED), (1, RAISED), (2, RAISED), (3, RAISED)]
-    assert Fewer(1, cuda=True).after(raised, four) == Start(2, ("0", "2"), ("1", "3"))
+    assert RestartPolicy(1, cuda=True).after(raised, four) == Attempt(2, ("0", "2"), ("1", "3"))
 
 
 @pytest.mark.gpu
@@ -233,7 +234,7 @@ def test_devices_are_tried() -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from shardwise.cli.fewer import answering
+    from shardwise.cli.restart_policy import answering
 
     assert answering(["0", "99"]) == [True, False]
 

@@ -15,9 +15,9 @@ import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
 from shardwise import checkpoint
-from shardwise.checkpoint.files import BLOCK
-from shardwise.checkpoint.reading import Reader
-from shardwise.checkpoint.stored import Stored, box_parts
+from shardwise.checkpoint.manifest import BLOCK
+from shardwise.checkpoint.storage_reader import StorageReader
+from shardwise.checkpoint.stored_tensor import Stored, box_segments
 from shardwise.errors import CheckpointError
 
 STRATEGIES = [
@@ -394,13 +394,13 @@ def test_any_range_of_any_box(tmp_path_factory, dims, draw):
     values = torch.arange(float(torch.Size(shape).numel())).view(shape)
     file = tmp_path_factory.getbasetemp() / "box"
     file.write_bytes(b"xyz" + values[place].contiguous().numpy().tobytes())
-    stored = Stored(torch.float32, tuple(shape), tuple(box_parts(shape, offsets, sizes, file, 3)))
+    stored = Stored(torch.float32, tuple(shape), tuple(box_segments(shape, offsets, sizes, file, 3)))
     expected = torch.full(shape, -1.0)
     expected[place] = values[place]
     lo = draw.randint(0, values.numel())
     hi = draw.randint(lo, values.numel())
     out = torch.full((hi - lo,), -1.0, dtype=draw.choice([torch.float32, torch.float64]))
-    with Reader() as reader:
-        reader.read(stored, lo, hi, out)
+    with StorageReader() as reader:
+        reader.read_tensor(stored, lo, hi, out)
     assert torch.equal(out, expected.view(-1)[lo:hi].to(out.dtype))
     assert stored.complete == (sizes == shape)

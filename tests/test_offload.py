@@ -512,7 +512,7 @@ for step in range(4):
             offload.update = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
         if what == "corrupt":
             for bucket in (b for unit in model._shardwise_engine.units for b in unit.buckets):
-                os.pwrite(os.open(f"/proc/self/fd/{bucket.values.shelf.extent.fd}", os.O_RDWR), b"xxxxxxxx", 0)
+                os.pwrite(os.open(f"/proc/self/fd/{bucket.values.state_extent.extent.fd}", os.O_RDWR), b"xxxxxxxx", 0)
     loss_of(model, batch(step, rank)).backward()
     opt.step()
     opt.zero_grad()
@@ -677,7 +677,7 @@ def part_on_the_device(path: str, ratio: float) -> Any:
     assert (losses, norms) == plain[:2]
     assert_same(weights, plain[2])
     buckets = [b for u in shardwise.engine.build.require_engine(model).units for b in u.buckets]
-    away = sum(b.master.numel() for b in buckets if b.on_host)
+    away = sum(b.master.numel() for b in buckets if b.placement.step_on_host)
     return away / sum(b.master.numel() for b in buckets), max(b.master.numel() for b in buckets)
 
 

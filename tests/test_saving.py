@@ -273,7 +273,7 @@ def two_strategies(folder):
     step(*second)
     assert_same(whole(first[1]), whole(second[1]))
     assert_same(whole(first[2]), whole(second[2]))
-    from shardwise.engine.build import engine_of
+    from shardwise.engine.hooks import engine_of
 
     return [engine_of(m).strategy.preset for m in second[1:3]]
 

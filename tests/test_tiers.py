@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import gc
 import json
 import mmap
@@ -25,8 +26,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from processes import longest_file
+from shardwise import checkpoint
 from shardwise.errors import OffloadError, ShardwiseError
-from shardwise.tiers.aligned import ALIGN, BufferPool, aligned_empty, areas, padded
+from shardwise.tiers import mounts
+from shardwise.tiers.aligned import ALIGN, BufferPool, aligned_empty, padded
 from shardwise.tiers.disk import DiskStore, Extent
 from shardwise.tiers.mounts import file_system, in_memory
 from shardwise.tiers.probe import Probe, probe
@@ -35,6 +38,11 @@ from shardwise.tiers.swap import LOCK, SwapFolder, default_folder, remove_stale
 SHM = Path("/dev/shm")
 needs_shm = pytest.mark.skipif(not in_memory(SHM), reason="no tmpfs at /dev/shm")
 CHUNK = 2 * ALIGN  # small, so that little tensors take several requests
+
+
+def areas(sizes: list[int]) -> tuple[list[int], int]:
+    """Where tensors lie that follow each other, each at an aligned offset; and the length of all."""
+    return [sum(map(padded, sizes[:i])) for i in range(len(sizes))], sum(map(padded, sizes))
 
 
 def noise(nbytes: int, seed: int = 0) -> torch.Tensor:
@@ -61,8 +69,7 @@ def test_memory_is_aligned():
         tensor = aligned_empty(nbytes)
         assert tensor.numel() == nbytes and tensor.data_ptr() % ALIGN == 0 and tensor.dtype == torch.uint8
         tensor.fill_(7)
-    offsets, total = areas([1, 4096, 0, 4097])
-    assert offsets == [0, 4096, 8192, 8192] and total == 4 * 4096 and padded(4097) == 8192
+    assert [padded(n) for n in (0, 1, 4096, 4097)] == [0, 4096, 4096, 8192]
 
 
 def test_a_pool_has_as_many_buffers_as_it_was_given():
@@ -246,6 +253,38 @@ def test_the_page_cache_does_not_fill(direct, tmp_path):
             assert resident(fd, 16 << 20) >= 1 << 20, "the meter does not measure"
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP])
+@pytest.mark.parametrize("call", ["open", "pwrite", "preadv"])
+def test_file_systems_without_direct_io_are_used_through_the_page_cache(call, code, tmp_path, monkeypatch):
+    """Whatever they answer, and to which request: swap files, checkpoints and measurements all go on."""
+    original = getattr(os, call)
+
+    def refuses(*args, **kw):
+        flags = args[1] if call == "open" else fcntl.fcntl(args[0], fcntl.F_GETFL)
+        if flags & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return original(*args, **kw)
+
+    monkeypatch.setattr(mounts, "IN_MEMORY", frozenset())
+    monkeypatch.setattr(os, call, refuses)
+    data, back = noise(1 << 20), torch.empty(1 << 20, dtype=torch.uint8)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with DiskStore(tmp_path, chunk=1 << 18) as store:
+            extent = store.extent("u", 1 << 20)
+            store.write(extent, data).wait()
+            store.read(extent, back).wait()
+    assert torch.equal(back, data)
+    assert ["refuses direct I/O" in str(w.message) for w in seen] == [True]
+    model = torch.nn.Linear(300, 400)
+    path = checkpoint.save(tmp_path / "checkpoint", models=[model])
+    other = torch.nn.Linear(300, 400)
+    checkpoint.load(path, models=[other], verify=True)
+    assert torch.equal(other.weight, model.weight)
+    with Probe(tmp_path, 1 << 16, chunk=1 << 14) as disk:
+        assert disk.read() > 0 and not disk.direct
+
+
 # --- wrong use -------------------------------------------------------------------------------------
 def test_wrong_requests_are_refused_and_harm_nothing(tmp_path):
     with store_at(tmp_path) as store, store_at(tmp_path) as other:
@@ -332,7 +371,7 @@ def test_a_disk_that_is_too_small_is_found_when_space_is_reserved(tmp_path):
         kept = store.extent("small", 4096)
         with pytest.raises(OffloadError, match="disk is full") as caught:
             store.extent("blocks.7", 2 * free + (1 << 40))
-        assert all(x in str(caught.value) for x in ("blocks.7", str(tmp_path), "needed", "free", "4 KiB reserved"))
+        assert all(x in str(caught.value) for x in ("blocks.7", str(tmp_path), "needed", "free", "4.1 KB reserved"))
         assert caught.value.errno == errno.ENOSPC
         store.write(kept, noise(4096)).wait()  # the store goes on
         with pytest.raises(OffloadError, match="disk is full"):
@@ -348,7 +387,7 @@ def test_a_write_that_fails_ends_the_store(limit, tmp_path):
         extent, other = store.extent("blocks.1", 4 * CHUNK), store.extent("blocks.2", CHUNK)
         store.write(other, noise(CHUNK)).wait()
         with longest_file(limit):
-            with store._requests.lock:  # so that all three are started; two of them wait for the first
+            with store._queue.lock:  # so that all three are started; two of them wait for the first
                 failing = [store.write(extent, noise(4 * CHUNK)) for _ in range(3)]
             for transfer in failing:
                 with pytest.raises(OffloadError, match=r"allowed size|took only") as caught:
@@ -395,7 +434,7 @@ def test_a_disk_that_does_not_answer_is_an_error(tmp_path):
     """No disk hangs on demand, so the lock that every request passes at its end is held instead."""
     with store_at(tmp_path, timeout=0.3) as store:
         extent = store.extent("blocks.1", CHUNK)
-        with store._requests.lock:
+        with store._queue.lock:
             transfer = store.write(extent, noise(CHUNK))
             with pytest.raises(OffloadError, match="not finished any request"):
                 transfer.wait()

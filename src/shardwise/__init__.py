@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shardwise.accelerator import Accelerator
     from shardwise.comm import init
     from shardwise.data_loader import skip_first_batches
-    from shardwise.engine.build import gathered, no_sync
+    from shardwise.engine.build import no_sync
     from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
     from shardwise.engine.optimizer import attach, optimizer_state
     from shardwise.errors import ShardwiseError
@@ -72,7 +72,7 @@ _HOME = {
     "expected": "observe.stats",
     "find_executable_batch_size": "utils.memory",
     "fully_shard": "fsdp",
-    "gathered": "engine.build",
+    "gathered": "engine.gathered",
     "init": "comm",
     "memory_meter": "observe.memory",
     "optimizer_state": "engine.optimizer",

@@ -39,6 +39,13 @@ class UnitError(ShardwiseError, ValueError):
     """A module that cannot be sharded the way it was asked for."""
 
 
+class InternalError(ShardwiseError, RuntimeError):
+    """Shardwise contradicts itself: a fault of the library, not of the script. The text is what a report needs."""
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(what, where=where, fix=fix or "this is a fault of Shardwise: please report it with this text")
+
+
 class ReleasedParameterError(ShardwiseError, RuntimeError):
     """Somebody read a parameter whose values are not on this rank at the moment."""
 

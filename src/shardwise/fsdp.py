@@ -15,8 +15,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.engine import build
-from shardwise.engine.build import gathered, no_sync, require_engine
+from shardwise.engine.build import no_sync, require_engine
 from shardwise.engine.clip import clip_grad_norm_
+from shardwise.engine.gathered import gathered
 from shardwise.engine.select import UnitRule
 from shardwise.environment import strategy_from_environment
 from shardwise.errors import StrategyError

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.comm import World
-from shardwise.engine.build import engine_of
+from shardwise.engine.engine import Engine
+from shardwise.engine.hooks import engine_of
 from shardwise.engine.join import Join
-from shardwise.engine.schedule import Engine
 from shardwise.errors import UnitError
 from shardwise.optimizer import AcceleratedOptimizer
 from shardwise.stepping import Steps
@@ -108,21 +108,21 @@ class _Followed:
 
     def rules(self) -> dict[str, Callable[..., None]]:
         return {
-            "micro_batch": lambda join, engine, *counts: self.steps.count(*counts),
-            "weigh": lambda join, engine: join.total(self.steps._weight),
+            "micro_batch": lambda join, *counts: self.steps.count(*counts),
+            "weigh": lambda join: join.total(self.steps._weight),
             "unscale": self._unscale,
-            "renew": lambda join, engine, scale: self.steps.renew(scale),
+            "renew": lambda join, scale: self.steps.renew(scale),
             "schedule": self._schedule,
         }
 
-    def _unscale(self, join: Join, engine: None, index: int) -> None:
+    def _unscale(self, join: Join, index: int) -> None:
         optimizer: AcceleratedOptimizer = self.steps.optimizers[index]
         scaler = self.steps.scaler
         assert scaler is not None
         scaler.scale(torch.zeros((), device=join.world.device))  # a scaler makes its state at the first loss
         optimizer.take_scale_out()
 
-    def _schedule(self, join: Join, engine: None, index: int, args: Any, kwargs: Any) -> None:
+    def _schedule(self, join: Join, index: int, args: Any, kwargs: Any) -> None:
         self.steps.schedulers[index].scheduler.step(*args, **kwargs)
 
 

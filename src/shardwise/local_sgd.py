@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from shardwise.engine.build import engine_of
-from shardwise.engine.schedule import Engine
+from shardwise.engine.engine import Engine
+from shardwise.engine.hooks import engine_of
 from shardwise.errors import StrategyError, UnitError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.comm import World, init
-from shardwise.comm.group import Op
+from shardwise.comm.stats import Op
 from shardwise.errors import CommError, ConfigError, TensorError
 from shardwise.trees import leaves, map_tensors
 

@@ -18,9 +18,10 @@ from torch import nn
 from shardwise import operations
 from shardwise.comm import World
 from shardwise.data_loader import PreparedLoader
-from shardwise.engine.build import engine_of
-from shardwise.engine.optimizer import unit_of
-from shardwise.engine.schedule import Engine
+from shardwise.engine.engine import Engine
+from shardwise.engine.hooks import engine_of
+from shardwise.engine.join import Join
+from shardwise.engine.unit import unit_of
 from shardwise.errors import GradientError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Steps:
     def join(self) -> Any:
         """The open join_uneven_inputs block of this Accelerator (an :class:`~shardwise.engine.join.Join`), or None."""
         join = World.current().join
-        return join if join is not None and join.loop.steps is self else None
+        return join if isinstance(join, Join) and getattr(join.loop, "steps", None) is self else None
 
     @property
     def loader(self) -> PreparedLoader | None:

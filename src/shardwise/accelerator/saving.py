@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from shardwise import checkpoint, operations
 from shardwise.accelerator.base import Base
-from shardwise.checkpoint.checking import newest
+from shardwise.checkpoint.directory import newest
 from shardwise.comm import World
-from shardwise.engine.build import engine_of
+from shardwise.engine.hooks import engine_of
 from shardwise.errors import CheckpointError
 from shardwise.utils.other import save as save_object
 

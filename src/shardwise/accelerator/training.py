@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from shardwise.accelerator.base import HALVES, Base
-from shardwise.engine.build import engine_of, no_sync
+from shardwise.engine.build import no_sync
 from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
+from shardwise.engine.hooks import engine_of
 from shardwise.errors import OptimizerError
 from shardwise.joining import join_uneven_inputs
 from shardwise.optimizer import AcceleratedOptimizer

@@ -65,7 +65,8 @@ On disk::
       rank_0.pt ...       rank_state
 
 ``torch.distributed.checkpoint.load`` reads the tensors under their true names and shapes. The first model's
-names begin with ``model.``, the second's with ``model_1.``, and so on; optimizers likewise, where a parameter of the
+names begin with ``model.``, the second's with ``model_1.``, and so on, without what wrappers such as ``torch.compile``
+and torch's ``checkpoint_wrapper`` put into them; optimizers likewise, where a parameter of the
 second model is called ``model_1:<name>``. Tied parameters are stored once and listed under all of their names.
 Parameters are the master values (fp32 in a bf16 run). Gradients are not saved: save between steps.
 
@@ -79,40 +80,38 @@ from typing import TYPE_CHECKING
 from shardwise.lazy import importing
 
 if TYPE_CHECKING:  # torch.distributed.checkpoint takes most of a second to import: only those who save wait for it
-    from shardwise.checkpoint.background import AsyncSave, settle_saves, wait_for_saves
-    from shardwise.checkpoint.checking import find, verify
-    from shardwise.checkpoint.converting import compare, export
-    from shardwise.checkpoint.exporting import full_state_dict, save_model
-    from shardwise.checkpoint.files import Manifest, read_manifest
-    from shardwise.checkpoint.importing import LoadedModel, load_model
+    from shardwise.checkpoint.conversion import compare, export
+    from shardwise.checkpoint.directory import find, latest, next_path, prune, read_manifest, verify
     from shardwise.checkpoint.loading import Loaded, load
-    from shardwise.checkpoint.rng import rng_state, set_rng_state
-    from shardwise.checkpoint.saving import async_save, save
-    from shardwise.checkpoint.series import latest, next_path, prune
+    from shardwise.checkpoint.manifest import Manifest
+    from shardwise.checkpoint.model_loading import LoadedModel, load_model
+    from shardwise.checkpoint.model_saving import full_state_dict, save_model
+    from shardwise.checkpoint.saving import AsyncSave, async_save, save, settle_saves, wait_for_saves
+    from shardwise.checkpoint.small_state import rng_state, set_rng_state
 
 _HOME = {
-    "AsyncSave": "background",
+    "AsyncSave": "saving",
     "Loaded": "loading",
-    "LoadedModel": "importing",
-    "Manifest": "files",
+    "LoadedModel": "model_loading",
+    "Manifest": "manifest",
     "async_save": "saving",
-    "compare": "converting",
-    "export": "converting",
-    "find": "checking",
-    "full_state_dict": "exporting",
-    "latest": "series",
+    "compare": "conversion",
+    "export": "conversion",
+    "find": "directory",
+    "full_state_dict": "model_saving",
+    "latest": "directory",
     "load": "loading",
-    "load_model": "importing",
-    "next_path": "series",
-    "prune": "series",
-    "read_manifest": "files",
-    "rng_state": "rng",
+    "load_model": "model_loading",
+    "next_path": "directory",
+    "prune": "directory",
+    "read_manifest": "directory",
+    "rng_state": "small_state",
     "save": "saving",
-    "save_model": "exporting",
-    "set_rng_state": "rng",
-    "settle_saves": "background",
-    "verify": "checking",
-    "wait_for_saves": "background",
+    "save_model": "model_saving",
+    "set_rng_state": "small_state",
+    "settle_saves": "saving",
+    "verify": "directory",
+    "wait_for_saves": "saving",
 }
 __all__ = [*_HOME]
 __getattr__ = importing(__name__, _HOME)

@@ -1,35 +1,205 @@
-"""Loading: check everything, then put it where it belongs."""
+"""Loading: check everything, then put it where it belongs, whatever the ranks held that wrote it."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import pickle
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.optim import Optimizer
 
-from shardwise.checkpoint import safe
-from shardwise.checkpoint.background import settle_saves
-from shardwise.checkpoint.checking import found, read_whole, whole
-from shardwise.checkpoint.files import Manifest
-from shardwise.checkpoint.filling import Fill
-from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
-from shardwise.checkpoint.optimizers import OptimizerState
-from shardwise.checkpoint.partly import loading
-from shardwise.checkpoint.portions import Portions
-from shardwise.checkpoint.progress import Progress
-from shardwise.checkpoint.ranks import Together
-from shardwise.checkpoint.readback import Readback
-from shardwise.checkpoint.storage import METADATA, parse_metadata
+from shardwise.checkpoint import small_state
+from shardwise.checkpoint.coordination import CollectiveBlock, Progress
+from shardwise.checkpoint.directory import locate, locate_verified, read_whole
+from shardwise.checkpoint.formats import parse_metadata
+from shardwise.checkpoint.manifest import METADATA, Manifest, entries_at
+from shardwise.checkpoint.model_state import (
+    LoadBatches,
+    ModelState,
+    incomplete_on_error,
+    model_states,
+    parameter_labels,
+)
+from shardwise.checkpoint.optimizer_state import OptimizerState
+from shardwise.checkpoint.saving import settle_saves
+from shardwise.checkpoint.storage_reader import Run, StorageReader
+from shardwise.checkpoint.torch_format import archivable, archive_around
 from shardwise.comm import World
 from shardwise.engine.state_dict import held, publish, units_of
 from shardwise.errors import CheckpointError
+from shardwise.naming import clean_name
 
+_AT_ONCE = 256 << 20  # bytes of tensors that are taken apart
+_CANNOT_READ = (pickle.PickleError, RuntimeError, ValueError, AssertionError, EOFError, KeyError)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A box of one stored tensor.
+
+    Args:
+        name: of the tensor.
+        target: makes the tensor that takes the box, when its turn comes.
+        file, start, nbytes: the bytes that hold it: a run of the tensor's memory, or all of what ``torch.save`` made.
+        before: what must stand before the tensor's memory, and where; ``None``: ``torch.load`` reads it.
+        dtype, strides: of the stored tensor.
+        box: offsets and lengths in the stored tensor.
+    """
+
+    name: str
+    target: Callable[[], torch.Tensor]
+    file: Path
+    start: int
+    nbytes: int
+    before: tuple[int, bytes] | None
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    box: tuple[torch.Size, torch.Size]
+
+    def run(self, target: torch.Tensor) -> Run | None:
+        """The box as elements in a row, if that is what it is in the file and in the target."""
+        if self.before is None or not target.is_contiguous() or self.nbytes != target.numel() * self.dtype.itemsize:
+            return None
+        run = Run(self.file, self.start, self.dtype, target.view(-1))
+        return run if run.straight or self.start % self.dtype.itemsize == 0 else None
+
+    def values(self, raw: torch.Tensor) -> torch.Tensor:
+        """The box, from all of its bytes."""
+        if self.before is not None:
+            return torch.as_strided(raw.view(self.dtype), self.box[1], self.strides)
+        whole = torch.load(io.BytesIO(raw.numpy().data), map_location="cpu", weights_only=True)
+        for dim, (offset, length) in enumerate(zip(*self.box, strict=True)):
+            whole = whole.narrow(dim, offset, length)
+        return whole
+
+
+class LoadPlan:
+    """Fills tensors in place.
+
+    Args:
+        path: of the checkpoint.
+        reader: of its files.
+        metadata: its index.
+        tensors: by name; all of them are in the checkpoint with the same shape. Their memory is not looked at before
+            it is their turn in :meth:`read`.
+    """
+
+    def __init__(self, path: Path, reader: StorageReader, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
+        self._path, self._reader = path, reader
+        stored: dict[str, Any] = metadata.state_dict_metadata
+        sizes = {(name, tuple(c.offsets)): tuple(c.sizes) for name in tensors for c in stored[name].chunks}
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(cast(Any, tensors), metadata, True)
+        plan = planner.finish_plan(planner.create_local_plan())
+        self._items: dict[str, list[_Item]] = {}
+        for read in plan.items:
+            item = _item(path, read, metadata, sizes, planner)
+            self._items.setdefault(item.name, []).append(item)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, in the files."""
+        return sum(item.nbytes for items in self._items.values() for item in items)
+
+    def read(self, names: Collection[str]) -> None:
+        """Let tensors have their values.
+
+        Args:
+            names: which.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or does not hold what the index says. Some tensors may have
+                changed.
+
+        Cost: nothing for runs of elements. What has to be taken apart is in host memory, some tensors at a time.
+        """
+        runs: list[Run] = []
+        heads: list[tuple[_Item, torch.Tensor]] = []
+        others: list[list[tuple[_Item, torch.Tensor]]] = [[]]
+        held = 0
+        for item in (item for name in names for item in self._items.get(name, ())):
+            target = item.target()
+            run = item.run(target)
+            if run is not None and item.before is not None:
+                head = torch.empty(len(item.before[1]), dtype=torch.uint8)
+                runs += [run, Run(item.file, item.before[0], torch.uint8, head)]
+                heads.append((item, head))
+                continue
+            if held and held + item.nbytes > _AT_ONCE:
+                others.append([])
+                held = 0
+            others[-1].append((item, target))
+            held += item.nbytes
+        self._reader.read(runs)
+        for item, head in heads:
+            assert item.before is not None
+            if head.numpy().tobytes() != item.before[1]:
+                raise self._unreadable(f"'{item.name}' is not stored as the index says")
+        for batch in others:
+            self._take_apart(batch)
+
+    def _take_apart(self, batch: Sequence[tuple[_Item, torch.Tensor]]) -> None:
+        raws = [torch.empty(item.nbytes, dtype=torch.uint8) for item, _ in batch]
+        pairs = zip(batch, raws, strict=True)
+        self._reader.read(Run(item.file, item.start, torch.uint8, raw) for (item, _), raw in pairs)
+        for (item, target), raw in zip(batch, raws, strict=True):
+            try:
+                values = item.values(raw)
+                if values.shape != target.shape:
+                    raise ValueError(f"'{item.name}' has another shape than the index says")
+                target.copy_(values)
+            except _CANNOT_READ as error:
+                line = str(error).splitlines()[0] if str(error) else ""
+                raise self._unreadable(f"its tensors cannot be read ({type(error).__name__}: {line})") from error
+
+    def _unreadable(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            what, where=str(self._path), fix="load another checkpoint, and find out who changed this one"
+        )
+
+
+def _item(
+    path: Path,
+    read: ReadItem,
+    metadata: Metadata,
+    sizes: Mapping[tuple[str, tuple[int, ...]], Sequence[int]],
+    planner: DefaultLoadPlanner,
+) -> _Item:
+    index: MetadataIndex = read.storage_index
+    info = cast(Any, metadata.storage_data)[index]
+    dtype = cast(Any, metadata.state_dict_metadata[index.fqn]).properties.dtype
+    size = tuple(sizes[index.fqn, tuple(index.offset or ())])
+    box = (torch.Size(read.storage_offsets), torch.Size(read.lengths))
+    strides = tuple(prod(size[i + 1 :]) for i in range(len(size)))
+    target = partial(_target, planner, read)
+    item = _Item(index.fqn, target, path / info.relative_path, info.offset, info.length, None, dtype, strides, box)
+    if not archivable(dtype):
+        return item
+    before, after = archive_around(dtype, size)
+    if info.length != len(before) + prod(size) * dtype.itemsize + len(after):
+        return item
+    first = sum(o * s for o, s in zip(box[0], strides, strict=True))
+    count = sum((n - 1) * s for n, s in zip(box[1], strides, strict=True)) + 1 if prod(box[1]) else 0
+    start = info.offset + len(before) + first * dtype.itemsize
+    return replace(item, before=(info.offset, before), start=start, nbytes=count * dtype.itemsize)
+
+
+def _target(planner: DefaultLoadPlanner, read: ReadItem) -> torch.Tensor:
+    return planner.resolve_tensor(read).detach()
+
+
+# --- loading -------------------------------------------------------------------------------------
 _SHOWN = 10  # differences that an error lists
 
 
@@ -79,21 +249,22 @@ def load(
             they are read, and never used; a model that was loaded in part by then refuses to run and to be saved
             until a load into it is complete. With ``verify`` nothing has changed then either.
 
-    Buffers that differed between ranks come back as each rank's own at an equal world size, else as rank 0's.
+    BlockBuffers that differed between ranks come back as each rank's own at an equal world size, else as rank 0's.
     Cost: each rank reads what it holds, with ``verify`` twice, through buffers of 24 MiB. What lives on a disk is in
     memory one unit at a time.
     """
     settle_saves()
     world = World.current()
-    path, manifest = whole(directory, progress) if verify else found(directory)
+    path, manifest = locate_verified(directory, progress) if verify else locate(directory)
     doing = f"loading checkpoint {path}"
-    with Together(doing, slow=True):
+    with CollectiveBlock(doing, slow=True):
         own_name = f"rank_{world.rank}.pt"
         names = [METADATA, "state.pt", *([own_name] if own_name in manifest.files else [])]
         small = read_whole(path, manifest.files, names)
         metadata = parse_metadata(small[METADATA], path / METADATA, manifest.files)
         common = _needs(small["state.pt"], path / "state.pt", ("state", "extra", "optimizers"))
         own = _needs(small[own_name], path / own_name, ("rank_state", "buffers")) if own_name in small else None
+        _clean(common, own)
         states = model_states(models)
         labels = parameter_labels(states)
         steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers)]
@@ -107,20 +278,21 @@ def load(
                 fix="build the model and optimizers as they were when it was saved, or load what fits: strict=False",
             )
         for unit in (unit for s in states for unit in units_of(s.module)):
-            unit.settle()
-        portions = Portions()
+            unit.finish_transfers()
+        batches = LoadBatches()
         for s in states:
-            _plan(s, metadata, portions)
+            _plan(s, metadata, batches)
         for stepper, saved in zip(steppers, common["optimizers"], strict=False):
-            stepper.plan(saved, metadata, portions)
-        files = Readback(path, manifest.files)
-        fill = Fill(files, metadata, portions.tensors)
-    with loading([s.module for s in states], path), Progress("loading", fill.nbytes, progress) as files.progress:
-        with Together(doing, slow=True):
-            for portion in portions:
-                with portion.here():
-                    fill.put(portion.tensors)
-                    for call in portion.after:
+            stepper.plan(saved, metadata, batches)
+        reader = StorageReader(entries_at(path, manifest.files))
+        plan = LoadPlan(path, reader, metadata, batches.tensors)
+    with incomplete_on_error([s.module for s in states], path), Progress("loading", plan.nbytes, progress) as bar:
+        reader.seen = bar.add
+        with CollectiveBlock(doing, slow=True):
+            for batch in batches:
+                with batch.in_memory():
+                    plan.read(batch.tensors)
+                    for call in batch.after:
                         call()
             for s in states:
                 _put_rest(s, common["extra"].get(s.label, {}), own, world.size == manifest.world_size)
@@ -130,10 +302,25 @@ def load(
 
 
 def _needs(data: bytes, path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    value = safe.loads(data, path)
+    value = small_state.loads(data, path)
     if not isinstance(value, dict) or any(key not in value for key in keys):
         raise CheckpointError("not the file that Shardwise wrote", where=str(path), fix="load another checkpoint")
     return value
+
+
+def _clean(common: dict[str, Any], own: dict[str, Any] | None) -> None:
+    """Leave wrappers' components out of the names in small state, as in those of tensors."""
+
+    def cleaned(by_name: Mapping[str, Any]) -> dict[str, Any]:
+        return {clean_name(name): value for name, value in by_name.items()}
+
+    common["extra"] = {label: cleaned(found) for label, found in common["extra"].items()}
+    for saved in common["optimizers"]:
+        saved["state"] = cleaned(saved["state"])
+        for group in saved["groups"]:
+            group["params"] = [clean_name(name) for name in group["params"]]
+    if own is not None:
+        own["buffers"] = {label: cleaned(found) for label, found in own["buffers"].items()}
 
 
 def _differences(
@@ -178,14 +365,14 @@ def _same_place(metadata: Metadata, a: str, b: str) -> bool:
     return places(a) == places(b)
 
 
-def _plan(s: ModelState, metadata: Metadata, portions: Portions) -> None:
+def _plan(s: ModelState, metadata: Metadata, batches: LoadBatches) -> None:
     """The model's tensors that the checkpoint has with the same shape are to be filled."""
     found: dict[str, Any] = metadata.state_dict_metadata
     for name, tensor in s.tensors(everything=True).items():
         key = f"{s.label}.{name}"
         if key in found and tuple(found[key].size) == tuple(tensor.shape):
             param = s.parameters.get(name)
-            portions.of(None if param is None else held(param)).tensors[key] = tensor
+            batches.of(None if param is None else held(param)).tensors[key] = tensor
 
 
 def _put_rest(s: ModelState, extra: Mapping[str, Any], own: Mapping[str, Any] | None, same_size: bool) -> None:

@@ -1,33 +1,196 @@
-"""Saving: what the ranks do, in order."""
+"""Saving: what the ranks do in order, and saves that go on while the training does."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.checkpoint import files, partly, series
-from shardwise.checkpoint.background import AsyncSave, Background, settle_saves
-from shardwise.checkpoint.blocks import Buffers, Crew
-from shardwise.checkpoint.files import Manifest
-from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
-from shardwise.checkpoint.optimizers import OptimizerState
-from shardwise.checkpoint.progress import Progress
-from shardwise.checkpoint.ranks import Together, share
-from shardwise.checkpoint.storage import Copy, Tensors
-from shardwise.checkpoint.writing import Files, Save
+from shardwise.checkpoint import directory as directories
+from shardwise.checkpoint.coordination import BackgroundGather, CollectiveBlock, Progress, all_gather_bytes
+from shardwise.checkpoint.manifest import Manifest
+from shardwise.checkpoint.model_state import ModelState, model_states, parameter_labels, refuse_incomplete
+from shardwise.checkpoint.optimizer_state import OptimizerState
+from shardwise.checkpoint.storage_writer import BlockBuffers, WorkerThreads
+from shardwise.checkpoint.writing import CachedPlan, OutputFiles, PendingSave, PlannedTensors, TensorCopy
 from shardwise.comm import World
 from shardwise.engine.readers import read_beside
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, ShardwiseError
+
+
+class AsyncSave:
+    """A save that is being written in the background.
+
+    Args:
+        path: where the checkpoint will stand.
+        work: copies what is left to copy and then calls what it is given; writes it all, and takes part in the ranks'
+            agreement. Runs in a thread; an interpreter does not end before it.
+    """
+
+    def __init__(self, path: Path, work: Callable[[Callable[[], None]], None]) -> None:
+        self.path = path
+        self._work = work
+        self._copied = threading.Event()
+        self._error: BaseException | None = None
+        self.reported = False  # somebody knows how it ended
+        self._thread = threading.Thread(target=self._run, name="shardwise-save", daemon=False)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Has it ended, well or not? Ranks may see it a moment apart."""
+        return not self._thread.is_alive()
+
+    def wait_for_copy(self) -> None:
+        """Wait until this rank's optimizer state is copied, or the save has failed. No collective.
+
+        ``optimizer.step()`` does it by itself. Call it before changing optimizer state in other ways.
+        """
+        self._copied.wait()
+
+    def wait(self) -> Path:
+        """Wait until the checkpoint stands.
+
+        Returns:
+            Its path.
+
+        Raises:
+            CheckpointError: it could not be written, on whatever rank; every rank that waits raises. What was there
+                before is still there.
+            CommError: another rank has ended.
+        """
+        self._thread.join()
+        self.reported = True
+        error = self._error
+        if isinstance(error, ShardwiseError):  # one object raised in several places would collect their tracebacks
+            raise type(error)(error.what, where=error.where, fix=error.fix) from error
+        if error is not None:
+            raise error
+        return self.path
+
+    def _run(self) -> None:
+        try:
+            with self:
+                self._work(self._copied.set)
+        finally:
+            self._copied.set()
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self._error = error
+        return True
+
+    def last_words(self) -> str:
+        """What to say when the interpreter ends and nobody has asked how it went."""
+        if self._error is None or self.reported or not self.done:
+            return ""
+        return f"shardwise: checkpoint {self.path} was not written\n{self._error}"
+
+
+class _Unflushed:
+    """A standard stream that cannot be flushed when the interpreter ends: the exit status is then 120 (``sys.exit``).
+
+    A save that failed and that nobody asked about is lost output of the same kind, and at that point there is no other
+    way to a status that leaves everybody else's ``atexit`` functions alone.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def flush(self) -> None:
+        self._stream.flush()
+        if sys.is_finalizing():
+            raise OSError("a checkpoint was not written")
+
+
+class Background:
+    """What saves keep for the next one, and the asynchronous one that is under way. Made by all ranks together.
+
+    ``buffers`` are those of asynchronous saves: host memory as large as what this rank saves.
+    """
+
+    def __init__(self) -> None:
+        self.buffers, self.plan, self.gather = BlockBuffers(limit=None), CachedPlan(), BackgroundGather()
+        self.last: AsyncSave | None = None
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        if self.last is not None and (words := self.last.last_words()):
+            if World.current().rank == 0:
+                print(words, file=sys.stderr, flush=True)
+            sys.stderr = cast(TextIO, _Unflushed(sys.stderr))
+
+    @staticmethod
+    def of(world: World) -> Background:
+        """This world's; made when first asked for."""
+        if world.saver is None:
+            world.saver = Background()
+        assert isinstance(world.saver, Background)
+        return world.saver
+
+    @staticmethod
+    def last_of(world: World) -> AsyncSave | None:
+        """The asynchronous save that is under way, or has ended and was not settled."""
+        return None if world.saver is None else Background.of(world).last
+
+
+def wait_for_saves() -> None:
+    """Wait for the save that is under way, if there is one. No collective: all ranks know how it ended.
+
+    Raises:
+        CheckpointError: it failed, and nobody here was told.
+    """
+    last = Background.last_of(World.current())
+    if last is not None and not last.reported:
+        last.wait()
+
+
+def settle_saves() -> None:
+    """:func:`wait_for_saves` before the next save or load. A collective: if it was raised to some ranks only, so far,
+    all raise now.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    last = Background.last_of(World.current())
+    if last is None:
+        return
+    Background.of(World.current()).last = None
+    with CollectiveBlock(f"writing checkpoint {last.path}", slow=True):
+        if not last.reported:
+            last.wait()
+
+
+# --- saving --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Contents:
+    """What a checkpoint is to hold: the arguments of :func:`save`."""
+
+    models: Sequence[nn.Module]
+    optimizers: Sequence[Optimizer]
+    state: Mapping[str, Any] | None
+    rank_state: Mapping[str, Any] | None
+    info: Mapping[str, Any] | None
+    files_from: Callable[[Path], None] | None
+    total_limit: int | None
 
 
 def save(
@@ -67,16 +230,17 @@ def save(
 
     Cost: each rank writes what it holds, once over all ranks, through buffers of some 40 MiB. Some small collectives.
     """
+    given = _Contents(models, optimizers, state, rank_state, info, files_from, total_limit)
     settle_saves()
-    crew = Crew()
+    workers = WorkerThreads()
     try:
-        files = Files(Buffers(), crew, Background.of(World.current()).plans)
-        save_ = _begin(directory, files, models, optimizers, state, rank_state, info, files_from, total_limit)
-        with Progress("writing", save_.copy.nbytes, progress) as files.progress:
-            save_.finish(crew, share, copied=lambda: None)
+        files = OutputFiles(BlockBuffers(), workers, Background.of(World.current()).plan)
+        pending = _begin(directory, files, given)
+        with Progress("writing", pending.copy.nbytes, progress) as files.progress:
+            pending.finish(workers, all_gather_bytes, copied=lambda: None)
     finally:
-        crew.stop()
-    return save_.final
+        workers.stop()
+    return pending.final
 
 
 def async_save(
@@ -110,58 +274,49 @@ def async_save(
     Cost: the copy of values, and of state that is not in host memory; state on a disk is read for it. Host memory for
     all that this rank writes, kept for the next time.
     """
+    given = _Contents(models, optimizers, state, rank_state, info, files_from, total_limit)
     settle_saves()
     background = Background.of(World.current())
-    files = Files(background.buffers, None, background.plans)
-    save_ = _begin(directory, files, models, optimizers, state, rank_state, info, files_from, total_limit)
-    save_.begin_copy()
-    background.last = handle = AsyncSave(save_.final, partial(save_.in_background, background.share))
+    files = OutputFiles(background.buffers, None, background.plan)
+    pending = _begin(directory, files, given)
+    pending.begin_copy()
+    background.last = handle = AsyncSave(pending.final, partial(pending.in_background, background.gather))
     for optimizer in optimizers:
         read_beside(optimizer, handle.wait_for_copy)
     return handle
 
 
-def _begin(
-    directory: str | os.PathLike[str],
-    out: Files,
-    models: Sequence[nn.Module],
-    optimizers: Sequence[Optimizer],
-    state: Mapping[str, Any] | None,
-    rank_state: Mapping[str, Any] | None,
-    info: Mapping[str, Any] | None,
-    files_from: Callable[[Path], None] | None,
-    total_limit: int | None,
-) -> Save:
+def _begin(directory: str | os.PathLike[str], out: OutputFiles, given: _Contents) -> PendingSave:
     """Everything up to the copy. Collective."""
     world = World.current()
-    with Together(f"writing checkpoint {directory}") as ranks:
-        states = model_states(models)
+    with CollectiveBlock(f"writing checkpoint {directory}") as ranks:
+        states = model_states(given.models)
         for s in states:
-            partly.refuse(s.module)
+            refuse_incomplete(s.module)
         labels = parameter_labels(states)
-        steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers)]
+        steppers = [OptimizerState(i, o, labels) for i, o in enumerate(given.optimizers)]
         collected = [stepper.collect() for stepper in steppers]
-        tensors = Tensors(*_nest(states, steppers, [found for found, _ in collected], world.rank == 0), out.plans)
+        tensors = PlannedTensors(*_nest(states, steppers, [found for found, _ in collected], world.rank == 0), out.plan)
         names = [(s.label, sorted(s.parameters), sorted(s.buffers)) for s in states]
-        groups = [(o.label, [s.label for s in o.slots]) for o in steppers]
-        _check_json(info)
-        series.check_limit(total_limit)
+        groups = [(o.label, [s.label for s in o.entries]) for o in steppers]
+        _check_json(given.info)
+        directories.check_limit(given.total_limit)
         ranks.mine = _Facts(
             path=os.path.realpath(directory),
             content=zlib.crc32(json.dumps([names, groups]).encode()),
             kinds=[kinds for _, kinds in collected],
             buffers=[s.buffers_crc() for s in states],
-            plan=(tensors.key, out.plans.key),
+            plan=(tensors.key, out.plan.key),
         ).dumps()
-    told = [_Facts(**json.loads(data)) for data in ranks.told]
+    told = [_Facts(**json.loads(data)) for data in ranks.gathered]
     kinds = _merged(told, len(steppers))
     final = Path(told[0].path)
     doing = f"writing checkpoint {final}"
     tensors.agree([facts.plan for facts in told], doing)
-    with Together(doing) as ranks:
+    with CollectiveBlock(doing) as ranks:
         if world.rank == 0:
-            ranks.mine = str(files.begin(final)).encode()
-    out.folder = Path(ranks.told[0].decode())
+            ranks.mine = str(directories.make_temporary(final)).encode()
+    out.folder = Path(ranks.gathered[0].decode())
     manifest = Manifest(
         world_size=world.size,
         strategies=[s.strategy for s in states],
@@ -169,18 +324,21 @@ def _begin(
         optimizers=[type(o.optimizer).__name__ for o in steppers],
         torch=torch.__version__,
         saved_at=time.time(),
-        info=dict(info or {}),
+        info=dict(given.info or {}),
     )
     differ = {s.label: s.buffers for k, s in enumerate(states) if len({facts.buffers[k] for facts in told}) > 1}
 
     def small() -> Iterator[tuple[str, Mapping[str, Any]]]:
         own = {label: {name: b.detach() for name, b in buffers.items()} for label, buffers in differ.items()}
-        yield f"rank_{world.rank}.pt", {"rank_state": dict(rank_state or {}), "buffers": own}
+        yield f"rank_{world.rank}.pt", {"rank_state": dict(given.rank_state or {}), "buffers": own}
         if world.rank == 0:
-            yield "state.pt", _common(states, steppers, kinds, state)
+            yield "state.pt", _common(states, steppers, kinds, given.state)
 
     changes_in_step = tuple(f"{o.label}." for o in steppers)
-    return Save(world, out, final, manifest, small, files_from, Copy(out.new, tensors), changes_in_step, total_limit)
+    return PendingSave(
+        world, out, final, manifest, small, given.files_from, TensorCopy(out.new, tensors), changes_in_step,
+        given.total_limit,
+    )  # fmt: skip
 
 
 class _Facts(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shardwise.cli.settings import Settings, unknown_key
+from shardwise.deepspeed_config import load_ds_config, read_ds_config
 from shardwise.errors import LaunchError, StrategyError
 from shardwise.strategy import Strategy
 
@@ -211,7 +212,7 @@ class _Translation:
         preset = self.sharding(sharding if sharding is not None else reshard)
         offload = _truth(config.pop("fsdp_offload_params", False))
         recompute = _truth(config.pop("fsdp_activation_checkpointing", False))
-        away = _truth(config.pop("fsdp_activation_checkpointing_offload", False)) and recompute
+        offloaded = _truth(config.pop("fsdp_activation_checkpointing_offload", False)) and recompute
         if config.pop("fsdp_ignored_modules", None):
             self.cannot(
                 "fsdp_ignored_modules is not served", "shard the other submodules with fully_shard in the script"
@@ -224,7 +225,7 @@ class _Translation:
             preset,
             shard_size=size,
             activation_checkpointing=recompute,
-            activation_offload="cpu" if away else "device",
+            activation_offload="cpu" if offloaded else "device",
         )
         if offload:
             strategy = strategy.replace(offload_params="cpu", offload_grads="cpu", offload_optimizer="cpu")
@@ -266,9 +267,7 @@ class _Translation:
         config = dict(given)
         file = config.pop("deepspeed_config_file", None)
         if file not in (None, "none"):
-            from shardwise.cli.deepspeed_file import flatten
-
-            config = {**flatten(self.beside(str(file)), self.path, self.notes, self.dropped), **config}
+            config = {**self.deepspeed_file(self.beside(str(file))), **config}
         stage = _count(config.pop("zero_stage", 2))
         if stage not in _STAGES:
             self.cannot(f"zero_stage: {stage} does not exist", "0, 1, 2 or 3")
@@ -285,10 +284,12 @@ class _Translation:
                 continue
             if homes.setdefault("nvme_path", str(folder)) != str(folder):
                 self.cannot(f"two values of nvme_path: {homes['nvme_path']} and {folder}", "one folder for both")
-        if (ratio := config.pop("offload_ratio", None)) is not None:  # of the JSON file
-            homes["offload_ratio"] = float(ratio)
-        if config.pop("cpu_checkpointing", False) is True:  # of the JSON file
-            homes["activation_offload"] = "cpu"
+        preset = _STAGES[stage]
+        if (facts := config.pop("facts", None)) is not None:  # of the JSON file
+            homes |= {"offload_ratio": facts.offload_ratio, "activation_offload": facts.offload_activations}
+            homes |= {"reduce_dtype": facts.reduce_dtype}
+            if facts.shard_size is not None and preset == "zero3":
+                preset, homes["shard_size"] = facts.preset, facts.shard_size
         clip = config.pop("gradient_clipping", None)
         if clip not in (None, "auto", "none", "None", 0, 0.0):
             self.notes.append(
@@ -296,19 +297,47 @@ class _Translation:
                 f"accelerator.clip_grad_norm_(model.parameters(), {clip})"
             )
         steps = _count(config.pop("gradient_accumulation_steps", None))
-        precision = config.pop("mixed_precision", None)  # of the JSON file
         if self.hosts > 1:
             self.notes.append("DeepSpeed's launcher reaches all hosts; run 'shardwise launch' once on each")
         self.rest(config, _DROPPED_DEEPSPEED, "deepspeed_config")
         try:
-            strategy = str(Strategy(_STAGES[stage], **homes))
+            strategy = str(Strategy(preset, **homes))
         except StrategyError as error:
             raise LaunchError(str(error.what), where=str(self.path), fix=str(error.fix)) from None
         return Settings(
             strategy=strategy,
             gradient_accumulation_steps=steps if isinstance(steps, int) else None,
-            mixed_precision=precision,
+            mixed_precision=None if facts is None else facts.param_dtype,
         )
+
+    def deepspeed_file(self, path: Path) -> dict[str, Any]:
+        """What DeepSpeed's own file says, under the names of ``deepspeed_config``, and under ``facts`` all of it."""
+        if not path.is_file():
+            self.cannot(f"cannot read {path}: there is no such file", "correct deepspeed_config_file")
+        values, where = load_ds_config(path)
+        for key in ("optimizer", "scheduler"):
+            if values.pop(key, None):
+                self.notes.append(
+                    f"'{key}' of {path.name}: build it in the script, in place of accelerate's Dummy class"
+                )
+        facts = read_ds_config(values, where)
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+            if values.get(key, "auto") != "auto":
+                self.dropped[f"{path.name}: {key}"] = "the script's DataLoader says the batch size of a rank"
+        for key in facts.idle:
+            self.dropped[f"{path.name}: {key}"] = "a setting of DeepSpeed's engine"
+        for key in facts.scaler:
+            self.dropped[f"{path.name}: fp16 ({key})"] = "a GradScalerKwargs of the script says how losses are scaled"
+        return {
+            "facts": facts,
+            "zero_stage": facts.stage or 0,
+            "offload_optimizer_device": facts.offload_optimizer.replace("device", "none"),
+            "offload_param_device": facts.offload_params.replace("device", "none"),
+            "offload_optimizer_nvme_path": facts.nvme_path,
+            "offload_param_nvme_path": facts.nvme_path,
+            "gradient_accumulation_steps": facts.accumulation,
+            "gradient_clipping": facts.clipping,
+        }
 
     def beside(self, name: str) -> Path:
         """A file that the config names: as it stands, or next to the config."""

@@ -16,10 +16,11 @@ import typer
 
 from shardwise.cli.console import say
 from shardwise.errors import CheckpointError
+from shardwise.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from shardwise.checkpoint.files import Manifest
-    from shardwise.checkpoint.stored import Source, Stored
+    from shardwise.checkpoint.manifest import Manifest
+    from shardwise.checkpoint.stored_tensor import Source, Stored
 
 _ANY = "A checkpoint of Shardwise, FSDP or DeepSpeed, a Hugging Face folder, or a .safetensors, .pt, .pth or .bin file."
 _As_json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -48,7 +49,7 @@ def inspect(
     if inside:
         _list(inside, as_json)
         return
-    from shardwise.checkpoint.sources import open_source
+    from shardwise.checkpoint.formats import open_source
 
     source = open_source(directory)
     facts, sections, others = _facts(source), _sections(source), _others(source)
@@ -67,17 +68,17 @@ def inspect(
         unique = {id(t): t for _, t, _, _ in rows}.values()
         title = f"{'.'.join(section) or 'tensors'}: {len(rows)} names, {sum(t.numel for t in unique):,} elements"
         if summary:
-            console.print(f"{title}, {_size(sum(t.nbytes for t in unique))}", markup=False)
+            console.print(f"{title}, {format_bytes(sum(t.nbytes for t in unique))}", markup=False)
             continue
         columns = ["name", "shape", "dtype", ">size"] + ["optimizer state"] * any(state for *_, state in rows)
-        table = _table(f"{title}, {_size(sum(t.nbytes for t in unique))}", *columns)
+        table = _table(f"{title}, {format_bytes(sum(t.nbytes for t in unique))}", *columns)
         for name, t, tied, state in rows:
-            size = f"tied to {tied}" if tied else _size(t.nbytes)
+            size = f"tied to {tied}" if tied else format_bytes(t.nbytes)
             cells = [name, _shape(t), str(t.dtype)[6:], size, ", ".join(state)]
             table.add_row(*_escaped(cells[: len(columns)]))
         console.print(table)
     for name, (count, nbytes) in others.items():
-        console.print(f"\n{name}: {count} tensors, {_size(nbytes)}", markup=False)
+        console.print(f"\n{name}: {count} tensors, {format_bytes(nbytes)}", markup=False)
 
 
 @app.command()
@@ -89,7 +90,7 @@ def verify(
     Formats without checksums: their indexes are read, and every tensor is looked for in its file. The exit code is 0 if
     all is well, and 1 if something is damaged or missing.
     """
-    from shardwise.checkpoint.converting import check
+    from shardwise.checkpoint.conversion import check
 
     bad = 0
     for path in _series(directory) or [directory]:
@@ -104,7 +105,7 @@ def verify(
         bad += bool(problems)
         if not problems:
             how = "every byte is as it was written" if source.kind == "shardwise" else "complete; it has no checksums"
-            print(f"{path}: {len(source.files)} files, {_size(sum(source.files.values()))}: {how}")
+            print(f"{path}: {len(source.files)} files, {format_bytes(sum(source.files.values()))}: {how}")
     raise typer.Exit(1 if bad else 0)
 
 
@@ -127,12 +128,12 @@ def export(
         raise CheckpointError(f"--dtype {dtype} is not known", fix=f"one of {', '.join(dtypes)}")
     import torch
 
-    from shardwise.checkpoint.converting import export as write
+    from shardwise.checkpoint.conversion import export as write
 
     wanted = None if dtype is None else getattr(torch, dtypes[dtype])
     root = write(directory, out, part=part, max_shard_size=max_shard_size, dtype=wanted)
     written = sorted(p for p in root.glob("model*.safetensors*"))
-    size = _size(sum(p.stat().st_size for p in written))
+    size = format_bytes(sum(p.stat().st_size for p in written))
     say(f"shardwise: wrote {', '.join(p.name for p in written[:3])}{', ...' * (len(written) > 3)} ({size}) to {root}")
 
 
@@ -147,7 +148,7 @@ def diff(
 
     Of two formats, the weights are compared. The exit code is 0 if all is equal, and 1 if not.
     """
-    from shardwise.checkpoint.converting import compare
+    from shardwise.checkpoint.conversion import compare
 
     found = compare(a, b, part=part)
     if as_json:
@@ -171,7 +172,7 @@ def diff(
 # --- what is said ---------------------------------------------------------------------------------------
 def _series(directory: Path) -> list[Path]:
     """The checkpoints inside a folder that is none itself, by name."""
-    from shardwise.checkpoint.files import MANIFEST
+    from shardwise.checkpoint.manifest import MANIFEST
 
     if not directory.is_dir() or (directory / MANIFEST).is_file():
         return []
@@ -180,7 +181,7 @@ def _series(directory: Path) -> list[Path]:
 
 
 def _list(inside: Iterable[Path], as_json: bool) -> None:
-    from shardwise.checkpoint.files import read_manifest
+    from shardwise.checkpoint.directory import read_manifest
 
     rows: list[dict[str, Any]] = []
     for path in inside:
@@ -200,7 +201,7 @@ def _list(inside: Iterable[Path], as_json: bool) -> None:
         if "problem" in row:
             table.add_row(*_escaped([Path(row["path"]).name, row["problem"]]))
         else:
-            cells = [Path(row["path"]).name, *(str(row.get(key, "")) for key in keys), _size(row["bytes"])]
+            cells = [Path(row["path"]).name, *(str(row.get(key, "")) for key in keys), format_bytes(row["bytes"])]
             table.add_row(*_escaped(cells))
     _console().print(table)
 
@@ -216,18 +217,18 @@ def _of_manifest(manifest: Manifest) -> dict[str, Any]:
 
 
 def _facts(source: Source) -> dict[str, Any]:
-    from shardwise.checkpoint.stored import KINDS
+    from shardwise.checkpoint.stored_tensor import KINDS
 
     facts: dict[str, Any] = {"path": str(source.path), "written as": KINDS[source.kind]}
     manifest: Manifest | None = source.facts.get("manifest")
     rest = _of_manifest(manifest) if manifest is not None else source.facts
     facts |= {key: value for key, value in rest.items() if key != "bytes" and value not in ("", [])}
     if manifest is not None:
-        from shardwise.checkpoint import safe
-        from shardwise.checkpoint.checking import read_whole
+        from shardwise.checkpoint import small_state
+        from shardwise.checkpoint.directory import read_whole
 
         data = read_whole(source.path, manifest.files, ["state.pt"])["state.pt"]
-        small = safe.loads(data, source.path / "state.pt").get("state", {})
+        small = small_state.loads(data, source.path / "state.pt").get("state", {})
         facts |= {"also": [str(key) for key in small]} if small else {}
     return {**facts, "files": len(source.files), "bytes": sum(source.files.values())}
 
@@ -276,13 +277,6 @@ def _shape(stored: Stored) -> str:
     return str(stored.shape)
 
 
-def _size(nbytes: int) -> str:
-    for unit, power in (("GB", 9), ("MB", 6), ("KB", 3)):
-        if nbytes >= 10**power:
-            return f"{nbytes / 10**power:,.1f} {unit}"
-    return f"{nbytes} B"
-
-
 def _console() -> Any:
     from rich.console import Console
 
@@ -302,9 +296,8 @@ def _grid(facts: dict[str, Any]) -> Any:
     grid.add_column()
     grid.add_column(overflow="fold")
     for name, value in facts.items():
-        text = (
-            _size(value) if name == "bytes" else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        )
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = format_bytes(value) if name == "bytes" else text
         grid.add_row(*_escaped(["size" if name == "bytes" else name, text]))
     return grid
 

@@ -14,9 +14,10 @@ import typer
 from typer.core import TyperCommand
 
 from shardwise import environment
-from shardwise.cli import settings as files
+from shardwise.cli import settings_file as files
 from shardwise.cli.console import say
-from shardwise.cli.fewer import Fewer
+from shardwise.cli.host import cores
+from shardwise.cli.restart_policy import RestartPolicy
 from shardwise.cli.settings import Settings
 from shardwise.errors import LaunchError
 from shardwise.strategy import Strategy
@@ -136,7 +137,7 @@ def launch(
             endpoint=wanted.rdzv_endpoint or "",
             run_id=wanted.rdzv_id or "",
             max_restarts=wanted.max_restarts or 0,
-            **_fewer(wanted, extra),
+            **_restart_policy(wanted, extra),
             environment={**extra, **thread_environment(number)},
         )
     )
@@ -208,7 +209,7 @@ def ranks_environment(wanted: Settings) -> dict[str, str]:
     return out
 
 
-def _fewer(wanted: Settings, variables: dict[str, str]) -> dict[str, Any]:
+def _restart_policy(wanted: Settings, variables: dict[str, str]) -> dict[str, Any]:
     """The part of :class:`~shardwise.cli.ranks.Ranks` about starts with fewer ranks.
 
     Args:
@@ -223,7 +224,7 @@ def _fewer(wanted: Settings, variables: dict[str, str]) -> dict[str, Any]:
     said = {**os.environ, **variables}.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
     multiple = Strategy.parse(wanted.strategy).shard_size if wanted.strategy is not None else None
     return {
-        "fewer": Fewer(wanted.min_nproc, multiple or 1, cuda=count > 0),
+        "restart_policy": RestartPolicy(wanted.min_nproc, multiple or 1, cuda=count > 0),
         "devices": [name for part in said.split(",") if (name := part.strip())],
     }
 
@@ -239,14 +240,6 @@ def thread_environment(nproc: int) -> dict[str, str]:
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, cores() // nproc))}
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not every system has it
-        return os.cpu_count() or 1
 
 
 def _from_file(config: Path | None, no_config: bool, flags: Settings) -> Settings:

@@ -26,8 +26,8 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousPara
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 
 from shardwise.cli.console import say, show_cursor
-from shardwise.cli.fewer import Fewer, Start
-from shardwise.cli.launch import cores
+from shardwise.cli.host import cores
+from shardwise.cli.restart_policy import Attempt, RestartPolicy
 from shardwise.errors import LaunchError
 
 # Survivors of a failed rank have this long to print their report. It covers the time that shardwise.comm.faults
@@ -48,8 +48,8 @@ class Ranks:
         endpoint: ``host:port`` where the hosts meet; empty for a free port of this host.
         run_id: tells several runs at one endpoint apart.
         max_restarts: how often all ranks are started anew after a failure.
-        fewer: how far they may become fewer then; ``None`` if there are as many each time. One host only.
-        devices: the devices the ranks see, as in ``CUDA_VISIBLE_DEVICES``; what ``fewer`` leaves some out of.
+        restart_policy: how far they may become fewer then; ``None`` if there are as many each time. One host only.
+        devices: the devices the ranks see, as in ``CUDA_VISIBLE_DEVICES``; what ``restart_policy`` leaves some out of.
         environment: variables for the ranks, on top of this process's. ``OMP_NUM_THREADS`` in it is this host's cores
             divided among the ranks, and divided anew when they become fewer.
         limit_s: all ranks are ended if they run for longer; ``None`` for no limit.
@@ -62,7 +62,7 @@ class Ranks:
     endpoint: str = ""
     run_id: str = ""
     max_restarts: int = 0
-    fewer: Fewer | None = None
+    restart_policy: RestartPolicy | None = None
     devices: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
     limit_s: float | None = None
@@ -125,9 +125,9 @@ class _Agent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, ranks: Ranks) -> None:
         super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull), shutdown_timeout=_SHUTDOWN_S)
-        self.start = Start(ranks.nproc, tuple(ranks.devices))
+        self.start = Attempt(ranks.nproc, tuple(ranks.devices))
         self.limit_s = ranks.limit_s
-        self._fewer = ranks.fewer
+        self._restart_policy = ranks.restart_policy
         self._divides_cores = "OMP_NUM_THREADS" in ranks.environment
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
@@ -156,11 +156,11 @@ class _Agent(LocalElasticAgent):
 
     def _next_start(self, result: RunResult) -> str:
         """Decide what the start after this failure has, and say it in a few words."""
-        if self._fewer is None:
+        if self._restart_policy is None:
             return "all ranks anew"
         before = self.start
         by_themselves = [(f.local_rank, f.exitcode) for _, f in self.failures(result) if f.pid in self._ended]
-        self.start = self._fewer.after(by_themselves, before)
+        self.start = self._restart_policy.after(by_themselves, before)
         # torch's agent reads these each time it starts ranks; it goes on counting restarts.
         self._worker_group.spec.local_world_size = self.start.nproc
         if self.start.left_out:

@@ -15,15 +15,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
+from shardwise.comm.stats import Op
 from shardwise.errors import CommError, RankFailed, ShardwiseError
-
-if TYPE_CHECKING:
-    from shardwise.comm.group import Op
 
 _QUIET_S = 1.0  # a wait shorter than this is not worth telling the others
 _GRACE_S = 3.0  # how long a failing collective waits for the other ranks' words
@@ -71,7 +70,6 @@ class Faults:
             self._thread = threading.Thread(target=self._watch, args=(own,), name="shardwise-faults", daemon=True)
             self._thread.start()
             atexit.register(self.stop)
-            _install_excepthook()
 
     def stop(self) -> None:
         """End the thread: one that is inside the store while the interpreter ends would abort the process."""
@@ -159,35 +157,37 @@ class Faults:
         return kind("\n".join(lines), where=here, fix=fix)
 
 
-def _install_excepthook() -> None:
+def install_excepthook(current: Callable[[], Faults | None]) -> None:
+    """Say on all ranks why one of them ends.
+
+    Args:
+        current: of the process group that there is when an exception is not caught.
+    """
     previous = sys.excepthook
     if getattr(previous, "shardwise", False):
         return
 
     def hook(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
-        from shardwise.comm.world import World
-
-        world = World._current
-        if world is None or world.size == 1:
+        faults = current()
+        if faults is None or faults.size == 1:
             previous(kind, error, tb)
             return
-        faults = world.faults
         faults.failed = True
         if isinstance(error, CommError):
             if faults.speaks:
                 print(f"\nshardwise report\n{error}", file=sys.stderr, flush=True)
             else:
-                print(f"shardwise: rank {world.rank} stopped with the others", file=sys.stderr, flush=True)
+                print(f"shardwise: rank {faults.rank} stopped with the others", file=sys.stderr, flush=True)
         else:
             faults.publish_failure(error)
             if isinstance(error, ShardwiseError):
                 frames = [f for f in traceback.extract_tb(tb) if os.sep + "shardwise" + os.sep not in f.filename]
                 at = f"  at {frames[-1].filename}:{frames[-1].lineno}\n" if frames else ""
                 print(
-                    f"\nshardwise: rank {world.rank} failed\n{at}{kind.__name__}: {error}", file=sys.stderr, flush=True
+                    f"\nshardwise: rank {faults.rank} failed\n{at}{kind.__name__}: {error}", file=sys.stderr, flush=True
                 )
             else:
-                print(f"\nshardwise: rank {world.rank} failed", file=sys.stderr, flush=True)
+                print(f"\nshardwise: rank {faults.rank} failed", file=sys.stderr, flush=True)
                 previous(kind, error, tb)
         # A destructor that waits for a peer must not keep this rank alive after its last word.
         guard = threading.Timer(_EXIT_S, os._exit, (1,))

@@ -11,27 +11,13 @@ On NCCL (and on the fake backend used for planning) the built-in collectives are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from shardwise.comm.world import World
-
-
-@dataclass(frozen=True)
-class Op:
-    """What a transfer is, for counting and for reports: ``gather of unit 'blocks.3'``."""
-
-    kind: str
-    unit: str
-    tag: int
-
-    def __str__(self) -> str:
-        return f"{self.kind} of {self.unit}"
+from shardwise.comm.process import Process
+from shardwise.comm.stats import Op
 
 
 class Transfer:
@@ -69,13 +55,13 @@ class Group:
     """Some ranks of the world and how to move bytes between them.
 
     Args:
-        world: the process-wide facts (rank, counters, fault reporter).
+        world: the process (rank, counters, fault reporter).
         ranks: global ranks of the members, in the order that decides chunks and sums.
         pg: the process group, or ``None`` when this rank is alone.
         builtin: use the backend's own collectives (NCCL, fake) instead of sends and receives.
     """
 
-    def __init__(self, world: World, ranks: Sequence[int], pg: dist.ProcessGroup | None, builtin: bool) -> None:
+    def __init__(self, world: Process, ranks: Sequence[int], pg: dist.ProcessGroup | None, builtin: bool) -> None:
         self.world = world
         self.ranks = tuple(ranks)
         self.rank = self.ranks.index(world.rank)

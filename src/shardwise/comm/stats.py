@@ -1,8 +1,20 @@
-"""Counts of what crosses the wire. Bytes are exact; wait time is this rank's, blocked in ``wait()``."""
+"""What crosses the wire, and counts of it. Bytes are exact; wait time is this rank's, blocked in ``wait()``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Op:
+    """What a transfer is, for counting and for reports: ``gather of unit 'blocks.3'``."""
+
+    kind: str
+    unit: str
+    tag: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.unit}"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The process-wide facts: rank, device, process groups, counters and the fault reporter.
+"""The world: this process, and its process groups and meshes.
 
 There is one :class:`World` per default process group, as there is one default process group per process.
 """
@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from shardwise.comm.faults import Faults, Tracker
+from shardwise.comm.faults import Faults, install_excepthook
 from shardwise.comm.group import Group
-from shardwise.comm.stats import CommStats
+from shardwise.comm.mesh import Mesh, build_mesh
+from shardwise.comm.process import Process
 from shardwise.errors import CommError, StrategyError
-
-if TYPE_CHECKING:
-    from shardwise.comm.mesh import Mesh
 
 
 def init(device: str | torch.device | None = None, *, timeout: float = 600.0) -> World:
@@ -77,31 +75,21 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-class World:
-    """Rank, size, counters, faults and cached meshes of the default process group."""
+class World(Process):
+    """This process, and the groups and meshes that were made in its default process group."""
 
     _current: World | None = None
 
     def __init__(self, device: torch.device) -> None:
-        self.default_pg = dist.group.WORLD if dist.is_initialized() else None
-        self.rank = dist.get_rank() if self.default_pg else 0
-        self.size = dist.get_world_size() if self.default_pg else 1
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
-        self.device = device
-        self.stats = CommStats()
-        self.tracker = Tracker()
-        self.fake = self.default_pg is not None and dist.get_backend(self.default_pg) == "fake"
-        self.faults = Faults(self.rank, self.size, self.tracker, active=not self.fake)
-        self.join: Any = None  # the open join_uneven_inputs block, an engine.join.Join
-        self.saver: Any = None  # of asynchronous saves, a checkpoint.background.Background
-        self._abandoned: list[Any] | None = []
+        super().__init__(device)
         self._groups: dict[object, Group] = {}
         self._meshes: dict[object, Mesh] = {}
+        if self.size > 1 and not self.fake:
+            install_excepthook(World._current_faults)
 
-    def keep(self, works: Any) -> None:
-        """Hold on to what was started and will not be waited for, until the groups are gone."""
-        if self._abandoned is not None:
-            self._abandoned.append(works)
+    @classmethod
+    def _current_faults(cls) -> Faults | None:
+        return None if cls._current is None else cls._current.faults
 
     def leave(self) -> None:
         """Let go of all groups, whatever is under way in them."""
@@ -159,8 +147,6 @@ class World:
 
     def mesh(self, device: torch.device, shard_size: int, timeout: float) -> Mesh:
         """The mesh whose shard axis has ``shard_size`` ranks. Collective at the first call per size."""
-        from shardwise.comm.mesh import build_mesh
-
         if self.size % shard_size:
             raise StrategyError(
                 f"shard_size={shard_size} does not divide the {self.size} ranks",
@@ -168,5 +154,7 @@ class World:
             )
         key = (device.type, shard_size, timeout)
         if key not in self._meshes:
-            self._meshes[key] = build_mesh(self, shard_size, timeout, lambda p: self._make(p, device, timeout))
+            self._meshes[key] = build_mesh(
+                self, shard_size, lambda p: self._make(p, device, timeout), self.control_group(timeout)
+            )
         return self._meshes[key]

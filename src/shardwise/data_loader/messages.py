@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from shardwise.comm import World
-from shardwise.comm.group import Group, Op
+from shardwise.comm.group import Group
+from shardwise.comm.stats import Op
 from shardwise.errors import DataError
 
 _ALIGN = 64  # a view of another dtype needs an aligned start

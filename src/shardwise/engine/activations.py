@@ -7,23 +7,23 @@ unit is gathered when its recomputation begins, because that begins in the backw
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from shardwise.engine.binding import binding_of
+from shardwise.engine.engine import Engine
+from shardwise.engine.saved_tensors import SavedTensors, SavedView
 from shardwise.errors import StrategyError, UnitError
 from shardwise.strategy import Strategy
-from shardwise.tiers.saved import SavedOnHost
-
-if TYPE_CHECKING:
-    from shardwise.engine.schedule import Engine
-    from shardwise.engine.unit import Unit
+from shardwise.tiers.saved_tensors import SavedOnHost
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")  # as transformers calls them
 
@@ -34,14 +34,12 @@ class Forward:
     Attributes:
         recompute: whether backward computes it again, under ``torch.utils.checkpoint`` (not reentrant).
         saved: where what it saves for backward goes; ``None`` leaves it where it is.
-        unit: the module's unit, once it is sharded.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.own = module, module.forward
         self.recompute = False
         self.saved: SavedOnHost | None = None
-        self.unit: Unit | None = None
         functools.update_wrapper(self, self.own, updated=())  # for whoever asks for the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,13 +47,24 @@ class Forward:
             return self.own(*args, **kwargs)
         return self.run(args, kwargs) if self.saved is None else _offloaded(self, self.saved, args, kwargs)
 
+    def __deepcopy__(self, memo: Any) -> Forward:
+        new = memo[id(self)] = object.__new__(Forward)
+        new.module = memo[id(self.module)]
+        own: Any = self.own
+        bound = getattr(own, "__self__", None) is self.module
+        new.own = own.__func__.__get__(new.module) if bound else copy.deepcopy(own, memo)
+        new.recompute, new.saved = self.recompute, None
+        functools.update_wrapper(new, new.own, updated=())
+        return new
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.recompute:
             return self.own(*args, **kwargs)
         if found := _cache_in(args, kwargs):
+            bound = binding_of(self.module)
             raise UnitError(
                 f"'{found}' is a cache, which the recomputation in backward would fill a second time",
-                where=f"unit {self.unit.label}" if self.unit is not None else type(self.module).__name__,
+                where=f"unit {bound.unit.label}" if bound is not None else type(self.module).__name__,
                 fix="train with use_cache=False (model.config.use_cache = False), or without activation_checkpointing",
             )
         if torch.compiler.is_compiling():  # the compiler puts the recomputation into its own backward
@@ -86,11 +95,12 @@ class Forward:
 
     @contextmanager
     def _recomputing(self, written: _Written) -> Iterator[None]:
-        if self.unit is not None and torch._C._current_graph_task_id() != -1:
+        bound = binding_of(self.module)
+        if bound is not None and torch._C._current_graph_task_id() != -1:
             # The first sign of this unit's backward as a rule was the gradient of an output; not where what it left
             # elsewhere (an auxiliary loss on the module) is what backward begins with.
             with torch.no_grad():
-                self.unit.engine.pre_backward(self.unit, None)
+                bound.backward.enter(bound.unit, None)
         with written.kept():
             yield
 
@@ -144,10 +154,15 @@ def install(engine: Engine) -> None:
     for unit in asking:
         if unit.name not in around:
             recompute(unit.module)
-            _forward_of(unit.module).unit = unit
     wanted = any(u.strategy.activation_checkpointing for u in units)
     if wanted and not any(is_recomputed(u.module) for u in units):
-        engine.before_forward(_nothing_to_recompute)
+        engine.refuse_training = _nothing_to_recompute(engine.module)
+    _offload(engine)
+    engine.on_copy.append(_copy)
+
+
+def _offload(engine: Engine) -> None:
+    units = engine.units
     for unit in units:
         forward = vars(unit.module).get("forward")
         if isinstance(forward, Forward):
@@ -157,12 +172,39 @@ def install(engine: Engine) -> None:
     outermost = [u for u in asking if not any(outer in names for outer in _around(u.name))]
     devices = {b.device for u in asking for b in u.buckets}
     if outermost and len(devices) == 1:
-        stays = frozenset(b.flat.tensor.untyped_storage()._cdata for u in units for b in u.buckets)
-        saved = SavedOnHost(devices.pop(), engine.ledger, stays, pin=engine.strategy.pin_memory)
+        saved = SavedOnHost(devices.pop(), engine.ledger, FlatViews(engine.saved), pin=engine.strategy.pin_memory)
         if saved.separate:
-            engine.saved = saved
+            engine.host_activations = saved
             for unit in outermost:
                 _forward_of(unit.module).saved = saved
+
+
+def _copy(old: Engine, new: Engine, memo: Any) -> None:
+    """The forwards of a copied model save where those of the model do."""
+    if old.host_activations is None:
+        return
+    saved = SavedOnHost(old.host_activations.link.device, new.ledger, FlatViews(new.saved), pin=new.strategy.pin_memory)
+    new.host_activations = saved
+    for unit in old.units:
+        forward = vars(unit.module).get("forward")
+        if isinstance(forward, Forward) and forward.saved is not None:
+            memo[id(forward)].saved = saved
+
+
+class FlatViews:
+    """What :class:`SavedOnHost` leaves to the engine: views of flat buffers, which come and go by themselves."""
+
+    def __init__(self, saved: SavedTensors) -> None:
+        self.saved = saved
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """What stands for a view of a flat buffer; ``None``: it is none."""
+        return self.saved.pack_view(tensor)
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        """The tensor that :meth:`pack` was given."""
+        view: SavedView = packed
+        return view.owner.unpack_view(view)
 
 
 def _around(name: str) -> Iterator[str]:
@@ -187,13 +229,12 @@ def check(root: nn.Module, strategy: Strategy) -> None:
             )
 
 
-def _nothing_to_recompute(module: nn.Module, args: Any) -> None:
-    if torch.is_grad_enabled():
-        raise UnitError(
-            "activation_checkpointing has nothing to recompute: there is no unit below the root",
-            where=type(module).__name__,
-            fix="name the units: fully_shard(model, units=Block), or leave out activation_checkpointing",
-        )
+def _nothing_to_recompute(module: nn.Module) -> UnitError:
+    return UnitError(
+        "activation_checkpointing has nothing to recompute: there is no unit below the root",
+        where=type(module).__name__,
+        fix="name the units: fully_shard(model, units=Block), or leave out activation_checkpointing",
+    )
 
 
 # --- what a recomputation needs ---------------------------------------------------------------------

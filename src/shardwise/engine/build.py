@@ -6,6 +6,7 @@ import atexit
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
@@ -13,16 +14,18 @@ import torch
 from torch import nn
 
 from shardwise.comm import Mesh, World, init
-from shardwise.comm.group import Op
+from shardwise.comm.stats import Op
 from shardwise.comm.world import default_device
-from shardwise.engine import activations, state_dict
+from shardwise.engine import activations, hooks, state_dict
 from shardwise.engine import optimizer as _optimizer  # installs the optimizer hooks
 from shardwise.engine.deferred import Deferred, InitFn, has_meta
+from shardwise.engine.engine import Engine
+from shardwise.engine.hooks import ENGINE, engine_of, set_engine
 from shardwise.engine.in_backward import InBackward
+from shardwise.engine.integrity import Integrity
 from shardwise.engine.overlaps import refuse_overlaps
-from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
-from shardwise.engine.unit import Unit
+from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import CommError, OffloadError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers.home import Home
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 M = TypeVar("M", bound=nn.Module)
-_ATTRIBUTE = "_shardwise_engine"
 engines: WeakSet[Engine] = WeakSet()
 
 
@@ -53,11 +55,11 @@ def shard(
     world = init(device, timeout=chosen.timeout)
     engine = Engine(module, chosen, _mesh(world, device, chosen, mesh))
     if chosen.optimizer_in_backward:
-        engine.in_backward = InBackward(_optimizer.part)
+        engine.backward.in_backward = InBackward(_optimizer.part)
     adopted = [
         (name, child, sub)
         for name, child in module.named_modules()
-        if child is not module and (sub := vars(child).get(_ATTRIBUTE)) is not None
+        if child is not module and (sub := vars(child).get(ENGINE)) is not None
     ]
     taken = [name for name, _, _ in adopted]
     selected = [
@@ -74,14 +76,18 @@ def shard(
         objects[id(p)] = p
     of_unit: dict[str, list[tuple[nn.Parameter, list[str]]]] = {name: [] for name in [*owners]}
     for key, p in objects.items():
-        if getattr(p, "_shardwise_unit", None) is not None:
+        if unit_of(p) is not None:
             continue
         of_unit[_common_owner(names[key], list(owners))].append((p, names[key]))
     home = _home(engine, device)
     made: dict[str, Unit] = {}
 
     def make(name: str) -> None:
-        made[name] = Unit(engine, name, owners[name], of_unit[name], engine.mesh, chosen, engine.ledger, home)
+        members = [(p, its, None) for p, its in of_unit[name]]
+        made[name] = Unit(
+            name, owners[name], members, partial(_holder, module), engine.mesh, chosen, engine.ledger, home,
+            engine,
+        )  # fmt: skip
 
     deferred = Deferred(module, device, param_init_fn) if has_meta(module) else None
     wanted = [name for name in owners if of_unit[name]]
@@ -93,26 +99,43 @@ def shard(
             make(name)
     order = {name: i for i, (name, _) in enumerate(module.named_modules())}
     below = [(name, [unit]) for name, unit in made.items() if name]
-    for name, _child, sub in adopted:
-        sub.uninstall()
-        for unit in sub.units:
-            unit.name = f"{name}.{unit.name}" if unit.name else name
-            unit.label = f"'{unit.name}'"
-            unit.names = {k: [f"{name}.{n}" for n in ns] for k, ns in unit.names.items()}
-        _move_ledger(sub, engine)
+    for name, child, sub in adopted:
+        _adopt(name, child, sub, engine)
         below.append((name, sub.units))
-        engines.discard(sub)
-        delattr(_child, _ATTRIBUTE)
-    for _, group in sorted(below, key=lambda item: order[item[0]]):
-        engine.add(group)
-    engine.add([made[""]])
+    registered = [unit for _, group in sorted(below, key=lambda item: order[item[0]]) for unit in group]
+    engine.take_over([*registered, made[""]])
     for unit in made.values():
         state_dict.install(unit)
-    engine.install()
+    hooks.install(engine)
     activations.install(engine)
-    object.__setattr__(module, _ATTRIBUTE, engine)
+    engine.integrity = Integrity(module)
+    if chosen.broadcast_buffers and world.size > 1:
+        engine.send_buffers(0)
+    set_engine(module, engine)
     engines.add(engine)
+    engine.on_copy.append(_keep_copy)
     return module
+
+
+def _keep_copy(old: Engine, new: Engine, memo: object) -> None:
+    engines.add(new)
+
+
+def _adopt(name: str, child: nn.Module, sub: Engine, engine: Engine) -> None:
+    """The units of a child that was sharded before belong to its parent's engine from here on."""
+    sub.uninstall()
+    prefix = f"{name}."
+    for unit in sub.units:
+        unit.rename(f"{prefix}{unit.name}" if unit.name else name, prefix)
+    _move_ledger(sub, engine)
+    engines.discard(sub)
+    delattr(child, ENGINE)
+
+
+def _holder(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter of that full name, and the attribute."""
+    path, _, attribute = name.rpartition(".")
+    return root.get_submodule(path), attribute
 
 
 @atexit.register
@@ -124,18 +147,10 @@ def _finish_transfers() -> None:
         try:
             with suppress(CommError):  # the rank we owed it to has ended itself
                 for unit in engine.units:
-                    unit.settle()
+                    if unit.failure is None:
+                        unit.finish_transfers()
         except OffloadError as error:
             print(f"shardwise: the last update did not take place: {error}", file=sys.stderr, flush=True)
-
-
-def engine_of(module: nn.Module) -> Engine | None:
-    """The engine of a sharded module, also through a wrapper with ``.module``."""
-    found = vars(module).get(_ATTRIBUTE)
-    if found is None:
-        inner = getattr(module, "module", None) if not isinstance(module, nn.ModuleList) else None
-        found = vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
-    return found
 
 
 def require_engine(module: nn.Module) -> Engine:
@@ -157,48 +172,6 @@ def no_sync(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         engine.sync = before
-
-
-@contextmanager
-def gathered(module: nn.Module, *, write: bool = False, grads: bool = False) -> Iterator[None]:
-    """Have the whole values of a sharded module, or of a submodule, on every rank.
-
-    Args:
-        module: the sharded module, or a module inside one.
-        write: take changed values over (rank 0's, for everyone) when the block ends.
-        grads: show whole reduced gradients in ``p.grad`` meanwhile. Changes to them are not kept.
-
-    A collective: every rank enters. Costs the module's whole values in memory.
-    """
-    chosen = {id(u): u for p in module.parameters() if (u := getattr(p, "_shardwise_unit", None)) is not None}
-    units: list[Unit] = sorted(chosen.values(), key=lambda u: u.index)
-    shown: list[tuple[nn.Parameter, torch.Tensor]] = []
-    for unit in units:
-        unit.gather()
-        unit.kept_for.add("reading")
-        if grads:
-            for bucket in unit.buckets:
-                if not bucket.grads.sharded or all(p.grad is None for p in bucket.params):
-                    continue
-                full = bucket.grads.full()
-                for slot, p in zip(bucket.layout.slots, bucket.params, strict=True):
-                    if p.grad is not None:
-                        shown.append((p, p.grad))
-                        p.grad = full[slot.offset : slot.stop].view(slot.shape)
-    try:
-        yield
-    finally:
-        for p, grad in shown:
-            p.grad = grad
-        with torch.no_grad():
-            for unit in units:
-                for b in unit.buckets if write else ():
-                    b.mesh.whole.broadcast(b.flat.tensor, b.op("broadcast")).wait()
-                    if not b.aliased:
-                        with b.master_here(write=True) as master:
-                            master.copy_(b.flat.tensor[b.held])
-                unit.kept_for.discard("reading")
-                unit.release()
 
 
 def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]]) -> None:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from shardwise.engine.optimizer import unit_of
 from shardwise.engine.resets import Slot, Writes, rehearse, slots_in, slots_of
+from shardwise.engine.unit import unit_of
 from shardwise.errors import ReleasedParameterError, UnitError
 
 InitFn = Callable[[nn.Module], Any]

@@ -3,64 +3,156 @@
 They are copied into a flat buffer in the order autograd makes them, which is reduced as a whole. Where the gradient is
 kept whole that buffer is the gradient itself, and the reduce works in place; where it is split, or has its home on the
 host, the buffer lives until the reduce has ended.
+
+Each parameter's gradient is in one state::
+
+    NONE ── arrives ──> LOCAL ── reduce ──> REDUCED ── update in the backward ──> SPENT
+                          REDUCED ── arrives ──> ADDING ── reduce ──> REDUCED
+    any of them ── zeroed ──> NONE
+
+What arrived *in this backward*, reduced or not, is the backward's to know, not the gradient's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import NoReturn
 
 import torch
 from torch import nn
 
-from shardwise.comm.mesh import Reduction
-from shardwise.errors import GradientError
+from shardwise.comm.reduction import Reduction
+from shardwise.engine.flat import FlatParameters
+from shardwise.errors import GradientError, InternalError
 from shardwise.tiers.aligned import padded
-from shardwise.tiers.home import Loan
+from shardwise.tiers.home import BufferLease
 from shardwise.tiers.link import Copy
 
-if TYPE_CHECKING:
-    from shardwise.engine.bucket import Bucket
+
+class GradState(IntEnum):
+    """Where the gradient of one parameter is on this rank."""
+
+    NONE = 0  # there is none, or it was zeroed
+    LOCAL = 1  # it arrived here, and has not been reduced over the ranks
+    REDUCED = 2  # it is reduced; zero if it arrived on no rank
+    ADDING = 3  # one is reduced, and more arrived here that is not
+    SPENT = 4  # an update in the backward has used it up, and it was not zeroed since
+
+
+_G = GradState
+_ALLOWED: dict[GradState, frozenset[GradState]] = {
+    _G.NONE: frozenset({_G.NONE, _G.LOCAL, _G.REDUCED}),
+    _G.LOCAL: frozenset({_G.LOCAL, _G.REDUCED, _G.NONE}),
+    _G.REDUCED: frozenset({_G.REDUCED, _G.ADDING, _G.SPENT, _G.NONE}),
+    _G.ADDING: frozenset({_G.ADDING, _G.REDUCED, _G.NONE}),
+    _G.SPENT: frozenset({_G.SPENT, _G.NONE}),
+}
+
+
+class GradStates:
+    """The states of a bucket's gradients, with the transitions that are allowed. No torch in it."""
+
+    __slots__ = ("label", "states")
+
+    def __init__(self, count: int, label: str = "") -> None:
+        self.label = label
+        self.states = [GradState.NONE] * count
+
+    def __getitem__(self, index: int) -> GradState:
+        return self.states[index]
+
+    def to(self, index: int, state: GradState) -> None:
+        """Gradient ``index`` is in ``state`` from here on.
+
+        Raises:
+            InternalError: the table does not allow it.
+        """
+        if state not in _ALLOWED[self.states[index]]:
+            raise InternalError(
+                f"gradient {index} cannot go from {self.states[index].name} to {state.name}",
+                where=f"unit {self.label}",
+            )
+        self.states[index] = state
+
+    def arrive(self, index: int) -> bool:
+        """One more arrived. Is it the first since the last reduce?"""
+        now = self.states[index]
+        self.to(index, _G.ADDING if now in (_G.REDUCED, _G.ADDING) else _G.LOCAL)
+        return now in (_G.NONE, _G.REDUCED)
+
+    def waits(self, index: int) -> bool:
+        """Does something of it wait for a reduce?"""
+        return self.states[index] in (_G.LOCAL, _G.ADDING)
+
+    def is_reduced(self, index: int) -> bool:
+        """Is there a reduced part of it?"""
+        return self.states[index] in (_G.REDUCED, _G.ADDING)
+
+    @property
+    def any_waits(self) -> bool:
+        return any(s in (_G.LOCAL, _G.ADDING) for s in self.states)
+
+    @property
+    def any_reduced(self) -> bool:
+        return any(s in (_G.REDUCED, _G.ADDING) for s in self.states)
+
+    def reduced(self) -> None:
+        """The bucket was reduced as a whole: what arrived nowhere counts as zero."""
+        for i in range(len(self.states)):
+            self.to(i, _G.REDUCED)
+
+    def taken(self) -> None:
+        """What waited was taken into a reduce that is under way, and may still fail."""
+        for i, s in enumerate(self.states):
+            if s is _G.LOCAL:
+                self.states[i] = _G.NONE
+            elif s is _G.ADDING:
+                self.states[i] = _G.REDUCED
+
+    def spend(self) -> None:
+        """An update has used them up."""
+        for i in range(len(self.states)):
+            self.to(i, _G.SPENT)
+
+
+Handle = Callable[["Gradients", int], torch.Tensor]
+"""Makes what ``p.grad`` shows of a gradient that this rank does not hold whole."""
 
 
 class Gradients:
     """The gradients of one bucket's parameters.
 
     Args:
-        bucket: whose; its layout and place are settled.
-        split: each rank keeps those of its held shards only.
-        on_host: reduced gradients are kept in host memory, and cross to it in the compute dtype.
-        handle: the class of what ``p.grad`` shows where that is not a plain tensor; made of these and an index.
+        bucket: whose; its layout and placement are settled.
+        handle: makes what ``p.grad`` shows where the placement says so.
 
     Attributes:
-        reduced: the reduced gradients, flat: of the held shards where they are split, else of all. Made when needed.
-        raw: what arrived in a backward, flat, not yet reduced.
-        valid: per parameter: is there a reduced gradient of an earlier backward that was not zeroed?
-        arrived: is there one in ``raw``?
-        seen: did one arrive in this backward, reduced or not?
-        shown: was there one before this backward?
-        spent: was it used up by an update in the backward, and not zeroed since?
+        states: of each parameter's gradient.
+        reduced: the reduced gradients, in the master dtype: ``(copies * n,)`` where they are split, else
+            ``(parts * n,)``. Made when needed.
+        raw: ``(parts * n,)`` what arrived in a backward and is not yet reduced, in the dtype of the wire.
     """
 
-    def __init__(self, bucket: Bucket, *, split: bool, on_host: bool, handle: type[Any]) -> None:
-        self.bucket, self.split, self.on_host, self._handle = bucket, split, on_host, handle
-        # Does ``p.grad`` show a handle? Also where an update may still need what it shows.
-        self.sharded = bucket.split_optimizer or on_host or bucket.home is not None
-        n = len(bucket.params)
-        self.valid, self.arrived, self.seen = [False] * n, [False] * n, [False] * n
-        self.shown, self.spent = [False] * n, [False] * n
+    def __init__(self, bucket: FlatParameters, handle: Handle) -> None:
+        self.bucket, self._handle = bucket, handle
+        plan = bucket.placement
+        self.split, self.on_host, self.shows_handles = plan.grads_split, plan.grads_on_host, plan.shows_handles
+        self.states = GradStates(len(bucket.params), bucket.label)
         self.reduced: torch.Tensor | None = None
         self.raw: torch.Tensor | None = None
         self.reduction: Reduction | None = None
         self._reducing: torch.Tensor | None = None  # the ``raw`` that is being reduced
         self._merge: torch.Tensor | None = None  # what it is reduced to, if that is not its last place
-        self._crossing: tuple[Copy, torch.Tensor, Loan | None] | None = None  # from there to the host
-        self._handles: list[torch.Tensor] | None = None
+        self._crossing: tuple[Copy, torch.Tensor, BufferLease | None] | None = None  # from there to the host
+        self._adding: list[bool] = []  # per parameter: what crosses is added to what is there
+        self._shown: list[torch.Tensor] | None = None  # what ``p.grad`` shows
         self._pieces: list[list[torch.Tensor]] = []
 
     # --- where they are -------------------------------------------------------------------------
     def open(self) -> torch.Tensor:
         """The reduced gradients; zeros if there are none yet."""
-        self.bucket.catch_up()
+        self.bucket.settle()
         self._land()
         if self.reduced is None:
             b = self.bucket
@@ -71,14 +163,13 @@ class Gradients:
             else:
                 self.reduced = b.ledger.empty(n, b.master_dtype, b.device, "gradients").zero_()
             origin = b.held.start if self.split else 0
+            self._shown = None  # handles of what was spent
             self._pieces = [[b.view(p, self.reduced, origin) for p in ps] for ps in b.pieces]
         return self.reduced
 
     def held(self) -> torch.Tensor:
-        """The reduced gradients of the held shards, flat."""
-        return self._held(self.open())
-
-    def _held(self, grad: torch.Tensor) -> torch.Tensor:
+        """``(copies * n,)`` the reduced gradients of the held shards."""
+        grad = self.open()
         return grad if self.split else grad[self.bucket.held]
 
     def pieces(self, index: int) -> list[torch.Tensor]:
@@ -87,44 +178,39 @@ class Gradients:
         return self._pieces[index]
 
     def whole(self, index: int) -> torch.Tensor:
-        """The reduced gradient of parameter ``index``, where this rank holds all of it."""
+        """The reduced gradient of parameter ``index`` in its shape, where this rank holds all of it."""
         slot = self.bucket.layout.slots[index]
         return self.open()[slot.offset : slot.stop].view(slot.shape)
 
-    def full(self) -> torch.Tensor:
-        """All reduced gradients in a new flat tensor (collective where they are split)."""
-        b = self.bucket
-        out = torch.zeros(b.layout.numel, dtype=b.master_dtype, device=b.device)
-        if self.reduced is not None:
-            out[b.held].copy_(self.held())
-        if b.split_optimizer:
-            with b.told("gradients"):
-                b.mesh.gather(out, b.op("state")).wait()
-        return out
-
     # --- one backward ---------------------------------------------------------------------------
-    def read_flags(self) -> None:
-        """Before a backward: forget what the user has zeroed (``p.grad is None``), hide the rest from autograd."""
+    def read_flags(self) -> list[bool]:
+        """Before a backward: forget what the script has zeroed (``p.grad is None``), hide the rest from autograd.
+
+        Returns:
+            Per parameter: was there a gradient before this backward?
+        """
+        shown = []
         for i, p in enumerate(self.bucket.params):
-            self.shown[i] = p.grad is not None
-            if p.grad is None or self.spent[i]:
-                if p.grad is not None:
-                    self._refuse_spent(i)
-                self.spent[i] = False
-                self.valid[i] = self.arrived[i] = self.seen[i] = False
-            else:
-                if not self.is_shown(i, p.grad):
-                    self.adopt(i, p.grad)
-                p.grad = None
-        if self.raw is not None and not any(self.arrived):
+            grad = p.grad
+            shown.append(grad is not None)
+            if grad is None:
+                self.states.to(i, GradState.NONE)
+                continue
+            if self.states[i] is GradState.SPENT:
+                self._refuse_spent(i)
+            if not self.is_shown(i, grad):
+                self.adopt(i, grad)
+            p.grad = None
+        if self.raw is not None and not self.states.any_waits:
             self._close(self.raw)
             self.raw = None
+        return shown
 
     def _open_raw(self) -> torch.Tensor:
         """The flat buffer gradients arrive in: the whole gradient itself where that is kept and empty."""
         b = self.bucket
         in_place = not self.split and b.reduce_dtype == b.master_dtype
-        if in_place and self.reduction is None and not any(self.valid):
+        if in_place and self.reduction is None and not self.states.any_reduced:
             return self.open()
         return b.ledger.empty(b.layout.numel, b.reduce_dtype, b.device, "gather_buffers")
 
@@ -139,11 +225,9 @@ class Gradients:
         slot, share = self.bucket.layout.slots[index], self.bucket.share
         place = self.raw[slot.offset : slot.stop].view(slot.shape)
         # The mean is taken here, in the pass that copies anyway, so that a reduce is a plain sum.
-        if self.arrived[index]:
+        if not self.states.arrive(index):
             place.add_(grad, alpha=share)
-            return
-        self.arrived[index] = self.seen[index] = True
-        if grad.dtype == place.dtype:
+        elif grad.dtype == place.dtype:
             torch.mul(grad, share, out=place)
         else:
             place.copy_(grad).mul_(share)
@@ -155,32 +239,41 @@ class Gradients:
         raw = self.raw if self.raw is not None else self._open_raw()
         self.raw, self._reducing = None, raw
         for i, slot in enumerate(b.layout.slots):
-            if not self.arrived[i]:
+            if not self.states.waits(i):
                 raw[slot.offset : slot.stop].zero_()
+        self.states.taken()
         if raw is self.reduced:
             out = raw[b.held]
-        elif any(self.valid) or self.on_host:
+        elif self.states.any_reduced or self.on_host:
             n = b.held.stop - b.held.start
             out = self._merge = b.ledger.empty(n, b.master_dtype, b.device, "gather_buffers")
         else:
             out = self.held()
         self.reduction = b.mesh.reduce(raw, out, b.op("reduce"), b.ledger)
-        self.arrived = [False] * len(b.params)
 
     def advance_reduce(self) -> None:
+        """Start the second stage of the reduce, if it has one and the first has ended."""
         if self.reduction is not None:
             self.reduction.advance()
 
     def finish_reduce(self) -> None:
         """Wait for the reduce and add its result to what was already there."""
+        if self.reduction is None:
+            return
         merge = self._end_reduce()
         if merge is not None:
+            adding = [self.states.is_reduced(i) for i in range(len(self.bucket.params))]
             if self.on_host:
-                self._leave(merge)
+                self._leave(merge, adding)
             else:
-                self._add(merge)
+                self._add(merge, adding)
             self._drop_merge()
-            self.valid = [True] * len(self.bucket.params)
+        # More may have arrived while the reduce was under way: it still waits.
+        waiting = [self.states.waits(i) for i in range(len(self.bucket.params))]
+        for i, waits in enumerate(waiting):
+            self.states.to(i, GradState.REDUCED)
+            if waits:
+                self.states.to(i, GradState.ADDING)
 
     def _end_reduce(self) -> torch.Tensor | None:
         """Returns what has yet to be taken to its place."""
@@ -188,11 +281,10 @@ class Gradients:
             return None
         self.reduction.wait()
         self.reduction = None
-        assert self._reducing is not None
+        if self._reducing is None:
+            raise InternalError("a reduce without a buffer has ended", where=f"unit {self.bucket.label}")
         self._close(self._reducing)
         self._reducing = None
-        if self._merge is None:
-            self.valid = [True] * len(self.bucket.params)
         return self._merge
 
     def _drop_merge(self) -> None:
@@ -200,43 +292,41 @@ class Gradients:
             self.bucket.ledger.drop(self._merge, "gather_buffers")
             self._merge = None
 
-    def _add(self, more: torch.Tensor) -> None:
-        """Add to the reduced gradients of the held shards, or replace what is not valid."""
+    def _add(self, more: torch.Tensor, adding: Sequence[bool]) -> None:
+        """Add ``more`` ``(copies * n,)`` to the reduced gradients of the held shards, or take their place."""
         held, b = self.held(), self.bucket
         for piece in (p for pieces in b.pieces for p in pieces):
             at = piece.offset - b.held.start
             into, add = held[at : at + piece.numel], more[at : at + piece.numel]
-            into.add_(add) if self.valid[piece.slot] else into.copy_(add)
+            into.add_(add) if adding[piece.slot] else into.copy_(add)
 
     # --- home on the host -----------------------------------------------------------------------
-    def _leave(self, reduced: torch.Tensor) -> None:
+    def _leave(self, reduced: torch.Tensor, adding: list[bool]) -> None:
         """Start to copy to the host, in the compute dtype; :meth:`open` waits for it."""
         home, b = self.bucket.home, self.bucket
         assert home is not None
-        straight = not any(self.valid) and b.dtype == b.master_dtype
+        straight = not any(adding) and b.dtype == b.master_dtype
         if straight:
-            loan, low = None, self.held()
+            lease, low = None, self.held()
         else:
             self._land()
             while len(home.landing) > 1:  # a buffer is free when the one before the last has landed
                 home.landing.popleft()()
-            loan = home.lend(padded(reduced.numel() * b.dtype.itemsize), "gradients", 2)
-            low = loan.buffer[: reduced.numel() * b.dtype.itemsize].view(b.dtype)
+            lease = home.lease(padded(reduced.numel() * b.dtype.itemsize), "gradients", 2)
+            low = lease.buffer[: reduced.numel() * b.dtype.itemsize].view(b.dtype)
             home.landing.append(self._land)
-        self._crossing = home.link.to_host(reduced, low), low, loan
-        self._adding = list(self.valid)
+        self._crossing = home.link.to_host(reduced, low), low, lease
+        self._adding = adding
 
     def _land(self) -> None:
         """What was on its way to the host has arrived."""
         if self._crossing is None:
             return
-        (copy, low, loan), self._crossing = self._crossing, None
+        (copy, low, lease), self._crossing = self._crossing, None
         copy.wait()
-        if loan is not None:
-            valid, self.valid = self.valid, self._adding
-            self._add(low)
-            self.valid = valid
-            loan.release()
+        if lease is not None:
+            self._add(low, self._adding)
+            lease.release()
 
     # --- other ends of a backward -------------------------------------------------------------------
     def keep(self) -> None:
@@ -247,65 +337,59 @@ class Gradients:
         for i, slot in enumerate(self.bucket.layout.slots):
             mine = slice(slot.offset, slot.stop)
             if raw is grad:
-                if not self.arrived[i]:
+                if not self.states.waits(i):
                     grad[mine].zero_()
-            elif self.arrived[i]:
-                grad[mine].add_(raw[mine]) if self.valid[i] else grad[mine].copy_(raw[mine])
-            elif not self.valid[i]:
+            elif self.states.waits(i):
+                grad[mine].add_(raw[mine]) if self.states.is_reduced(i) else grad[mine].copy_(raw[mine])
+            elif not self.states.is_reduced(i):
                 grad[mine].zero_()
         self._close(raw)
         self.raw = None
-        n = len(self.bucket.params)
-        self.valid, self.arrived, self.seen = [True] * n, [False] * n, [False] * n
+        self.states.reduced()
 
     def abandon(self) -> None:
         """Drop gradients that arrived in a backward that failed. Reduced ones of earlier backwards stay."""
-        valid = self.valid
         self._end_reduce()
         self._drop_merge()
-        self.valid = valid
         if self.raw is not None:
             self._close(self.raw)
             self.raw = None
-        n = len(self.bucket.params)
-        self.arrived, self.seen = [False] * n, [False] * n
+        self.states.taken()
 
     def spend(self) -> None:
         """An update has used the gradients up: free them, and let ``p.grad`` say so."""
         self.bucket.ledger.drop(self.open(), "gradients")
-        self.reduced = self._handles = None
+        self.reduced = self._shown = None
         self._pieces = []
-        n = len(self.bucket.params)
-        self.valid, self.spent = [False] * n, [True] * n
+        self.states.spend()
 
     # --- what others see ------------------------------------------------------------------------
     def show(self, index: int, param: nn.Parameter) -> None:
         """Put the gradient's public face into ``p.grad``."""
-        if self.spent[index]:
-            param.grad = self._handle(self, index)
-            return
-        if self._handles is None:
-            if self.sharded:
-                self._handles = [self._handle(self, i) for i in range(len(self.bucket.params))]
+        if self._shown is None:
+            if self.shows_handles or self.states[index] is GradState.SPENT:
+                self._shown = [self._handle(self, i) for i in range(len(self.bucket.params))]
             else:
                 grad = self.open()
-                self._handles = [grad[s.offset : s.stop].view(s.shape) for s in self.bucket.layout.slots]
-        param.grad = self._handles[index]
+                self._shown = [grad[s.offset : s.stop].view(s.shape) for s in self.bucket.layout.slots]
+        param.grad = self._shown[index]
 
     def is_shown(self, index: int, grad: torch.Tensor) -> bool:
         """Is this what :meth:`show` put there?"""
-        return self._handles is not None and grad is self._handles[index]
+        return self._shown is not None and grad is self._shown[index]
 
+    @torch.no_grad()
     def adopt(self, index: int, grad: torch.Tensor) -> None:
-        """Take over a gradient that the user put into ``p.grad``."""
-        self.valid[index] = True
+        """Take over a gradient that the script put into ``p.grad``."""
+        if not self.states.waits(index):
+            self.states.to(index, GradState.REDUCED)
         for (lo, hi), piece in zip(self.bucket.ranges(index), self.pieces(index), strict=True):
             piece.copy_(grad.detach().reshape(-1)[lo:hi].view(piece.shape))
 
     def for_step(self, index: int) -> list[torch.Tensor] | None:
         """What the optimizer sees for each held piece of a parameter; ``None`` if it has no gradient."""
         grad = self.bucket.params[index].grad
-        if grad is None or (self.spent[index] and isinstance(grad, self._handle)):
+        if grad is None or (self.states[index] is GradState.SPENT and self.is_shown(index, grad)):
             return None
         self.require_reduced(index)
         if not self.is_shown(index, grad):
@@ -314,12 +398,12 @@ class Gradients:
 
     def zero(self, index: int) -> None:
         """Zero in place, as ``p.grad.zero_()`` asks."""
-        if self.spent[index]:
+        if self.states[index] is GradState.SPENT:
             self.bucket.params[index].grad = None
             return
         for piece in self.pieces(index):
             piece.zero_()
-        if self.raw is not None and self.arrived[index]:
+        if self.raw is not None and self.states.waits(index):
             slot = self.bucket.layout.slots[index]
             self.raw[slot.offset : slot.stop].zero_()
 
@@ -328,9 +412,9 @@ class Gradients:
 
         Or if there are none any more, because an update in the backward has used them up.
         """
-        if self.spent[index]:
+        if self.states[index] is GradState.SPENT:
             self._refuse_spent(index)
-        if self.arrived[index]:
+        if self.states.waits(index):
             raise GradientError(
                 "the gradient has not been reduced over the ranks yet: its last backward ran under no_sync()",
                 where=f"parameter '{self.bucket.names[index]}'",

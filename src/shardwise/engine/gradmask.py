@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-if TYPE_CHECKING:
-    from shardwise.engine.schedule import Engine
+from shardwise.engine.gradients import GradState
+from shardwise.engine.unit import Unit
 
-_GONE, _REDUCED, _WAITING, _NEVER = range(4)  # zeroed by the script; in p.grad; not reduced yet; none since then
-
-
-def mask(engine: Engine) -> tuple[bytes, bool]:
-    """How the gradient of each parameter is on this rank, and whether some wait for their reduce."""
-    row = bytearray()
-    for unit in engine.units:
-        for b, i, p in unit.slots:
-            if p.grad is None:
-                row.append(_GONE if b.grads.valid[i] or b.grads.arrived[i] else _NEVER)
-            else:
-                row.append(_REDUCED if b.grads.valid[i] else _WAITING if b.grads.arrived[i] else _NEVER)
-    return bytes(row), _WAITING in row
+_SHOWN = 16  # added to the state: ``p.grad`` shows it
 
 
-def take_mask(engine: Engine, found: tuple[bytes, bool]) -> None:
+def mask(units: Sequence[Unit]) -> bytes:
+    """The state of each parameter's gradient on this rank, and whether ``p.grad`` shows it."""
+    return bytes(s.bucket.grads.states[s.index] + _SHOWN * (s.param.grad is not None) for u in units for s in u.slots)
+
+
+def take_mask(units: Sequence[Unit], row: bytes) -> None:
     """Zero what the other rank has zeroed. What waits here for a reduce that is still to come, stays."""
-    row, waiting = found
+    waiting = any(byte >= _SHOWN and byte - _SHOWN == GradState.LOCAL for byte in row)
     at = iter(row)
-    for unit in engine.units:
-        for b, i, p in unit.slots:
-            theirs = next(at)
-            if theirs == _REDUCED and p.grad is None:
-                b.grads.show(i, p)
-            elif theirs == _GONE or (theirs == _NEVER and not (waiting and b.grads.arrived[i])):
-                p.grad = None
+    for unit in units:
+        for slot in unit.slots:
+            byte, grads, p = next(at), slot.bucket.grads, slot.param
+            theirs = GradState(byte % _SHOWN)
+            reduced = theirs in (GradState.REDUCED, GradState.ADDING)
+            if byte >= _SHOWN and reduced:
+                if p.grad is None:
+                    grads.show(slot.index, p)
+            elif byte >= _SHOWN and theirs is GradState.LOCAL:
+                continue
+            elif theirs is not GradState.NONE or not (waiting and grads.states.waits(slot.index)):
+                p.grad = None  # zeroed there, or never made since

@@ -1,62 +1,100 @@
 """Parameters whose values are elsewhere: reading one is caught, never a wrong number or a crash.
 
-A released parameter keeps its identity, name, shape and hooks; only its class is switched to
-:class:`GuardedParameter`, whose ``__torch_function__`` lets metadata through and stops everything that
-would read or write values. (``torch.nn.UninitializedParameter`` switches class the same way.) Switching
-costs about 0.1 µs per parameter and nothing while the values are present.
+A released parameter keeps its identity, name, shape and hooks; only its class is switched to a guarded one, whose
+``__torch_function__`` lets metadata through and stops everything that would read or write values.
+(``torch.nn.UninitializedParameter`` switches class the same way.) Switching costs about 0.1 µs per parameter and
+nothing while the values are present. Subclasses of ``Parameter`` get a guarded class of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from shardwise.errors import ReleasedParameterError
-from shardwise.tiers.harmless import METADATA, METHODS, asked
+from shardwise.errors import ReleasedParameterError, UnitError
+from shardwise.tiers.metadata_access import METADATA_ATTRIBUTES, METADATA_METHODS, accessed
 
-if TYPE_CHECKING:
-    from shardwise.engine.unit import Unit
-
-_METADATA = METADATA | {
+_METADATA = METADATA_ATTRIBUTES | {
     "grad_dtype", "name", "retains_grad", "output_nr", "_backward_hooks", "_post_accumulate_grad_hooks",
 }  # fmt: skip
-_METHODS = METHODS | {
+_METHODS = METADATA_METHODS | {
     "stride", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "is_contiguous",
     "storage_offset", "_is_view", "is_distributed", "retain_grad",
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 }  # fmt: skip
 
 
-class GuardedParameter(nn.Parameter):
-    """A parameter whose values are released (or still arriving)."""
+class Owner(Protocol):
+    """Who answers for a parameter: its unit."""
 
-    _shardwise_unit: Unit
+    label: str
+
+    @property
+    def taking_handles(self) -> bool:
+        """Is somebody taking ``param.detach()`` as a place to put the true value later (``state_dict()``)?"""
+
+    def access(self, param: nn.Parameter, operation: str) -> None:
+        """Somebody uses the values: have them here when this returns, or raise."""
+
+    def is_copied(self, memo: Any) -> bool:
+        """Is this a ``copy.deepcopy`` of the whole model, which gives the copy values of its own?"""
+
+
+class Guard:
+    """What guarded classes have beside their parameter's class."""
+
+    _shardwise_unit: Owner
     _shardwise_name: str
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name, harmless = asked(func, _METADATA, _METHODS)
-        if not harmless:
+        name, metadata_only = accessed(func, _METADATA, _METHODS)
+        if not metadata_only:
             for param in _find((args, kwargs)):
                 if name == "__repr__":
                     return f"GuardedParameter({param._shardwise_name}, shape={tuple(_plain(param.size))}, released)"
-                if name == "detach" and param._shardwise_unit.reading_state:
-                    continue  # state_dict() takes a handle now; the true values replace it before it returns
-                param._shardwise_unit.touch(param, name)
+                if name == "detach" and param._shardwise_unit.taking_handles:
+                    continue
+                param._shardwise_unit.access(param, name)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        self._shardwise_unit.touch(self, "__deepcopy__")
-        return nn.Parameter.__deepcopy__(self, memo)
+        if id(self) in memo:
+            return memo[id(self)]
+        unit = self._shardwise_unit
+        base = type(self).__mro__[2]
+        if not unit.is_copied(memo):
+            unit.access(self, "__deepcopy__")  # type: ignore[arg-type]
+            return base.__deepcopy__(self, memo)  # type: ignore[attr-defined]
+        with torch._C.DisableTorchFunctionSubclass():  # a shape without bytes, until its unit is copied
+            shell = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)  # type: ignore[attr-defined]
+            copy = nn.Parameter(shell, self.requires_grad)  # type: ignore[attr-defined]
+            copy.__class__ = base
+        memo[id(self)] = copy
+        return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self._shardwise_unit.touch(self, "__reduce_ex__")
-        return nn.Parameter.__reduce_ex__(self, protocol)
+        self._shardwise_unit.access(self, "__reduce_ex__")  # type: ignore[arg-type]
+        return super().__reduce_ex__(protocol)
+
+
+class GuardedParameter(Guard, nn.Parameter):
+    """A parameter whose values are released (or still arriving)."""
+
+
+@cache
+def _guarded(kind: type[nn.Parameter]) -> type[nn.Parameter]:
+    """The guarded class of a class of parameters."""
+    if kind is nn.Parameter:
+        return GuardedParameter
+    meta: Any = type(kind)
+    return meta(f"Guarded{kind.__name__}", (Guard, kind), {"__module__": kind.__module__})
 
 
 def _plain(call: Any) -> Any:
@@ -64,8 +102,8 @@ def _plain(call: Any) -> Any:
         return call()
 
 
-def _find(tree: Any) -> Iterable[GuardedParameter]:
-    if isinstance(tree, GuardedParameter):
+def _find(tree: Any) -> Iterable[Any]:
+    if isinstance(tree, Guard):
         yield tree
     elif isinstance(tree, (list, tuple)):
         for item in tree:
@@ -75,20 +113,32 @@ def _find(tree: Any) -> Iterable[GuardedParameter]:
 
 
 def guard(params: Iterable[nn.Parameter]) -> None:
-    """Switch plain parameters to the guarded class."""
+    """Switch parameters to their guarded class."""
     for p in params:
-        if type(p) is nn.Parameter:
+        kind = type(p)
+        if kind is nn.Parameter:
             p.__class__ = GuardedParameter
+        elif not issubclass(kind, Guard):
+            try:
+                p.__class__ = _guarded(kind)
+            except TypeError as error:
+                raise UnitError(
+                    f"parameter '{p._shardwise_name}' is a {kind.__name__}, which cannot be released: {error}",  # type: ignore[attr-defined]
+                    fix="use ddp, zero1 or zero2 for this model, or plain nn.Parameter",
+                ) from error
 
 
 def unguard(params: Iterable[nn.Parameter]) -> None:
     """Switch guarded parameters back."""
     for p in params:
-        if type(p) is GuardedParameter:
-            p.__class__ = nn.Parameter  # type: ignore[assignment]
+        kind = type(p)
+        if kind is GuardedParameter:
+            p.__class__ = nn.Parameter
+        elif issubclass(kind, Guard):
+            p.__class__ = kind.__mro__[2]
 
 
-def mark(param: nn.Parameter, unit: Unit, name: str) -> None:
+def mark(param: nn.Parameter, unit: Owner, name: str) -> None:
     """Tell a parameter which unit answers for it."""
     param._shardwise_unit = unit  # type: ignore[attr-defined]
     param._shardwise_name = name  # type: ignore[attr-defined]
@@ -102,12 +152,11 @@ def refuse(param: nn.Parameter, operation: str, unit: str) -> ReleasedParameterE
         "__get__": "reading",
         "data": "taking .data of",
     }.get(operation, f"'{operation}' on")
-    fix = (
-        "copy the module before sharding it and shard the copy too (for EMA: update it inside "
-        "'with shardwise.gathered(model):')"
-        if operation in ("__deepcopy__", "__reduce_ex__")
-        else "wrap the code in 'with shardwise.gathered(module):', or go through the module's forward"
-    )
+    fix = {
+        "__deepcopy__": "copy the whole model (copy.deepcopy(model)), or the parameter inside "
+        "'with shardwise.gathered(model):'",
+        "__reduce_ex__": "save model.state_dict() instead",
+    }.get(operation, "wrap the code in 'with shardwise.gathered(module):', or go through the module's forward")
     return ReleasedParameterError(
         f"{doing} parameter '{name}' while its values are released", where=f"unit {unit}", fix=fix
     )

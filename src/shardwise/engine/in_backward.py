@@ -49,6 +49,10 @@ class InBackward:
         self._order: list[Bucket] = []  # of the last backward, to read ahead
         self._done: list[Bucket] = []
 
+    def for_copy(self) -> InBackward:
+        """The same for a copy of the model, whose optimizers are its own."""
+        return InBackward(self._part)
+
     def begin(self, units: Sequence[Unit]) -> None:
         """A backward begins.
 
@@ -57,7 +61,7 @@ class InBackward:
         """
         self._jobs.clear()
         self._order, self._done = self._done, []
-        places = {id(p): (b, i) for u in units for b, i, p in u.slots}
+        places = {id(s.param): (s.bucket, s.index) for u in units for s in u.slots}
         for optimizer in self.optimizers:
             found: dict[int, tuple[Bucket, list[list[int]]]] = {}
             for g, group in enumerate(optimizer.param_groups):
@@ -88,24 +92,20 @@ class InBackward:
             )
 
     @torch.no_grad()
-    def update(self, unit: Unit, used: set[int] | None = None) -> None:
+    def update(self, unit: Unit, used: set[int], *, final: bool = False) -> None:
         """Update a unit whose gradients are reduced.
 
         Args:
-            used: parameters (by ``id``) that got a gradient on some rank. ``None``: not known yet; then a unit is
-                updated if every trainable parameter got one here, and otherwise waits for the end of the backward.
+            used: parameters (by ``id``) that got a gradient: on some rank if ``final``, else on this one. Then a unit
+                is updated if every trainable parameter got one, and otherwise waits for the end of the backward.
         """
         for bucket in unit.buckets:
             if bucket in self._done or bucket.grads.reduced is None:
                 continue
             trainable = [i for i, p in enumerate(bucket.params) if p.requires_grad]
-            if used is None:
-                if not all(bucket.grads.seen[i] for i in trainable):
-                    continue
-                mine = set(trainable)
-            else:
-                mine = {i for i in trainable if id(bucket.params[i]) in used}
-            self._update(bucket, mine)
+            mine = {i for i in trainable if id(bucket.params[i]) in used}
+            if final or len(mine) == len(trainable):
+                self._update(bucket, mine)
 
     def _update(self, bucket: Bucket, used: set[int]) -> None:
         self._done.append(bucket)
@@ -121,7 +121,7 @@ class InBackward:
                     pieces[-1] += held
                     if index not in used:
                         continue
-                    if bucket.grads_cross:
+                    if bucket.placement.grads_cross:
                         crossing += held
                     else:
                         for piece, grad in zip(held, bucket.grads.pieces(index), strict=True):

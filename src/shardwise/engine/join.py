@@ -29,26 +29,30 @@ and code behind the loop finds all of them there.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 from shardwise.comm import World
-from shardwise.comm.group import Op
-from shardwise.engine import follow
+from shardwise.comm.stats import Op
+from shardwise.engine import follower
+from shardwise.engine.channel import Channel
+from shardwise.engine.commands import Command
+from shardwise.engine.engine import Engine
 from shardwise.engine.gradmask import mask
-from shardwise.engine.line import Line
-from shardwise.engine.schedule import Engine
+from shardwise.engine.unit import unit_of
 from shardwise.errors import CommError, OptimizerError, UnitError
 
 BATCH = 1 << 16
-_ROUND = Op("join", "the question who has data left", 6)  # see line.py
+_ROUND = Op("join", "the question who has data left", 6)  # see channel.py
 _LIVE = Op("collective", "the ranks with data", 7)
 
-_USES_GRADS = {"backward", "scale", "norms", "multiply", "clamp", "step"}
-_CHANGES_GRADS = {"backward_ends", "scale", "multiply", "clamp", "unscale", "step", "abandon"}
+_ROUND_BEGINS = "round"
+_C = Command
+_USES_GRADS = {_C.BACKWARD, _C.SCALE, _C.NORMS, _C.MULTIPLY, _C.CLAMP, _C.STEP}
+_CHANGES_GRADS = {_C.BACKWARD_ENDS, _C.SCALE, _C.MULTIPLY, _C.CLAMP, "unscale", _C.STEP, _C.ABANDON}
 
 
 class Loop(Protocol):
@@ -104,8 +108,8 @@ class Join:
         self._pending: tuple[int, bool] | None = None  # a batch that nobody knows of: its depth, is it the last
         self._depth = 0  # inside how many events
         self._last: dict[int, bool] = {}  # per depth of dataloaders: the batch in hand is the last on every rank
-        self._rules = {**follow.RULES, **loop.rules()}
-        self._line = Line(self.group)
+        self._rules: dict[Any, Callable[..., None]] = {**follower.RULES, **loop.rules()}
+        self._channel = Channel(self.group)
         self._groups_sent: dict[int, bytes] = {}  # per optimizer: the settings that followers have
         self._versions: dict[int, int] = {}  # per bucket with whole gradients: what followers have
         self._author = 0  # leader of the last round in which somebody had a batch
@@ -122,7 +126,7 @@ class Join:
                 self._pending = None
                 self._round(0)
                 self._equalise(self._author)
-                self._line.flush()
+                self._channel.flush()
         finally:
             self.world.join = None
 
@@ -178,8 +182,8 @@ class Join:
     def _round(self, level: int, last: bool = False) -> None:
         if self.has_followers and self.world.rank == self.leader:
             self._send_changed()
-            summaries = [follow.summary(e) for e in self.engines]
-            self._tell("round", None, (summaries, self.settings(), self.loop.shared()))
+            summaries = [e.summary() for e in self.engines]
+            self._tell(_ROUND_BEGINS, None, (summaries, self.settings(), self.loop.shared()))
         self._agree(level, last)
         if self.world.rank not in self.live:
             self._follow()
@@ -215,7 +219,7 @@ class Join:
     def _meet(self, author: int) -> None:
         """Ranks that followed go on with the others: from here on all do the same again."""
         for engine in self.engines:
-            follow.rest(engine)
+            engine.rest()
         self._equalise(author)
 
     def _equalise(self, author: int) -> None:
@@ -228,7 +232,7 @@ class Join:
             self._equal = True
 
     # --- leading -----------------------------------------------------------------------------
-    def event(self, kind: str, engine: Engine | None = None, *args: Any) -> _Inside:
+    def event(self, kind: Hashable, engine: Engine | None = None, *args: Any) -> _Inside:
         """About to do what needs all ranks: tell those who follow. A context manager around doing it.
 
         Args:
@@ -259,9 +263,9 @@ class Join:
                 where=f"rank {self.world.rank}, inside join_uneven_inputs",
                 fix="prepare the optimizer before the block: optimizer = accelerator.prepare(optimizer)",
             )
-        engines = [k for k, e in enumerate(self.engines) if follow.holds(e, optimizer)]
-        masks = [(k, mask(self.engines[k])) for k in engines]
-        self.event("step", None, index, masks, lambda: self.settings(index).get(index))
+        engines = [k for k, e in enumerate(self.engines) if follower.holds(e, optimizer)]
+        masks = [(k, mask(self.engines[k].units)) for k in engines]
+        self.event(Command.STEP, None, index, masks, lambda: self.settings(index).get(index))
 
     def told_already(self) -> _Inside:
         """Around what belongs to an event that was told before."""
@@ -286,8 +290,8 @@ class Join:
     def _absent(self) -> int:
         return self._followers[0]
 
-    def _tell(self, kind: str, engine: Engine | None, args: tuple[Any, ...]) -> None:
-        self._line.tell((kind, None if engine is None else self._index(engine), args), self._followers)
+    def _tell(self, kind: Hashable, engine: Engine | None, args: tuple[Any, ...]) -> None:
+        self._channel.tell((kind, None if engine is None else self._index(engine), args), self._followers)
 
     def _index(self, engine: Engine) -> int:
         for k, known in enumerate(self.engines):
@@ -312,71 +316,79 @@ class Join:
                 out[k] = groups
         return out
 
+    def take_settings(self, settings: dict[int, Any]) -> None:
+        """Give the optimizers the :meth:`settings` of another rank."""
+        follower.take_settings(self.optimizers, settings)
+
     def addresses(self, params: Sequence[Any]) -> Callable[[], Any]:
         """For an event: where the engines' parameters among ``params`` are; those of nobody are left out."""
 
         def found() -> list[tuple[int, int, int]]:
             out = []
             for p in params:
-                unit = getattr(p, "_shardwise_unit", None)
+                unit = unit_of(p)
                 if unit is not None:
-                    slot = next(k for k, (_, _, other) in enumerate(unit.slots) if other is p)
-                    out.append((self._index(unit.engine), unit.index, slot))
+                    slot = next(k for k, s in enumerate(unit.slots) if s.param is p)
+                    out.append((self._index(unit.upward), unit.index, slot))  # type: ignore[arg-type]
             return out
 
         return found
 
     def params(self, addresses: Sequence[tuple[int, int, int]]) -> list[Any]:
-        return [self.engines[e].units[u].slots[s][2] for e, u, s in addresses]
+        return [self.engines[e].units[u].slots[s].param for e, u, s in addresses]
 
     # --- gradients that were changed by hand -----------------------------------------------------
     # Where a rank keeps whole gradients, p.grad is a plain tensor and the script may do with it what it likes.
     def _note(self) -> None:
         if self.has_followers and not self.following:
             for engine in self.engines:
-                for bucket in follow.whole(engine):
+                for bucket in follower.whole(engine):
                     self._versions[id(bucket)] = -1 if bucket.grads.reduced is None else bucket.grads.reduced._version
 
     def _send_changed(self) -> None:
         for engine in self.engines:
-            if engine.backward_active:
+            if engine.passes.backward:
                 continue
-            for place, bucket in enumerate(follow.whole(engine)):
-                follow.adopt(bucket)
+            for place, bucket in enumerate(follower.whole(engine)):
+                follower.adopt(bucket)
                 grad = bucket.grads.reduced
                 if grad is None or bucket.grads.raw is grad or grad._version == self._versions.get(id(bucket), -1):
                     continue
                 self._versions[id(bucket)] = grad._version
-                self._tell("grads", engine, (place,))
-                self._line.send(grad.detach().to("cpu", copy=True).view(torch.uint8), self._followers)
+                self._tell(Command.GRADS, engine, (place,))
+                self._channel.send(grad.detach().to("cpu", copy=True).view(torch.uint8), self._followers)
 
     def take_grads(self, engine: Engine, place: int) -> None:
         """A follower's side of it."""
-        bucket = follow.whole(engine)[place]
+        bucket = follower.whole(engine)[place]
         grad = bucket.grads.open()
         data = torch.empty(grad.numel(), dtype=grad.dtype)
-        self._line.receive(data.view(torch.uint8), self.leader)
+        self._channel.receive(data.view(torch.uint8), self.leader)
         grad.copy_(data)
 
     # --- following ---------------------------------------------------------------------------
     def _follow(self) -> None:
-        self._line.flush()
+        self._channel.flush()
         self.following = True
         try:
             for engine in self.engines:
-                follow.release(engine)
+                engine.rest()
             with torch.inference_mode(False), torch.no_grad():
                 while self.world.rank not in self.live:
-                    kind, index, args = self._line.hear(self.leader)
-                    if kind == "round":
+                    kind, index, args = self._channel.hear(self.leader)
+                    if kind == _ROUND_BEGINS:
                         summaries, settings, state = args
                         for k, summary in enumerate(summaries):
-                            follow.take_summary(self.engines[k], summary)
-                        follow.take_settings(self.optimizers, settings)
+                            self.engines[k].take_summary(summary)
+                        self.take_settings(settings)
                         self.loop.take(state)
                         self._agree(self._level)
+                    elif kind is Command.GRADS:
+                        self.take_grads(self.engines[index], *args)
+                    elif index is not None:
+                        self.engines[index].execute(kind, *args)
                     else:
-                        self._rules[kind](self, None if index is None else self.engines[index], *args)
+                        self._rules[kind](self, *args)
         finally:
             self.following = False
 
@@ -407,7 +419,7 @@ class _Inside:
 
     __slots__ = ("join", "kind")
 
-    def __init__(self, join: Join, kind: str) -> None:
+    def __init__(self, join: Join, kind: Hashable) -> None:
         self.join, self.kind = join, kind
 
     def __enter__(self) -> None:

@@ -107,7 +107,7 @@ def can_wait(bucket: Bucket) -> bool:
     home = bucket.home
     if home is None or not bucket.overlap:
         return False
-    return (bucket.split or not bucket.split_optimizer) and (home.separate or home.disk is not None)
+    return (bucket.placement.released or not bucket.placement.split_state) and (home.separate or home.disk is not None)
 
 
 def snapshot(optimizer: Optimizer) -> Optimizer:

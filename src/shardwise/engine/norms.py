@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.comm.group import Op
 from shardwise.comm.mesh import Mesh
+from shardwise.comm.stats import Op
 from shardwise.errors import GradientError
 
 

@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from shardwise.engine.bucket import Bucket
 from shardwise.errors import OptimizerError
 from shardwise.tiers.aligned import padded
-from shardwise.tiers.home import SLOT, Home, Loan, Shelf
-from shardwise.tiers.link import Ordered
-from shardwise.tiers.staged import Place, Staged, bring, fetch, send_away
+from shardwise.tiers.home import TENSOR_ALIGN, BufferLease, Home, StateExtent
+from shardwise.tiers.link import StreamOrdered
+from shardwise.tiers.swapped_tensor import SwapLocation, SwappedTensor, fetch, swap_in, swap_out
 from shardwise.tiers.transfer import Transfer
 
 State = Mapping[Any, dict[str, Any]]
@@ -32,7 +32,7 @@ Found = list[tuple[torch.Tensor, str, torch.Tensor]]
 """Piece, key and state tensor."""
 
 
-class Slot(NamedTuple):
+class StateSlot(NamedTuple):
     """One state tensor: of which piece (by ``id``), and ``start:stop`` bytes into the part."""
 
     piece: int
@@ -45,19 +45,19 @@ class Slot(NamedTuple):
 
 def moves(bucket: Bucket, value: Any) -> bool:
     """Do this state's bytes leave the memory between steps?"""
-    if not bucket.state_on_disk or not isinstance(value, torch.Tensor):
+    if not bucket.placement.state_on_disk or not isinstance(value, torch.Tensor):
         return False
-    return isinstance(value, Staged) or (type(value) is torch.Tensor and value.dim() > 0 and value.numel() > 0)
+    return isinstance(value, SwappedTensor) or (type(value) is torch.Tensor and value.dim() > 0 and value.numel() > 0)
 
 
-def _slots(found: Found) -> tuple[list[Slot], int]:
+def _slots(found: Found) -> tuple[list[StateSlot], int]:
     """Lay state tensors end to end; returns the length of all of them in bytes."""
-    out: list[Slot] = []
+    out: list[StateSlot] = []
     end = 0
     for piece, key, value in found:
-        start = -(-end // SLOT) * SLOT
+        start = -(-end // TENSOR_ALIGN) * TENSOR_ALIGN
         end = start + value.numel() * value.element_size()
-        out.append(Slot(id(piece), key, value.shape, value.dtype, start, end))
+        out.append(StateSlot(id(piece), key, value.shape, value.dtype, start, end))
     return out, padded(end)
 
 
@@ -71,18 +71,19 @@ class Part:
 
     def __init__(self, bucket: Bucket, optimizer: str) -> None:
         self.bucket, self.optimizer = bucket, optimizer
-        self.slots: list[Slot] = []
+        self.slots: list[StateSlot] = []
         self.nbytes = 0  # of the state tensors; master values lie before them in a buffer
         self._values_bytes = 0 if bucket.values is None else bucket.values.nbytes
-        n, on_host = bucket.master.numel(), bucket.on_host
-        follows = bucket.apart and (bucket.params_on_disk or (on_host and not bucket.params_away))
+        n, on_host = bucket.master.numel(), bucket.placement.step_on_host
+        plan = bucket.placement
+        follows = plan.follows_home and (plan.params_on_disk or (on_host and not plan.params_offloaded))
         # What crosses the link or goes to the disk in the compute dtype: gradients, then values.
         self._low_bytes = padded(n * bucket.dtype.itemsize) if follows or (on_host and not bucket.grads.on_host) else 0
         # Gradients that are not where the update is: they cross in the compute dtype, and are widened there.
         self._grad_bytes = padded(n * bucket.master_dtype.itemsize) if on_host and not bucket.grads.on_host else 0
         self._device_grad: torch.Tensor | None = None
-        self._shelf: Shelf | None = None
-        self._loan: Loan | None = None
+        self._state_extent: StateExtent | None = None
+        self._lease: BufferLease | None = None
         self._crossed = False
         self._grads: torch.Tensor | None = None  # of an update to come
         self._coming: list[Transfer] = []
@@ -91,7 +92,7 @@ class Part:
     @property
     def crosses(self) -> bool:
         """Do gradients come from the other side of the link?"""
-        return self.bucket.grads_cross
+        return self.bucket.placement.grads_cross
 
     # --- one update --------------------------------------------------------------------------
     @property
@@ -106,21 +107,21 @@ class Part:
             grads: they are reduced. Otherwise a second call, or :meth:`enter`, brings them.
         """
         crossing = values and grads and self.crosses and not self._crossed
-        if crossing and not self.bucket.on_host:
+        if crossing and not self.bucket.placement.step_on_host:
             held = self._held_grads()
             self._device_grad = torch.empty_like(held, device=self.bucket.device)
-            self._coming.append(Ordered(self.home.step_link.to_device(held, self._device_grad)))
+            self._coming.append(StreamOrdered(self.home.step_link.to_device(held, self._device_grad)))
             self._crossed = True
-        if not (self._shelf is not None or (values and (self._values_bytes > 0 or self._low_bytes > 0))):
+        if not (self._state_extent is not None or (values and (self._values_bytes > 0 or self._low_bytes > 0))):
             return
-        if self._loan is None:
-            self._loan = self._lend()
+        if self._lease is None:
+            self._lease = self._acquire_buffer()
             if values and self._values_bytes > 0:
                 assert self.bucket.values is not None
-                self._coming += self.bucket.values.read(self._loan.buffer)
-            if self._shelf is not None:
-                self._coming += self._shelf.read(self._mine)
-        if crossing and self.bucket.on_host:
+                self._coming += self.bucket.values.read(self._lease.buffer)
+            if self._state_extent is not None:
+                self._coming += self._state_extent.read(self._mine)
+        if crossing and self.bucket.placement.step_on_host:
             self._crossed = True
             self._coming.append(self.home.step_link.to_host(self._held_grads(), self._low))
 
@@ -140,11 +141,11 @@ class Part:
         by_id = {id(piece): piece for piece in self._pieces}
         for slot in self.slots:
             value = state.get(by_id[slot.piece], {}).get(slot.key)
-            if isinstance(value, Staged):  # otherwise somebody has put a new one in its place
-                bring(value, self._view(slot))
+            if isinstance(value, SwappedTensor):  # otherwise somebody has put a new one in its place
+                swap_in(value, self._view(slot))
         if values and self._values_bytes:
-            assert self.bucket.values is not None and self._loan is not None
-            self.bucket.values.bring(self._loan.buffer)
+            assert self.bucket.values is not None and self._lease is not None
+            self.bucket.values.swap_in(self._lease.buffer)
 
     def give_grads(self, pieces: Iterable[torch.Tensor]) -> None:
         """Gradients that have crossed the link go to the pieces."""
@@ -174,7 +175,7 @@ class Part:
                 for piece in self._pieces:
                     piece.grad = None
             writes += self.bucket.follow_master(self._low if self._low_bytes else None)
-        if not self.bucket.state_on_disk and not self._values_bytes:
+        if not self.bucket.placement.state_on_disk and not self._values_bytes:
             self._release(writes)
             return
         values = values and self._values_bytes > 0
@@ -186,29 +187,29 @@ class Part:
                 transfer.wait()
             writes.clear()
             self._lay_out(slots, nbytes, found, values)
-        if self._loan is None:
+        if self._lease is None:
             return
         if values:
             assert self.bucket.values is not None
-            writes += self.bucket.values.write(self._loan.buffer)
-            self.bucket.values.send_away()
-        if self._shelf is not None:
+            writes += self.bucket.values.write(self._lease.buffer)
+            self.bucket.values.swap_out()
+        if self._state_extent is not None:
             for slot, (_, _, value) in zip(self.slots, found, strict=True):
                 view = self._view(slot)
                 if value.data_ptr() != view.data_ptr():
                     view.copy_(value)
-            writes += self._shelf.write(self._mine)
+            writes += self._state_extent.write(self._mine)
             for slot, (_, key, value) in zip(self.slots, found, strict=True):
                 what = f"state '{key}' of {self.optimizer}, unit {self.bucket.label},"
-                send_away(value, Place(self._shelf, slot.start, what))
+                swap_out(value, SwapLocation(self._state_extent, slot.start, what))
         self._release(writes)
         self.home.trim(now=laid_out)
 
     def _release(self, after: Sequence[Transfer] = ()) -> None:
         self._crossed, self._device_grad, self._grads = False, None, None
-        if self._loan is not None:
-            loan, self._loan = self._loan, None
-            loan.release(after)
+        if self._lease is not None:
+            lease, self._lease = self._lease, None
+            lease.release(after)
 
     def cancel(self) -> None:
         """Forget what was begun; nothing, if the update took place."""
@@ -219,12 +220,13 @@ class Part:
     def materialise(self, state: State) -> None:
         """Have the state in memory of its own until :meth:`flush`."""
         for _, _, value in self._found(state):
-            if isinstance(value, Staged):
-                bring(value, fetch(value))
+            if isinstance(value, SwappedTensor):
+                swap_in(value, fetch(value))
 
     def flush(self, state: State) -> None:
         """Write out state that is in memory, because it was materialised, loaded or made by hand."""
-        if self.bucket.state_on_disk and any(not isinstance(value, Staged) for _, _, value in self._found(state)):
+        in_memory = (not isinstance(value, SwappedTensor) for _, _, value in self._found(state))
+        if self.bucket.placement.state_on_disk and any(in_memory):
             self.enter(state, values=False)
             self.leave(state, values=False)
 
@@ -233,14 +235,14 @@ class Part:
     def _pieces(self) -> Iterator[torch.Tensor]:
         return (piece for pieces in self.bucket.piece_params for piece in pieces)
 
-    def _lend(self) -> Loan:
-        return self.home.lend(self._values_bytes + self.nbytes + self._low_bytes + self._grad_bytes)
+    def _acquire_buffer(self) -> BufferLease:
+        return self.home.lease(self._values_bytes + self.nbytes + self._low_bytes + self._grad_bytes)
 
     def _area(self, after: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
         """What lies ``after`` bytes behind master values and state, one element per element of the held shards."""
-        assert self._loan is not None
+        assert self._lease is not None
         start = self._values_bytes + self.nbytes + after
-        return self._loan.buffer[start : start + nbytes].view(dtype)[: self.bucket.master.numel()]
+        return self._lease.buffer[start : start + nbytes].view(dtype)[: self.bucket.master.numel()]
 
     @property
     def _low(self) -> torch.Tensor:
@@ -248,10 +250,10 @@ class Part:
 
     @property
     def _mine(self) -> torch.Tensor:
-        assert self._loan is not None
-        return self._loan.buffer[self._values_bytes : self._values_bytes + self.nbytes]
+        assert self._lease is not None
+        return self._lease.buffer[self._values_bytes : self._values_bytes + self.nbytes]
 
-    def _view(self, slot: Slot) -> torch.Tensor:
+    def _view(self, slot: StateSlot) -> torch.Tensor:
         return self._mine[slot.start : slot.stop].view(slot.dtype).view(slot.shape)
 
     def _found(self, state: State) -> Found:
@@ -260,7 +262,9 @@ class Part:
             for key, value in state.get(piece, {}).items():
                 if moves(self.bucket, value):
                     out.append((piece, key, value))
-                elif self.bucket.state_on_disk and (large := _elements(value)) > piece.numel() // 2 and large > 1:
+                elif not self.bucket.placement.state_on_disk:
+                    continue
+                elif (large := _elements(value)) > piece.numel() // 2 and large > 1:
                     raise OptimizerError(
                         f"its state '{key}' is a {type(value).__name__} with {large} elements, which cannot be moved",
                         where=f"{self.optimizer}, unit {self.bucket.label}",
@@ -268,28 +272,28 @@ class Part:
                     )
         return out
 
-    def _lay_out(self, slots: list[Slot], nbytes: int, found: Found, values: bool) -> None:
+    def _lay_out(self, slots: list[StateSlot], nbytes: int, found: Found, values: bool) -> None:
         """There is other state than before: make room for it. Everything leaves the buffer it was in."""
         master = self.bucket.values
         for _, _, value in found:
-            if isinstance(value, Staged):
-                bring(value, fetch(value))
-            elif self._loan is not None:
+            if isinstance(value, SwappedTensor):
+                swap_in(value, fetch(value))
+            elif self._lease is not None:
                 value.data = value.clone()
         kept = None
         if values:
             assert master is not None
             kept = master.tensor.clone().view(torch.uint8)
-            master.bring(kept)
+            master.swap_in(kept)
         self._release()
-        self.slots, self.nbytes, self._shelf = slots, nbytes, None
+        self.slots, self.nbytes, self._state_extent = slots, nbytes, None
         if nbytes:
-            self._shelf = Shelf(self.home, f"unit {self.bucket.label}, {self.optimizer}", nbytes)
-        self._loan = self._lend()
+            self._state_extent = StateExtent(self.home, f"unit {self.bucket.label}, {self.optimizer}", nbytes)
+        self._lease = self._acquire_buffer()
         if kept is not None:
             assert master is not None
-            self._loan.buffer[: kept.numel()].copy_(kept)
-            master.bring(self._loan.buffer)
+            self._lease.buffer[: kept.numel()].copy_(kept)
+            master.swap_in(self._lease.buffer)
 
 
 def _elements(value: Any) -> int:
@@ -353,7 +357,7 @@ def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: 
         part.begin()
         if k + 1 < len(todo) and part.home.buffers > 1:
             todo[k + 1].begin()
-        _unit(part.bucket).settle()
+        part.bucket.finish_transfers()
         mine, on_the_way = pieces_of(part, pieces, crossing)
         changed = update(optimizer, part, mine, on_the_way)
         if after is not None and not _equal(after, changed):
@@ -410,10 +414,6 @@ def _equal(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> bo
     return all(x.keys() == y.keys() and all(same(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True))
 
 
-def _unit(bucket: Bucket) -> Any:
-    return bucket.params[0]._shardwise_unit  # type: ignore[attr-defined]
-
-
-def _place(bucket: Bucket) -> tuple[int, int, int]:
-    unit = _unit(bucket)
-    return id(unit.engine), unit.index, unit.buckets.index(bucket)
+def _place(bucket: Bucket) -> int:
+    """In the order in which buckets were made, which all ranks share."""
+    return bucket.tag

@@ -26,9 +26,9 @@ from shardwise.engine.bucket import Bucket
 from shardwise.engine.later import Update
 from shardwise.engine.offload import Part, part_of
 from shardwise.engine.readers import wait_for_readers
-from shardwise.engine.unit import Unit
+from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import OptimizerError
-from shardwise.tiers.staged import Staged, fetch
+from shardwise.tiers.swapped_tensor import SwappedTensor, fetch
 
 ELEMENTWISE: set[str] = {
     "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop",
@@ -60,10 +60,6 @@ class _Attachment:
 _attached: WeakKeyDictionary[Optimizer, _Attachment] = WeakKeyDictionary()
 
 
-def unit_of(param: Any) -> Unit | None:
-    return getattr(param, "_shardwise_unit", None)
-
-
 def attach(optimizer: Optimizer) -> bool:
     """Check an optimizer against the layout of the parameters it holds, and follow it.
 
@@ -85,9 +81,8 @@ def attach(optimizer: Optimizer) -> bool:
         return False
     check(optimizer, [b for u in units for b in u.buckets])
     record = _attached[optimizer] = _Attachment()
-    for engine in {u.engine for u in units}:
-        if engine.in_backward is not None:
-            engine.in_backward.optimizers.add(optimizer)
+    for found in {u.upward.in_backward for u in units} - {None}:
+        found.optimizers.add(optimizer)
     _slice_existing_state(optimizer)
     optimizer.register_state_dict_pre_hook(lambda o: _exchange(o, record))
     optimizer.register_state_dict_post_hook(lambda o, sd: _take_out(o, record, sd))
@@ -163,8 +158,8 @@ def _exchange(optimizer: Optimizer, record: _Attachment, grads: bool = False) ->
                 found = bucket.grads.for_step(index) if p.requires_grad else None
                 for k, piece in enumerate(held):
                     # Gradients on the other side of the link come when it is their turn.
-                    piece.grad = None if found is None or bucket.grads_cross else found[k]
-                if found is not None and bucket.grads_cross:
+                    piece.grad = None if found is None or bucket.placement.grads_cross else found[k]
+                if found is not None and bucket.placement.grads_cross:
                     record.crossing.update(id(piece) for piece in held)
             pieces += [(piece, bucket) for piece in held]
         group["params"] = [piece for piece, _ in pieces]
@@ -173,7 +168,7 @@ def _exchange(optimizer: Optimizer, record: _Attachment, grads: bool = False) ->
 def _catch_up(optimizer: Optimizer) -> None:
     """Wait for updates that were asked for."""
     for unit in {id(u): u for g in optimizer.param_groups for p in g["params"] if (u := unit_of(p))}.values():
-        unit.catch_up()
+        unit.reconcile()
 
 
 def _restore(optimizer: Optimizer, record: _Attachment) -> None:
@@ -194,7 +189,7 @@ def _take_out(optimizer: Optimizer, record: _Attachment, state_dict: dict[str, A
         return
     state: dict[Any, dict[str, Any]] = state_dict["state"]
     for key, values in state.items():
-        if any(isinstance(value, Staged) for value in values.values()):
+        if any(isinstance(value, SwappedTensor) for value in values.values()):
             state[key] = {k: fetch(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 
@@ -369,9 +364,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     with torch.no_grad(), nullcontext() if join is None else join.told_already():
         updates, record.updates = record.updates, {}
         for unit, buckets in sorted(touched.values(), key=lambda t: t[0].index):
-            unit.behind |= later.some_wait(optimizer, buckets)
-            if waiting := [updates[id(b)] for b in buckets if id(b) in updates]:
-                unit.postpone(waiting, buckets)
+            if later.some_wait(optimizer, buckets):  # on all ranks alike, whatever this one holds of the unit
+                unit.defer_update([updates[id(b)] for b in buckets if id(b) in updates], buckets)
             else:
                 unit.publish(buckets)
         later.start(list(updates.values()))
@@ -405,7 +399,7 @@ def put_state(optimizer: Optimizer, bucket: Bucket, piece: torch.Tensor, state: 
         piece: one of ``bucket.piece_params``.
     """
     record = _attached[optimizer]
-    bucket.catch_up()
+    bucket.settle()
     old = optimizer.state.pop(piece, {})
     if id(piece) in record.counted:
         record.counted.discard(id(piece))

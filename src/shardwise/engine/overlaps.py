@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from shardwise.engine.optimizer import unit_of
+from shardwise.engine.unit import unit_of
 from shardwise.errors import UnitError
 
 

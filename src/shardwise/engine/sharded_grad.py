@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from shardwise.engine import norms
-from shardwise.engine.gradients import Gradients
+from shardwise.engine.commands import Command
+from shardwise.engine.flat import FlatParameters
+from shardwise.engine.gradients import Gradients, GradState
 from shardwise.engine.norms import Spread
 from shardwise.errors import GradientError
 from shardwise.trees import leaves, map_tensors
@@ -22,39 +24,45 @@ from shardwise.trees import leaves, map_tensors
 aten = torch.ops.aten
 
 
-def spread_of(gradients: Gradients, index: int) -> Spread:
+def spread_of(grads: Gradients, index: int) -> Spread:
     """What this rank holds of the reduced gradient of parameter ``index``.
 
     Raises:
         GradientError: it has not been reduced yet, or an update has used it up.
     """
-    bucket = gradients.bucket
-    gradients.require_reduced(index)
-    pieces = gradients.pieces(index)
+    bucket = grads.bucket
+    grads.require_reduced(index)
+    pieces = grads.pieces(index)
     return Spread(bucket.mesh, bucket.op("norm"), bucket.master_dtype, bucket.device, bucket.held_shards(index), pieces)
 
 
 class ShardedGrad(torch.Tensor):
     """A handle of logical shape on one parameter's reduced gradient."""
 
-    _gradients: weakref.ref[Gradients]
+    _grads: weakref.ref[Gradients]
     slot: int
 
     @staticmethod
-    def __new__(cls, gradients: Gradients, index: int) -> ShardedGrad:
-        bucket = gradients.bucket
-        shape = bucket.layout.slots[index].shape
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=bucket.master_dtype, device=bucket.device)
+    def __new__(cls, grads: Gradients, index: int) -> ShardedGrad:
+        bucket = grads.bucket
+        slot = bucket.layout.slots[index]
+        self = torch.Tensor._make_wrapper_subclass(cls, slot.shape, dtype=bucket.master_dtype, device=bucket.device)
         # By a weak reference: p.grad is kept by C++, where the collector cannot look for cycles.
-        self._gradients, self.slot = weakref.ref(gradients), index
+        self._grads, self.slot = weakref.ref(grads), index
         return self
 
-    def __init__(self, gradients: Gradients, index: int) -> None:
+    def __init__(self, grads: Gradients, index: int) -> None:
         super().__init__()
 
     @property
-    def gradients(self) -> Gradients:
-        found = self._gradients()
+    def bucket(self) -> FlatParameters:
+        """The flat parameters that it is a gradient of."""
+        return self.grads.bucket
+
+    @property
+    def grads(self) -> Gradients:
+        """The gradients of its bucket."""
+        found = self._grads()
         if found is None:
             raise GradientError(
                 "the gradient's model is gone", fix="keep the model as long as its gradients are needed"
@@ -64,27 +72,23 @@ class ShardedGrad(torch.Tensor):
     @property
     def is_split(self) -> bool:
         """Does each rank hold a part of it only?"""
-        return self.gradients.bucket.split_optimizer
+        return self.bucket.placement.split_state
 
     @property
     def spread(self) -> Spread:
-        return spread_of(self.gradients, self.slot)
+        return spread_of(self.grads, self.slot)
 
     @property
     def local(self) -> list[torch.Tensor]:
         """This rank's pieces, 1-D (whole-shaped under ``layout=tensor``)."""
-        return self.gradients.pieces(self.slot)
-
-    @property
-    def param(self) -> torch.nn.Parameter:
-        return self.gradients.bucket.params[self.slot]
+        return self.grads.pieces(self.slot)
 
     @property
     def _name(self) -> str:
-        return self.gradients.bucket.layout.slots[self.slot].name
+        return self.bucket.layout.slots[self.slot].name
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        if self.gradients.spent[self.slot]:
+        if self.grads.states[self.slot] is GradState.SPENT:
             return f"ShardedGrad({self._name}, shape={tuple(self.shape)}, used up by an update in the backward)"
         local = sum(t.numel() for t in self.local)
         return f"ShardedGrad({self._name}, shape={tuple(self.shape)}, local={local} elements)"
@@ -95,7 +99,7 @@ class ShardedGrad(torch.Tensor):
         whole = [a for a in leaves(args) if isinstance(a, ShardedGrad) and not a.is_split]
         if whole and (rule is None or func in _LOOKS):
             for handle in whole:
-                handle.gradients.require_reduced(handle.slot)
+                handle.grads.require_reduced(handle.slot)
             plain = map_tensors((args, kwargs or {}), _unwrapped)
             return func(*plain[0], **plain[1])
         if rule is None:
@@ -109,19 +113,19 @@ class ShardedGrad(torch.Tensor):
         kwargs = kwargs or {}
         many = isinstance(args[0], (list, tuple))
         handles = [g for g in (args[0] if many else args[:1]) if isinstance(g, ShardedGrad)]
-        join = handles[0].gradients.bucket.mesh.world.join if handles else None
+        join = handles[0].bucket.mesh.world.join if handles else None
         if join is None or func is aten.detach.default:
             return rule(*args, **kwargs)
-        places = join.addresses([g.param for g in handles])
+        places = join.addresses([g.bucket.params[g.slot] for g in handles])
         rest = args[1:]
         with join.event(
-            "operation", None, str(func), many, places, lambda: map_tensors(rest, torch.Tensor.cpu), kwargs
+            Command.OPERATION, None, str(func), many, places, lambda: map_tensors(rest, torch.Tensor.cpu), kwargs
         ):
             return rule(*args, **kwargs)
 
 
 def _unwrapped(t: torch.Tensor) -> torch.Tensor:
-    return t.gradients.whole(t.slot) if isinstance(t, ShardedGrad) and not t.is_split else t
+    return t.grads.whole(t.slot) if isinstance(t, ShardedGrad) and not t.is_split else t
 
 
 def _spreads(grads: Sequence[torch.Tensor]) -> list[Spread]:
@@ -173,7 +177,7 @@ def _real_only(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _zero(grad: ShardedGrad) -> ShardedGrad:
-    grad.gradients.zero(grad.slot)
+    grad.grads.zero(grad.slot)
     return grad
 
 

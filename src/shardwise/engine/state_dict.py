@@ -1,7 +1,10 @@
-"""``state_dict()`` and ``load_state_dict()`` of a sharded module: whole tensors under the original names.
+"""``state_dict()`` and ``load_state_dict()`` of a sharded module: whole tensors under the names that torch gives them.
 
-Values come from the master values, so a bf16 run saves fp32. Reading a split model is a collective that
+OffloadedValues come from the master values, so a bf16 run saves fp32. Reading a split model is a collective that
 every rank must join; each rank ends with the whole model, so it is for models that fit one host.
+
+Names are torch's business: wrappers and hooks rename keys as they like. A tensor of the state dict is known by its
+storage, which is a flat buffer; a tensor to load by the module that asks for it.
 """
 
 from __future__ import annotations
@@ -12,68 +15,106 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardwise.engine.binding import binding_of, owned_by
 from shardwise.engine.bucket import Bucket
-from shardwise.engine.optimizer import unit_of
-from shardwise.engine.unit import Unit
+from shardwise.engine.residency import Pin
+from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import UnitError
-from shardwise.tiers.home import All
+from shardwise.tiers.transfer import TransferGroup
 
 
 def install(unit: Unit) -> None:
-    """Hook the unit's module so that its part of a state dict has true values."""
-    module = unit.module
+    """Hook the unit's module so that its part of a state dict has true values, and every module that holds its
+    parameters so that what is loaded there reaches the master values."""
+    unit.module.register_state_dict_pre_hook(_before_save)
+    unit.module.register_state_dict_post_hook(_after_save)
+    for slot in unit.slots:
+        for module, name in slot.holders:
+            owned = owned_by(module)
+            if not owned:
+                module.register_load_state_dict_pre_hook(_before_load)
+            owned[name] = slot
+    unit.module.register_load_state_dict_pre_hook(_begin_load)
+    unit.module.register_load_state_dict_post_hook(_after_load)
 
-    def key_of(prefix: str, name: str) -> str:
-        return prefix + name[len(unit.name) + 1 if unit.name else 0 :]  # the unit is renamed when a parent adopts it
 
-    def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        unit.settle()
-        unit.reading_state = True
+def _unit(module: nn.Module) -> Unit:
+    bound = binding_of(module)
+    assert bound is not None
+    return bound.unit
 
-    @torch.no_grad()
-    def after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
-        unit.reading_state = False
-        for bucket in unit.buckets:
-            if bucket.aliased:
-                continue  # the parameters themselves are the master values
-            full = bucket.full_values()
-            for slot, p in zip(bucket.layout.slots, bucket.params, strict=True):
-                value = full[slot.offset : slot.stop].view(slot.shape).clone()  # of its own, for whoever saves it
-                for name in unit.names[id(p)]:
-                    key = key_of(prefix, name)
-                    if key in state:
-                        state[key] = value
 
-    @torch.no_grad()
-    def before_load(module: nn.Module, state: Any, prefix: str, meta: Any, *_rest: Any) -> None:
-        if meta.get("assign_to_params_buffers"):
-            raise UnitError(
-                "load_state_dict(assign=True) would replace parameters that live in a flat buffer",
-                where=f"unit {unit.label}",
-                fix="call it without assign, or load before sharding",
-            )
-        unit.settle()
-        for bucket, index, p in unit.slots:
-            shape = bucket.layout.slots[index].shape
-            for name in unit.names[id(p)]:
-                value = state.get(key_of(prefix, name))
-                if isinstance(value, torch.Tensor) and tuple(value.shape) == shape:
-                    if bucket.values is not None:
-                        bucket.values.materialise()
-                    flat = value.detach().reshape(-1)
-                    for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):
-                        piece.copy_(flat[lo:hi].view(piece.shape))
-        _let_follow(unit)
+def _before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    unit = _unit(module)
+    unit.reconcile()
+    unit.finish_transfers()
+    unit.take_handles(True)
+
+
+@torch.no_grad()
+def _after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
+    unit = _unit(module)
+    unit.take_handles(False)
+    for bucket in unit.buckets:
+        if bucket.placement.aliased:
+            continue  # the parameters themselves are the master values
+        key = bucket.flat.key
+        with torch._C.DisableTorchFunctionSubclass():
+            found = {
+                name: value
+                for name, value in state.items()
+                if isinstance(value, torch.Tensor)
+                and value.layout is torch.strided
+                and value.untyped_storage()._cdata == key
+            }
+        full = unit.full_values(bucket)
+        for name, value in found.items():
+            with torch._C.DisableTorchFunctionSubclass():
+                size, stride, at = value.size(), value.stride(), int(value.storage_offset())
+            state[name] = full.as_strided(size, stride, at).clone()  # of its own, for whoever saves it
+
+
+def _begin_load(module: nn.Module, state: Any, prefix: str, meta: Any, *_rest: Any) -> None:
+    unit = _unit(module)
+    if meta.get("assign_to_params_buffers"):
+        raise UnitError(
+            "load_state_dict(assign=True) would replace parameters that live in a flat buffer",
+            where=f"unit {unit.label}",
+            fix="call it without assign, or load before sharding",
+        )
+    if unit.failure is None:
+        unit.reconcile()
+        unit.finish_transfers()
         # The copies that Module.load_state_dict makes itself need somewhere to go, in the compute dtype.
         unit.gather()
+        unit.residence.pin(Pin.STATE_DICT)
 
-    def after_load(module: nn.Module, _keys: Any) -> None:
-        unit.release()
 
-    module.register_state_dict_pre_hook(before_save)
-    module.register_state_dict_post_hook(after_save)
-    module.register_load_state_dict_pre_hook(before_load)
-    module.register_load_state_dict_post_hook(after_load)
+@torch.no_grad()
+def _before_load(module: nn.Module, state: Any, prefix: str, *_rest: Any) -> None:
+    for name, slot in owned_by(module).items():
+        value = state.get(prefix + name)
+        bucket: Bucket = slot.bucket
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != bucket.layout.slots[slot.index].shape:
+            continue
+        if bucket.values is not None:
+            bucket.values.materialise()
+        flat = value.detach().reshape(-1)
+        for piece, (lo, hi) in zip(bucket.piece_params[slot.index], bucket.ranges(slot.index), strict=True):
+            piece.copy_(flat[lo:hi].view(piece.shape))
+
+
+@torch.no_grad()
+def _after_load(module: nn.Module, _keys: Any) -> None:
+    unit = _unit(module)
+    let_follow(unit)
+    for bucket in unit.buckets:
+        bucket.note()  # torch's own copies into values are not the script's
+    if unit.residence.pinned(Pin.STATE_DICT):
+        unit.residence.unpin(Pin.STATE_DICT)
+    unit.release()
+    if not unit.released:
+        unit.publish(unit.buckets)
 
 
 @dataclass(frozen=True)
@@ -99,7 +140,7 @@ def held(param: nn.Parameter) -> Held | None:
     unit = unit_of(param)
     if unit is None:
         return None
-    unit.catch_up()
+    unit.reconcile()
     bucket, index = unit.places[id(param)]
     pieces = [(lo, hi, t) for (lo, hi), t in zip(bucket.ranges(index), bucket.piece_params[index], strict=True)]
     shape = bucket.layout.slots[index].shape
@@ -115,13 +156,13 @@ def units_of(module: nn.Module) -> list[Unit]:
 def publish(module: nn.Module) -> None:
     """After master values were written to: let the parameters' values follow. Collective."""
     for unit in units_of(module):
-        _let_follow(unit)
+        let_follow(unit)
         unit.publish(unit.buckets)
 
 
-def _let_follow(unit: Unit) -> None:
+def let_follow(unit: Unit) -> None:
     """Master values that have another home were written to: take the values over, and let them go home."""
     for bucket in unit.buckets:
-        if bucket.values is not None and bucket.values.here:
-            All(bucket.follow_master()).wait()
-            bucket.values.settle()
+        if bucket.values is not None and bucket.values.resident:
+            TransferGroup(bucket.follow_master()).wait()
+            bucket.values.write_back()

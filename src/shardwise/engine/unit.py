@@ -1,286 +1,487 @@
-"""A unit: the module subtree whose parameters are gathered, released and reduced together."""
+"""A unit: the module subtree whose parameters are gathered, released and reduced together.
+
+A unit knows its buckets and where their values are (:mod:`shardwise.engine.residency`). What happens when is decided
+by the forward and backward schedules above it. It tells upward through two callbacks that it is given: the engine
+announces what needs all ranks, and says whether values may be brought for somebody who reads a parameter.
+"""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from shardwise.comm.mesh import Mesh
 from shardwise.engine.bucket import Bucket
+from shardwise.engine.commands import Command
 from shardwise.engine.guard import guard, mark, refuse, unguard
-from shardwise.errors import UnitError
+from shardwise.engine.residency import Pin, Residence, Residency
+from shardwise.errors import ShardwiseError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 from shardwise.tiers.home import Home
 from shardwise.tiers.transfer import Transfer
 
-if TYPE_CHECKING:
-    from shardwise.engine.later import Update
-    from shardwise.engine.schedule import Engine
+
+class Upward(Protocol):
+    """What a unit asks of the engine that owns it."""
+
+    @property
+    def in_backward(self) -> Any:
+        """What updates units during the backward; ``None``: ``step()`` does."""
+
+    def announce(self, command: Command, *args: Any) -> AbstractContextManager[None]:
+        """Around what needs all ranks, so that those without data do it too."""
+
+    def pin_for_access(self) -> Pin | None:
+        """May values be gathered because a parameter is read now, and for what are they kept then?
+
+        ``None``: not now, since other ranks may not be here for the same reason.
+        """
+
+    def is_copied(self, memo: Any) -> bool:
+        """Is the whole model being copied, given ``copy.deepcopy``'s memo?"""
+
+    def recover(self) -> None:
+        """Forget a backward that failed, if the last one did."""
+
+    def saving(self) -> AbstractContextManager[Any]:
+        """Around code whose results autograd may save of values that go away."""
+
+    def check(self) -> None:
+        """Raise, or take over, where parameters are no longer the ones that were sharded."""
 
 
-class Call:
-    """One forward of a unit under autograd: which of its inputs still wait for their gradients.
+class PendingUpdate(Protocol):
+    """The update of one bucket, which takes place somewhere else; see :mod:`shardwise.engine.deferred_update`."""
 
-    A frozen parameter may be needed until the last input gradient of its call is computed; a
-    trainable one until its own gradient arrives. Only units with frozen parameters look at calls.
+    def wait(self) -> None: ...
+
+
+class Slot:
+    """One parameter of a unit.
+
+    Attributes:
+        unit, bucket, index: where its values are.
+        param: the parameter.
+        names: all its full names; tied parameters have several.
+        holders: the modules that have it, each with the attribute's name.
+        watched: its gradients are listened to.
     """
 
-    __slots__ = ("inputs", "unit")
+    __slots__ = ("__weakref__", "bucket", "holders", "index", "names", "param", "unit", "watched")
 
-    def __init__(self, unit: Unit) -> None:
-        self.unit, self.inputs = unit, 0
-
-    def input_ready(self, _grad: torch.Tensor) -> None:
-        self.inputs -= 1
-        if self.inputs == 0 and self in self.unit.calls:
-            self.unit.calls.discard(self)
-            self.unit.check_complete()
+    def __init__(
+        self,
+        unit: Unit,
+        bucket: Bucket,
+        index: int,
+        param: nn.Parameter,
+        names: list[str],
+        holders: list[tuple[nn.Module, str]],
+    ) -> None:
+        self.unit, self.bucket, self.index, self.param = unit, bucket, index, param
+        self.names, self.holders, self.watched = names, holders, False
 
 
 class Unit:
-    """Buckets of one module subtree and their state. Which unit does what when is the engine's.
+    """Buckets of one module subtree and their state.
 
     Args:
         name: full name of ``module`` in the sharded model.
-        module: the subtree; its hooks drive the unit.
-        params: parameters it answers for, each with all its full names (tied ones have several).
+        module: the subtree; hooks on it drive the unit.
+        members: parameters it answers for, each with all its full names and the dtype it computes in (``None``: as
+            the strategy says).
+        mesh, strategy, ledger: see :class:`~shardwise.engine.bucket.Bucket`.
         home: of what the strategy offloads; ``None`` if that is nothing.
+        upward: the engine's side.
+
+    Attributes:
+        index: position among the engine's units, in the order of registration; equal on all ranks.
+        label: the name as reports show it.
+        buckets: one per dtype, and apart for parameters that are frozen when the model is sharded.
+        slots: one per parameter, bucket by bucket.
+        places: per parameter (by ``id``), its bucket and index.
+        released: values of some bucket come and go.
+        offloaded: what gathers read is at another home.
+        residence: where the values are, and who needs them.
+        failure: why they are those of no step, in state FAILED.
+        calls_made: forwards under autograd since the last backward.
     """
 
     def __init__(
         self,
-        engine: Engine,
         name: str,
         module: nn.Module,
-        params: Sequence[tuple[nn.Parameter, list[str]]],
+        members: Sequence[tuple[nn.Parameter, list[str], torch.dtype | None]],
+        holders: Callable[[str], tuple[nn.Module, str]],
         mesh: Mesh,
         strategy: Strategy,
         ledger: Ledger,
-        home: Home | None = None,
+        home: Home | None,
+        upward: Upward,
     ) -> None:
-        self.engine, self.name, self.module = engine, name, module
+        self.name, self.module, self.upward = name, module, upward
         self.mesh, self.strategy, self.home = mesh, strategy, home
         self.index = 0
         self.label = f"'{name}'" if name else "'(root)'"
-        kinds: dict[tuple[torch.dtype, bool], list[tuple[nn.Parameter, list[str]]]] = {}
-        for p, names in params:
-            kinds.setdefault((p.dtype, p.requires_grad), []).append((p, names))
+        kinds: dict[Any, list[tuple[nn.Parameter, list[str]]]] = {}
+        for p, names, compute in members:
+            kinds.setdefault((p.dtype, p.requires_grad, compute), []).append((p, names))
         self.buckets: list[Bucket] = []
-        self.slots: list[tuple[Bucket, int, nn.Parameter]] = []
-        self.names: dict[int, list[str]] = {}
-        for members in kinds.values():
-            tensors = [p for p, _ in members]
-            bucket = Bucket(self.label, tensors, [names[0] for _, names in members], mesh, strategy, ledger, home)
+        self.slots: list[Slot] = []
+        for (_, _, compute), mine in kinds.items():
+            bucket = Bucket(
+                self.label, [p for p, _ in mine], [names[0] for _, names in mine], mesh, strategy, ledger, home,
+                self.reconcile, self.finish_transfers, compute,
+            )  # fmt: skip
             self.buckets.append(bucket)
-            for i, (p, names) in enumerate(members):
+            for i, (p, names) in enumerate(mine):
                 mark(p, self, names[0])
-                self.slots.append((bucket, i, p))
-                self.names[id(p)] = names
-        self.places = {id(p): (b, i) for b, i, p in self.slots}
-        self.split = any(b.split for b in self.buckets)
-        self.away = any(b.params_away for b in self.buckets)
-        # By a weak reference: the collector cannot look into autograd, and a dropped model would live for ever.
-        me = weakref.ref(self)
-        self._arrivals: list[Callable[[nn.Parameter], None]] = [
-            partial(_arrived, me, k) for k in range(len(self.slots))
-        ]
-        self._hooked = [False] * len(self.slots)
-        self.has_frozen = False
-        self.watch_trainable()
-        self.gathered = True
-        self.staged = False
-        self.updates: list[Update] = []  # asked for, and not waited for
-        # Its next gather begins behind the computation of the unit before it. On all ranks alike, since they gather in
-        # one order; ``updates`` are not: a rank that holds nothing of what is updated has none.
-        self.behind = False
-        self._owed: list[Bucket] = []  # whose values will have to follow
-        self.gathering: list[Transfer] | None = None
-        self.kept_for: set[str] = set()  # stay gathered until the end of this "forward", "backward" or "reading"
-        self.handles: list[Any] = []
-        self.call: Call | None = None
-        self.reading_state = False  # inside state_dict()
-        # --- within one backward
-        self.backward_id = -1
-        self.pending = 0
-        self.calls: set[Call] = set()
+                self.slots.append(Slot(self, bucket, i, p, names, [holders(n) for n in names]))
+        self.places = {id(s.param): (s.bucket, s.index) for s in self.slots}
+        self.released = any(b.placement.released for b in self.buckets)
+        self.offloaded = any(b.placement.params_offloaded for b in self.buckets)
+        self.residence = Residence(self.label, released=self.released)
+        self.failure: BaseException | None = None
+        self.calls_made = 0  # forwards with gradients since the last backward
+        self._updates: list[PendingUpdate] = []  # asked for, and not waited for; this rank may have none of them
+        self._follow: list[Bucket] = []  # whose values follow when these have taken place
+        self._gathering: list[Transfer] = []  # under way
+        self._taking_handles = False
         self.release()
+
+    def copied(self, of: Callable[[Any], Any], ledger: Ledger, upward: Upward) -> Unit:
+        """The same unit once more, around copies of its modules and parameters. Nothing is sent.
+
+        Args:
+            of: gives the copy of a module or parameter.
+            ledger, upward: of the engine that the copy belongs to.
+        """
+        self.reconcile()
+        self.finish_transfers()
+        new = object.__new__(Unit)
+        new.__dict__.update(self.__dict__)
+        new.module, new.upward = of(self.module), upward
+        new.residence = Residence(self.label, released=self.released)
+        new.calls_made = 0
+        new._updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
+        twins = {
+            id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers)
+            for b in self.buckets
+        }
+        new.buckets = [twins[id(b)] for b in self.buckets]
+        new.slots = []
+        for s in self.slots:
+            param = of(s.param)
+            mark(param, new, s.bucket.names[s.index])
+            holders = [(of(module), name) for module, name in s.holders]
+            new.slots.append(Slot(new, twins[id(s.bucket)], s.index, param, list(s.names), holders))
+        new.places = {id(s.param): (s.bucket, s.index) for s in new.slots}
+        if self.released:
+            new.residence.to(Residency.RELEASED)
+            for b in new.buckets:
+                if b.placement.released:
+                    guard(b.params)
+        return new
 
     @property
     def params(self) -> list[nn.Parameter]:
-        return [p for _, _, p in self.slots]
+        return [s.param for s in self.slots]
+
+    def rename(self, name: str, prefix: str) -> None:
+        """A parent's model has taken it over: its name there, and what comes before its parameters' names."""
+        self.name = name
+        self.label = self.residence.label = f"'{name}'"
+        for s in self.slots:
+            s.names = [prefix + n for n in s.names]
+
+    @property
+    def taking_handles(self) -> bool:
+        return self._taking_handles
+
+    @property
+    def here(self) -> bool:
+        """Can the values be read?"""
+        return self.residence.here
+
+    @property
+    def updating(self) -> bool:
+        """Has an update been asked for that was not waited for, on some rank?"""
+        return self.residence.state is Residency.UPDATING
+
+    def slot_of(self, param: nn.Parameter) -> Slot:
+        """The slot of one of its parameters."""
+        bucket, index = self.places[id(param)]
+        return next(s for s in self.slots if s.bucket is bucket and s.index == index)
 
     # --- values ------------------------------------------------------------------------------
     def stage(self) -> None:
         """Begin to bring this rank's shards from their home, ahead of the gather."""
-        if self.away and not self.gathered and self.gathering is None and not self.updates:
-            self.staged = True
+        if self.offloaded and self.residence.state is Residency.RELEASED:
+            self.residence.to(Residency.STAGING)
             for b in self.buckets:
                 b.stage()
 
     def start_gather(self) -> None:
-        """Begin to bring the values here, unless they are here or on their way."""
-        self.catch_up()
-        self.behind = False
-        if self.gathered or self.gathering is not None:
+        """Begin to bring the values here, unless they are here or on their way.
+
+        Raises:
+            UnitError: they are those of no step, because an update failed or they were loaded in part.
+        """
+        self.finish_update()
+        if self.residence.state in (Residency.GATHERED, Residency.GATHERING):
             return
-        with torch.no_grad(), self.engine.told("gather", self.index):
-            self.staged = False
-            self.gathering = [b.start_gather() for b in self.buckets if b.split]
+        with torch.no_grad(), self.upward.announce(Command.GATHER, self.index):
+            self.residence.to(Residency.GATHERING)
+            self._gathering = [b.start_gather() for b in self.buckets if b.placement.released]
 
     def gather(self) -> None:
         """Have the values here."""
-        if self.gathered:
+        if self.residence.here:
             return
         self.start_gather()
-        transfers, self.gathering = self.gathering, None
-        if transfers is None:
-            return  # they were here, as soon as an update had taken place
-        for t in transfers:
-            t.wait()
-        self.gathered = True
-        unguard(self.params)
+        if self.residence.state is Residency.GATHERING:
+            transfers, self._gathering = self._gathering, []
+            for t in transfers:
+                t.wait()
+            self.residence.to(Residency.GATHERED)
+            unguard(self.params)
 
     def release(self) -> None:
-        """Free the values, where the strategy splits them."""
-        if not self.split or self.kept_for:
+        """Free the values, where the strategy takes them away and nobody needs them.
+
+        Raises:
+            UnitError: the script wrote to them meanwhile, and that cannot reach the master values.
+        """
+        if not self.released or self.residence.pinned():
             return
-        if self.gathering is not None:
+        if self.residence.state is Residency.GATHERING:
             self.gather()
-        if self.staged:
-            self.staged = False
+        if self.residence.state is Residency.STAGING:
+            self.residence.to(Residency.RELEASED)
             for b in self.buckets:
                 b.unstage()
-        if self.gathered:
-            self.gathered = False
+        if self.residence.here:
+            self.take_writes()
+            self.residence.to(Residency.RELEASED)
             for b in self.buckets:
-                if b.split:
+                if b.placement.released:
                     b.flat.release()
                     guard(b.params)
 
+    def take_writes(self) -> None:
+        """What the script wrote to values that come and go is taken to the master values, before they go.
+
+        Raises:
+            UnitError: it cannot be.
+        """
+        if not self.residence.here or self.residence.pinned(Pin.READING) or self.residence.pinned(Pin.WRITING):
+            return  # the end of such a block sees to it
+        for b in self.buckets:
+            if not b.placement.released or not (written := b.written()):
+                continue
+            if b.mesh.shard.size > 1:
+                b.note()
+                raise UnitError(
+                    f"parameter '{b.names[written[0]]}' was written to while its values were gathered: each rank would "
+                    "keep what it wrote to its own shard, and lose the rest",
+                    where=f"unit {self.label}",
+                    fix="write inside 'with shardwise.gathered(module, write=True):', after the step (a norm that an "
+                    "Embedding keeps with max_norm, for example), or use ddp, zero1 or zero2",
+                )
+            b.take_values()
+
+    # --- after a step ------------------------------------------------------------------------------
     def publish(self, buckets: Sequence[Bucket]) -> None:
         """After an optimizer step: let the values follow the master values.
 
         Whole parameters with split optimizer state are gathered while the next forward begins;
-        until a unit's bytes are there its parameters are guarded. Split ones are simply stale.
+        until a unit's bytes are there its parameters are guarded. Those that come and go are simply stale, unless
+        somebody has them pinned: then they are gathered anew, in place.
         """
-        if self.gathering is not None:
+        if self.residence.state is Residency.GATHERING:
             self.gather()
-        if self.split:
-            self.kept_for.clear()
+        self._changed()
+        if self.released:
+            self._drop_passes()
             self.release()
-        transfers = [b.start_gather() for b in buckets if not b.split and (not b.aliased or b.split_optimizer)]
+            if self.residence.here:  # inside gathered(), or unshard(): all ranks are
+                with torch.no_grad(), self.upward.announce(Command.GATHER, self.index):
+                    self.residence.to(Residency.GATHERING)
+                    self._gathering = [b.start_gather() for b in self.buckets if b.placement.released]
+                self.gather()
+        transfers = [b.start_gather() for b in buckets if b.gathers_after_step]
         if transfers:
-            self.gathering = transfers
-            self.gathered = False
+            self.residence.to(Residency.GATHERING)
+            self._gathering = transfers
             guard(self.params)
 
-    def postpone(self, updates: Sequence[Update], buckets: Sequence[Bucket]) -> None:
-        """As :meth:`publish`, of updates that are under way: :meth:`catch_up` does the rest."""
-        if self.gathering is not None:
+    def _drop_passes(self) -> None:
+        self.residence.drop(Pin.FORWARD)
+        self.residence.drop(Pin.BACKWARD)
+
+    def _changed(self) -> None:
+        """The values are about to change: a graph that saved them before is refused in backward, as torch does."""
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.autograd.graph.increment_version(self.params)
+        for b in self.buckets:
+            b.note()
+
+    def defer_update(self, updates: Sequence[PendingUpdate], buckets: Sequence[Bucket]) -> None:
+        """As :meth:`publish`, of updates that are under way on some rank: :meth:`finish_update` does the rest."""
+        if self.residence.state is Residency.GATHERING:
             self.gather()
-        if self.split:
-            self.kept_for.clear()
+        self._changed()
+        if self.released:
+            self._drop_passes()
             self.release()
-        else:
-            self.gathered = False
-            guard(self.params)
-        self.updates, self._owed = list(updates), list(buckets)
-
-    def catch_up(self) -> None:
-        """Wait for updates that were asked for; then values follow."""
-        if not self.updates:
+        if self.residence.here and self.residence.pinned():  # somebody looks at the values: let them follow now
+            self._updates, self._follow = list(updates), list(buckets)
+            self.residence.to(Residency.UPDATING)
+            self.finish_update()
             return
-        updates, self.updates = self.updates, []
-        owed, self._owed = self._owed, []
-        for one in updates:
-            one.wait()
-        if not self.split:
-            self.gathered = True
+        self.residence.to(Residency.UPDATING)
+        if not self.released:
+            guard(self.params)
+        self._updates, self._follow = list(updates), list(buckets)
+
+    def finish_update(self) -> None:
+        """Wait for updates that were asked for; then values follow.
+
+        Raises:
+            UnitError: one of them failed, now or earlier: the values are those of no step.
+        """
+        if self.residence.state is Residency.FAILED:
+            self._refuse_failed()
+        if self.residence.state is not Residency.UPDATING:
+            return
+        updates, self._updates = self._updates, []
+        follow, self._follow = self._follow, []
+        try:
+            for one in updates:
+                one.wait()
+        except Exception as error:
+            self.fail(error)
+            raise
+        pinned = self.released and self.residence.pinned()
+        self.residence.to(Residency.RELEASED if self.released and not pinned else Residency.GATHERED)
+        if not self.released:
             unguard(self.params)
         with torch.no_grad():
-            self.publish(owed)
+            self.publish(follow)
 
-    def settle(self) -> None:
+    def fail(self, error: BaseException) -> None:
+        """Its values are those of no step from here on: an update of it failed."""
+        if self.residence.state is Residency.GATHERING:
+            self.gather()
+        if self.residence.state is Residency.STAGING:
+            self.release()
+        if self.residence.state is not Residency.FAILED:
+            self.residence.to(Residency.FAILED)
+        self.failure = error
+        guard(self.params)
+
+    def mend(self) -> None:
+        """Its master values were replaced as a whole (loaded): it is usable again."""
+        if self.residence.state is Residency.FAILED:
+            self.failure = None
+            self.residence.to(Residency.RELEASED if self.released else Residency.GATHERED)
+            if self.released:
+                for b in self.buckets:
+                    if b.placement.released:
+                        b.flat.release()
+            else:
+                unguard(self.params)
+
+    def _refuse_failed(self) -> None:
+        error = self.failure
+        cause = error.what if isinstance(error, ShardwiseError) else f"{type(error).__name__}: {error}"
+        raise UnitError(
+            f"an update of it failed, so its values are those of no step: {cause}",
+            where=f"unit {self.label}",
+            fix="load the last checkpoint before going on",
+        ) from error
+
+    def finish_transfers(self) -> None:
         """Before values are read or written past the engine: wait for what is under way since the last step."""
-        self.catch_up()
-        if self.gathering is not None:
+        self.finish_update()
+        if self.residence.state is Residency.GATHERING:
             self.gather()
 
-    def touch(self, param: nn.Parameter, operation: str) -> None:
-        """Somebody uses a guarded parameter: bring the values, if all ranks are here for the same reason."""
-        if self.gathering is not None or (self.updates and not self.split):
+    def reconcile(self) -> None:
+        """Before master values or gradients are read or written: updates have taken place, and what the script wrote
+        to values that stay has reached them."""
+        self.upward.recover()
+        self.finish_update()
+        self.reconcile_values()
+
+    def reconcile_values(self) -> None:
+        """What the script wrote to values goes to the master values, if they are another tensor."""
+        if self.released:
+            self.take_writes()
+        for b in self.buckets:
+            if not b.placement.released and b.written():
+                self.finish_transfers()
+                b.note()  # first: taking the values looks at master values, which asks here
+                b.take_values()
+
+    def rest(self) -> None:
+        """No pass needs its values any more."""
+        self._drop_passes()
+        self.release()
+
+    # --- when somebody reads a parameter ---------------------------------------------------------------
+    def access(self, param: nn.Parameter, operation: str) -> None:
+        """Somebody uses a guarded parameter: bring the values, if all ranks are here for the same reason.
+
+        Raises:
+            ReleasedParameterError: they may not be.
+            UnitError: an update failed.
+        """
+        state = self.residence.state
+        if state is Residency.FAILED:
+            self._refuse_failed()
+        if state is Residency.GATHERING or (state is Residency.UPDATING and not self.released):
             self.gather()
-        elif self.engine.forward_active or self.engine.backward_active:
-            self.gather()
-            self.kept_for.add("backward" if torch.is_grad_enabled() or self.engine.backward_active else "forward")
-        else:
-            raise refuse(param, operation, self.label)
-
-    # --- gradients -----------------------------------------------------------------------------
-    def watch_trainable(self) -> None:
-        """Follow parameters that were frozen or unfrozen since the last look."""
-        frozen = False
-        for k, (_, _, p) in enumerate(self.slots):
-            if not p.requires_grad:
-                frozen = True
-            elif not self._hooked[k]:
-                p.register_post_accumulate_grad_hook(self._arrivals[k])
-                self._hooked[k] = True
-        self.has_frozen = frozen
-
-    def begin_backward(self, backward_id: int) -> None:
-        if self.backward_id != backward_id:
-            self.backward_id = backward_id
-            self.calls.clear()
-            self.pending = sum(1 for _, _, p in self.slots if p.requires_grad)
-            for b in self.buckets:
-                b.grads.read_flags()
-
-    def _arrived(self, bucket: Bucket, index: int, param: nn.Parameter) -> None:
-        engine = self.engine
-        if self.backward_id != engine.backward_id or not engine.backward_active:
-            # Gradients without a backward through this unit's outputs: the parameter was used directly.
-            engine.begin_backward()
-            fresh, param.grad = param.grad, None
-            self.begin_backward(engine.backward_id)
-            param.grad = fresh
-        if engine.in_backward is not None:
-            engine.in_backward.refuse_more(self, bucket.names[index])
-        engine.launch_ready()
-        grad = param.grad
-        param.grad = None
-        assert grad is not None
-        if grad.is_sparse:
-            raise UnitError(
-                f"parameter '{bucket.names[index]}' has a sparse gradient, which has no flat layout",
-                where=f"unit {self.label}",
-                fix="build the embedding with sparse=False",
-            )
-        with torch.no_grad():
-            bucket.grads.arrive(index, grad.detach())
-        self.pending -= 1
-        if self.pending == 0:
-            self.check_complete()
-
-    def check_complete(self) -> None:
-        """Every gradient this backward will make here is made, and nobody needs the values any more."""
-        if self.pending > 0 or (self.has_frozen and self.calls):
             return
-        self.engine.unit_done(self)
+        pin = self.upward.pin_for_access()
+        if pin is None:
+            raise refuse(param, operation, self.label)
+        self.gather()
+        self.residence.pin(pin)
 
-    @property
-    def any_arrived(self) -> bool:
-        return any(any(b.grads.arrived) for b in self.buckets)
+    def is_copied(self, memo: Any) -> bool:
+        return self.upward.is_copied(memo)
+
+    # --- for state dicts ---------------------------------------------------------------------------------
+    def take_handles(self, on: bool) -> None:
+        """While on, ``param.detach()`` of a released parameter is a handle: its shape and its place, no values."""
+        self._taking_handles = on
+
+    def full_values(self, bucket: Bucket) -> torch.Tensor:
+        """``(parts * n,)`` all values of a bucket in the master dtype, new. Collective where values are split."""
+        out = torch.empty(bucket.layout.numel, dtype=bucket.master_dtype, device=bucket.device)
+        with bucket.master_here() as master:
+            out[bucket.held].copy_(master)
+        with self.upward.announce(Command.VALUES, self.index, self.buckets.index(bucket), "values"):
+            bucket.mesh.gather(out, bucket.op("state")).wait()
+        return out
+
+    def full_grads(self, bucket: Bucket) -> torch.Tensor:
+        """``(parts * n,)`` all reduced gradients of a bucket, new. Collective where they are split."""
+        out = torch.zeros(bucket.layout.numel, dtype=bucket.master_dtype, device=bucket.device)
+        if bucket.grads.reduced is not None:
+            out[bucket.held].copy_(bucket.grads.held())
+        if bucket.placement.split_state:
+            with self.upward.announce(Command.VALUES, self.index, self.buckets.index(bucket), "gradients"):
+                bucket.mesh.gather(out, bucket.op("state")).wait()
+        return out
 
 
-def _arrived(unit: weakref.ref[Unit], slot: int, param: nn.Parameter) -> None:
-    found = unit()
-    if found is not None:
-        bucket, index, _ = found.slots[slot]
-        found._arrived(bucket, index, param)
+def unit_of(param: Any) -> Unit | None:
+    """The unit that answers for a parameter; ``None`` if it is not sharded."""
+    return getattr(param, "_shardwise_unit", None)

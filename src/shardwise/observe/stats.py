@@ -10,7 +10,8 @@ from torch import nn
 from shardwise.comm import CommCount, World
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.build import engines, require_engine
-from shardwise.engine.schedule import Engine
+from shardwise.engine.engine import Engine
+from shardwise.placement import Placement, place, ranks_of
 from shardwise.strategy import Strategy
 from shardwise.tiers import STATES
 from shardwise.tiers.disk import DiskStats
@@ -78,7 +79,7 @@ def _homes(engines: list[Engine]) -> list[Home]:
 
 def _links(engines: list[Engine]) -> list[Link]:
     return [link for home in _homes(engines) for link in (home.link, home.step_link)] + [
-        e.saved.link for e in engines if e.saved is not None
+        e.host_activations.link for e in engines if e.host_activations is not None
     ]
 
 
@@ -139,64 +140,62 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
 
 
 def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
-    size = engine.world.size
-    shard = engine.mesh.shard.size if row == engine.strategy else (1 if row.preset == "ddp" else size)
-    copies = size // shard
+    own = row == engine.strategy
     sent = parameters = gradients = optimizer = largest = 0
-    values: list[int] = []  # per unit: bytes of gathered values, of a whole gradient
+    values: list[int] = []  # per unit: bytes of gathered values, of what arrives in a backward
     arriving: list[int] = []
+    ahead = split = 0
     for unit in engine.units:
         values.append(0)
         arriving.append(0)
         for b in unit.buckets:
-            n, value, master = b.layout.numel, _width(b.dtype), _width(b.master_dtype)
-            wire = _width(b.reduce_dtype)
-            trainable = any(p.requires_grad for p in b.params)
-            params_home = _place(row.offload_params, b)
-            split_params = (row.split_params and shard > 1) or params_home != "device"
-            home = _place(row.offload_optimizer, b) if trainable and row.offload_ratio else "device"
-            kept = 1 - row.offload_ratio if home == "nvme" else 1.0
-            apart = (home, params_home) != ("device", "device") and (value != master or b.apart)
-            if split_params:
-                gathers = 1 if unit in engine.stay_gathered else 2
-                values[-1] += n * value
-                if params_home != "nvme":
-                    parameters += n // shard * (value if apart else master)
-                if apart:
-                    optimizer += round(kept * (n // shard * master))
+            plan = b.placement if own else _placed(row, b, engine.world.size)
+            ranks, n = plan.ranks, b.layout.shard_numel
+            kept = 1 - row.offload_ratio if plan.state_on_disk else 1.0  # the part that stays in memory
+            master, shard, flat = (plan.nbytes(x, n) for x in (plan.master, plan.shard, plan.values))
+            # What a rank keeps between steps.
+            if not plan.released:
+                parameters += flat
+            elif not plan.params_on_disk:
+                parameters += shard or master
+            if plan.follows_home or (not plan.released and not plan.aliased):
+                optimizer += round(kept * master) if plan.follows_home else master
+            # What comes and goes.
+            if plan.released:
+                gathers = 1 if unit in engine.forward.stay_gathered else 2
+                values[-1] += flat
+                ahead = max(ahead, row.offload_prefetch if plan.params_offloaded else 0)
             else:
-                gathers = 1 if row.split_optimizer and shard > 1 and trainable else 0
-                parameters += n * value
-                if value != master or apart:
-                    optimizer += round(kept * (n // shard if row.split_optimizer else n) * master)
-            sent += gathers * (shard - 1) * (n // shard) * value
-            if trainable:
-                sent += (size - 1) * (n // size) * wire + (copies - 1) * (n // size) * master
-                gradients += (n // shard if row.split_grads or _place(row.offload_grads, b) == "cpu" else n) * master
-                held = n // shard if row.split_optimizer else n
-                optimizer += round(kept * tensors * held * master)
-                through = (tensors + apart if home == "nvme" else 0) + (params_home == "nvme" and not apart)
-                low = held * value if params_home == "nvme" and apart else 0
-                largest = max(largest, through * held * master + low)
-                arriving[-1] += n * wire
-    away = any(_place(row.offload_params, b) != "device" for u in engine.units for b in u.buckets)
-    ahead = row.offload_prefetch if away else 0
+                gathers = 1 if plan.split_state and plan.trainable else 0
+            sent += gathers * (ranks.shard - 1) * (flat // ranks.shard)
+            if plan.trainable:
+                wire = plan.nbytes(plan.arriving, n)
+                sent += (ranks.parts - 1) * (wire // ranks.parts) + (ranks.copies - 1) * n * plan.master.width
+                gradients += plan.nbytes(plan.grads, n)
+                optimizer += round(kept * tensors * plan.nbytes(plan.state, n))
+                on_disk = plan.params_on_disk and not plan.follows_home
+                through = (tensors + plan.follows_home if plan.state_on_disk else 0) + on_disk
+                low = shard if plan.params_on_disk and plan.follows_home else 0
+                largest = max(largest, through * master + low)
+                arriving[-1] += wire
+                split |= plan.grads_split and ranks.shard > 1
+    size = engine.world.size
     buffers = _root_and(2 + ahead, values) + max(arriving) * (size - 1) // size
-    if row.split_grads and shard > 1:
+    if split:
         buffers += _root_and(2, arriving)
     return Expected(sent, parameters, gradients, optimizer, buffers, row.offload_buffers * largest)
 
 
-def _place(home: str, bucket: Bucket) -> str:
-    """Where a home is, seen from the device: ``cpu`` is the device itself where that is one."""
-    separate = bucket.device.type != "cpu" if bucket.home is None else bucket.home.separate
-    return "device" if home == "cpu" and not separate else home
+def _placed(row: Strategy, bucket: Bucket, size: int) -> Placement:
+    """Where a bucket would be under another row of the table."""
+    plan = bucket.placement
+    floating = bucket.master_dtype.is_floating_point
+    return place(
+        row, ranks_of(row, size), plan.master.dtype, trainable=plan.trainable, floating=floating,
+        separate=plan.separate,
+    )  # fmt: skip
 
 
 def _root_and(count: int, sizes: list[int]) -> int:
     """What is live when the root's own unit and ``count`` others are."""
     return sizes[-1] + sum(sorted(sizes[:-1])[-count:])
-
-
-def _width(dtype: Any) -> int:
-    return dtype.itemsize

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections import deque
-from collections.abc import Sequence
 
 import torch
 
@@ -21,21 +20,6 @@ HUGE = 2 << 20
 def padded(nbytes: int) -> int:
     """``nbytes`` rounded up to a multiple of :data:`ALIGN`."""
     return -(-nbytes // ALIGN) * ALIGN
-
-
-def areas(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Lay tensors of ``sizes`` bytes behind each other, each at an aligned offset.
-
-    So a unit's parameters and optimizer state lie in one extent, and one read brings them all.
-
-    Returns:
-        The offset of each one in bytes, and the length of all of them, a multiple of :data:`ALIGN`.
-    """
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += padded(size)
-    return offsets, end
 
 
 def _map(nbytes: int) -> mmap.mmap:

@@ -13,18 +13,37 @@ class Buffer:
     Parameters are views into such a buffer. Releasing resizes the storage to zero and refilling
     gives it bytes again; storage object and views stay the same, so autograd's saved views are
     valid whenever the buffer is filled (the technique of FSDP's ``_free_storage``).
+
+    A kernel that reads a view of a storage of size zero ends the process. So the bytes are freed only while nobody
+    but the ``owners`` has a view of them: whoever keeps one (a cached ``weight[0].detach()``, a NumPy array) keeps
+    the bytes alive too, as with any tensor.
+
+    Attributes:
+        owners: tensors that are views of the buffer as long as it lives.
     """
 
-    __slots__ = ("ledger", "nbytes", "state", "tensor")
+    __slots__ = ("ledger", "nbytes", "owners", "state", "tensor")
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, state: str, ledger: Ledger) -> None:
         self.tensor = ledger.empty(numel, dtype, device, state)
         self.nbytes = numel * self.tensor.element_size()
-        self.state, self.ledger = state, ledger
+        self.state, self.ledger, self.owners = state, ledger, 0
+
+    @property
+    def key(self) -> int:
+        """What its views have in common: the identity of the storage."""
+        return self.tensor.untyped_storage()._cdata
 
     @property
     def filled(self) -> bool:
         return self.nbytes == 0 or self.tensor.untyped_storage().size() != 0
+
+    @property
+    def aliased(self) -> bool:
+        """Has anybody beside the owners a view of it?"""
+        storage = self.tensor.untyped_storage()
+        # One for the tensor itself, one for the Python object in hand.
+        return torch._C._storage_Use_Count(storage._cdata) > self.owners + 2
 
     def fill(self) -> None:
         """Give the storage its bytes back; their values are undefined."""
@@ -32,8 +51,12 @@ class Buffer:
             self.tensor.untyped_storage().resize_(self.nbytes)
             self.ledger.add(self.state, self.nbytes)
 
-    def release(self) -> None:
-        """Free the bytes."""
-        if self.nbytes and self.filled:
-            self.tensor.untyped_storage().resize_(0)
-            self.ledger.add(self.state, -self.nbytes)
+    def release(self) -> bool:
+        """Free the bytes, unless somebody has a view of them. Were they freed?"""
+        if not self.nbytes or not self.filled:
+            return True
+        if self.aliased:
+            return False
+        self.tensor.untyped_storage().resize_(0)
+        self.ledger.add(self.state, -self.nbytes)
+        return True

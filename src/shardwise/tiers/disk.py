@@ -3,7 +3,7 @@
 ::
 
     store = DiskStore("/mnt/nvme", rank=rank)
-    offsets, total = areas([values.nbytes, exp_avg.nbytes, exp_avg_sq.nbytes])
+    total = padded(values.nbytes) + padded(exp_avg.nbytes) + padded(exp_avg_sq.nbytes)
     extent = store.extent("blocks.3", total)
     store.write(extent, buffer[:total]).wait()
     coming = store.read(extent, buffer[:total])   # other work
@@ -24,11 +24,13 @@ import numpy as np
 import torch
 
 from shardwise.errors import OffloadError
+from shardwise.sizes import format_bytes
 from shardwise.tiers.aligned import ALIGN, aligned_empty, padded
-from shardwise.tiers.chunks import Bytes, Chunks, Extent
-from shardwise.tiers.disk_errors import again, explain, free_bytes, size
+from shardwise.tiers.block_io import BlockIO, Bytes, Extent
+from shardwise.tiers.direct_io import DIRECT, UNSUPPORTED
+from shardwise.tiers.disk_errors import again, explain, free_bytes
+from shardwise.tiers.io_queue import DiskStats, DiskTransfer, IOQueue
 from shardwise.tiers.mounts import file_system, in_memory
-from shardwise.tiers.requests import DiskStats, DiskTransfer, Requests
 from shardwise.tiers.swap import SwapFolder
 
 __all__ = ["CHUNK", "DEPTH", "DiskStats", "DiskStore", "DiskTransfer", "Extent"]
@@ -101,13 +103,13 @@ class DiskStore:
                 f"nvme_path {self.folder.base}: {reason}; the swap files go through the page cache instead",
                 stacklevel=2,
             )
-        chunks = Chunks(self._where, self.folder.path, chunk=chunk, direct=self.direct, checksum=checksum)
-        self._requests = Requests(chunks, depth, timeout)
-        self._finalizer = weakref.finalize(self, _close, self._requests, self.folder)
+        io = BlockIO(self._where, self.folder.path, chunk=chunk, direct=self.direct, checksum=checksum)
+        self._queue = IOQueue(io, depth, timeout)
+        self._finalizer = weakref.finalize(self, _close, self._queue, self.folder)
 
     @property
     def stats(self) -> DiskStats:
-        return self._requests.stats
+        return self._queue.stats
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +118,7 @@ class DiskStore:
 
     def reset_stats(self) -> None:
         """Count from zero; wait for what is under way first."""
-        self._requests.stats = DiskStats()
+        self._queue.stats = DiskStats()
 
     # --- extents -----------------------------------------------------------------------------
     def extent(self, name: str, nbytes: int) -> Extent:
@@ -143,11 +145,11 @@ class DiskStore:
             _reserve(fd, padded(nbytes), self.folder.base)
         except OSError as error:
             os.close(fd)
-            doing = f"reserving {size(nbytes)}, with {size(self.nbytes)} reserved by this rank before"
+            doing = f"reserving {format_bytes(nbytes)}, with {format_bytes(self.nbytes)} reserved by this rank before"
             raise explain(error, doing, where, self.folder.base, nbytes) from error
         extent = Extent(name, nbytes, padded(nbytes), path, fd)
         self._extents.add(extent)
-        self._requests.files.add(fd)
+        self._queue.files.add(fd)
         return extent
 
     def free(self, extent: Extent) -> None:
@@ -157,10 +159,9 @@ class DiskStore:
             OffloadError: such a transfer failed, or the extent is not (any more) of this store.
         """
         self._own(extent)
-        for transfer in list(extent.active):
-            transfer.wait()
+        self._queue.drain(extent)
         self._extents.discard(extent)
-        self._requests.files.discard(extent.fd)
+        self._queue.files.discard(extent.fd)
         os.close(extent.fd)
 
     # --- transfers ---------------------------------------------------------------------------
@@ -180,18 +181,18 @@ class DiskStore:
         Cost: nothing is copied if the tensor's address, its length and ``offset`` are multiples of 4096 (of ``chunk``,
         lengths and offsets, with ``checksum``); otherwise the first and last chunk, or all, go through a scratch.
         """
-        return self._requests.submit("write", extent, offset, self._bytes(extent, tensor, offset))
+        return self._queue.submit("write", extent, offset, self._bytes(extent, tensor, offset))
 
     def read(self, extent: Extent, tensor: torch.Tensor, offset: int = 0) -> DiskTransfer:
         """Start to fill a tensor with the bytes at ``offset`` of an extent; see :meth:`write`.
 
         Autograd is not told that the values change.
         """
-        return self._requests.submit("read", extent, offset, self._bytes(extent, tensor, offset))
+        return self._queue.submit("read", extent, offset, self._bytes(extent, tensor, offset))
 
     def _bytes(self, extent: Extent, tensor: torch.Tensor, offset: int) -> Bytes:
         self._own(extent)
-        where = self._requests.chunks.place(extent)
+        where = self._queue.io.place(extent)
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             kind = f"on {tensor.device}" if tensor.device.type != "cpu" else "not contiguous"
             raise OffloadError(f"a tensor that is {kind}", where=where, fix="copy it to a host buffer first")
@@ -216,8 +217,7 @@ class DiskStore:
             OffloadError: the first failure, if there was any.
         """
         for extent in list(self._extents):
-            for transfer in list(extent.active):
-                transfer.wait()
+            self._queue.drain(extent)
         self._check()
 
     def close(self) -> None:
@@ -232,9 +232,9 @@ class DiskStore:
         self.close()
 
     def _check(self) -> None:
-        with self._requests.lock:
-            if self._requests.error is not None:
-                raise again(self._requests.error)
+        with self._queue.lock:
+            if self._queue.error is not None:
+                raise again(self._queue.error)
 
     def _own(self, extent: Extent) -> None:
         self._check()
@@ -246,7 +246,7 @@ class DiskStore:
         base = self.folder.base
         if in_memory(base):
             return f"this folder lies in memory ({file_system(base)}), not on a disk"
-        if not hasattr(os, "O_DIRECT"):
+        if not DIRECT:
             return "this system has no direct I/O"
         if free_bytes(base) < ALIGN:
             raise OffloadError("the disk is full", where=f"{self._where}, {base}", fix="free space there")
@@ -259,18 +259,15 @@ class DiskStore:
             finally:
                 os.close(fd)
         except OSError as error:
-            if error.errno in _REFUSES_DIRECT:
+            if error.errno in UNSUPPORTED:
                 return f"its file system ({file_system(base) or 'unknown'}) refuses direct I/O"
             raise
         return ""
 
 
-_REFUSES_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
-
-
 def _open(path: str, direct: bool) -> int:
     """A new file without a name: its bytes are free as soon as nobody has it open, whatever ends the process."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (DIRECT if direct else 0)
     try:
         fd = os.open(path, flags, 0o600)
     finally:
@@ -287,13 +284,13 @@ def _reserve(fd: int, nbytes: int, folder: str) -> None:
             os.posix_fallocate(fd, 0, nbytes)
             return
         except OSError as error:  # no reservation on this file system: what is free now has to do
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            if error.errno not in UNSUPPORTED:
                 raise
     os.ftruncate(fd, nbytes)
 
 
-def _close(requests: Requests, folder: SwapFolder) -> None:
+def _close(requests: IOQueue, folder: SwapFolder) -> None:
     if os.getpid() != requests.pid:  # a forked child has the files, but not the threads
         return
-    requests.stop(OffloadError("the store is closed", where=requests.chunks.where, fix="make a new one"), CLOSE_S)
+    requests.stop(OffloadError("the store is closed", where=requests.io.where, fix="make a new one"), CLOSE_S)
     folder.close()

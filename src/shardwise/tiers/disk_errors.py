@@ -7,15 +7,7 @@ import os
 import sys
 
 from shardwise.errors import OffloadError
-
-
-def size(nbytes: float) -> str:
-    """``nbytes`` for people: ``3.2 GiB``."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.4g} TiB"
+from shardwise.sizes import format_bytes
 
 
 def free_bytes(folder: str) -> int:
@@ -55,9 +47,9 @@ def explain(error: OSError, doing: str, where: str, folder: str, needed: int = 0
     what, fix = _SAID.get(code, (error.strerror or str(error), "look at the system's log, or give another nvme_path"))
     if code in _FULL:
         if needed:
-            what += f": {size(needed)} needed"
+            what += f": {format_bytes(needed)} needed"
         try:
-            what += f", {size(free_bytes(folder))} free"
+            what += f", {format_bytes(free_bytes(folder))} free"
         except OSError:  # the folder is gone too; what is known is said
             what += f" ({folder} cannot be asked how much is free)"
     found = OffloadError(f"{what} ({doing})", where=where, fix=fix)

@@ -8,40 +8,35 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from shardwise.tiers.aligned import ALIGN, BufferPool
 from shardwise.tiers.disk import DiskStats, DiskStore, Extent
-from shardwise.tiers.heap import give_back
 from shardwise.tiers.ledger import Ledger
 from shardwise.tiers.link import Link
-from shardwise.tiers.transfer import Transfer
+from shardwise.tiers.malloc import release_free_memory
+from shardwise.tiers.transfer import Transfer, TransferGroup
 
-SLOT = 64
+TENSOR_ALIGN = 64
 """Bytes. Tensors in a buffer begin at multiples of it, as torch's own allocator places them."""
 
 
-class Loan(NamedTuple):
+class BufferLease(NamedTuple):
     """A buffer, and the pool to give it back to (which may have been replaced by a larger one)."""
 
     pool: BufferPool
     buffer: torch.Tensor
 
     def release(self, after: Sequence[Transfer] = ()) -> None:
-        self.pool.release(self.buffer, All(after) if after else None)
+        self.pool.release(self.buffer, TransferGroup(after) if after else None)
 
 
-class All:
-    """Several transfers as one."""
+class Prefetch(Protocol):
+    """Values that are being read ahead, through a buffer that is free once they were sent on."""
 
-    def __init__(self, transfers: Sequence[Transfer]) -> None:
-        self.transfers = transfers
-
-    def wait(self) -> None:
-        for transfer in self.transfers:
-            transfer.wait()
+    def send(self) -> object: ...
 
 
 class Home:
@@ -60,6 +55,14 @@ class Home:
         ahead: values that are read ahead from the disk to a device with memory of its own, in a buffer each.
         separate: its memory is not the host's, so that master values and gradients have to be copied.
         warn: say so if the disk cannot do direct I/O.
+
+    Attributes:
+        disk: the store of extents; ``None`` at home ``cpu``.
+        link: copies of values and gradients between the device and the host.
+        step_link: copies of updates, which values on their way do not wait for.
+        prefetches: values that are being read ahead, the first to be needed in front.
+        landing: waits for gradients that are on their way to the host, in order.
+        failed: why an update that nobody has waited for did not take place.
 
     Raises:
         OffloadError: see :class:`~shardwise.tiers.disk.DiskStore`.
@@ -85,16 +88,16 @@ class Home:
         self.kind, self.ledger, self.buffers, self.pin, self.ratio = kind, ledger, buffers, pin, ratio
         self.disk = DiskStore(path, rank=rank, depth=depth, checksum=checksum, warn=warn) if kind == "nvme" else None
         self.link = Link(device or torch.device("cpu"))
-        self.step_link = Link(self.link.device)  # of updates, which values on their way do not wait for
+        self.step_link = Link(self.link.device)
         self.separate = self.link.device.type != "cpu" if separate is None else separate
         self.ahead = ahead
-        self.under_way: deque[Any] = deque()  # values that are being read ahead
-        self.landing: deque[Callable[[], None]] = deque()  # waits for gradients on their way here
-        self.failed: Exception | None = None  # why an update that nobody has waited for did not take place
+        self.prefetches: deque[Prefetch] = deque()
+        self.landing: deque[Callable[[], None]] = deque()
+        self.failed: Exception | None = None
         self._trimmed = 0.0
         self._pools: dict[str, BufferPool] = {}
         self._dropped: list[Extent] = []
-        self._total = self._placed = 0  # bytes of all shelves, and of them on the disk
+        self._total = self._placed = 0  # bytes of all extents, and of them on the disk
         self._asked = self._taken = 0  # bytes of units, and of those whose state comes here
 
     @property
@@ -120,7 +123,7 @@ class Home:
             link.to_host_bytes = link.to_device_bytes = 0
 
     # --- buffers -----------------------------------------------------------------------------
-    def lend(self, nbytes: int, purpose: str = "step", count: int = 0) -> Loan:
+    def lease(self, nbytes: int, purpose: str = "step", count: int = 0) -> BufferLease:
         """A buffer of at least ``nbytes``. All are replaced if they are too short, which ends with the first step.
 
         Args:
@@ -135,7 +138,7 @@ class Home:
                 self.count(-pool.nbytes)
             pool = self._pools[purpose] = BufferPool(count or self.buffers, nbytes, pin=self.pin)
             self.count(pool.nbytes)
-        return Loan(pool, pool.acquire())
+        return BufferLease(pool, pool.acquire())
 
     def trim(self, *, now: bool = False) -> None:
         """Give freed host memory back to the system, where a disk is used to need less of it. Once a second at most.
@@ -144,7 +147,7 @@ class Home:
             now: also if that was less than a second ago.
         """
         if self.disk is not None and (now or perf_counter() - self._trimmed > 1.0):
-            give_back()
+            release_free_memory()
             self._trimmed = perf_counter()
 
     def count(self, nbytes: int) -> None:
@@ -179,7 +182,7 @@ class Home:
         self.ledger.add("optimizer", -kept)
 
 
-class Shelf:
+class StateExtent:
     """Room for ``nbytes`` at home ``nvme``, given back when it is dropped.
 
     The first ``home.ratio`` of them are one extent on the disk; the rest stays in memory and is copied from and to the

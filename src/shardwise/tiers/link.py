@@ -25,7 +25,7 @@ class Copy:
             torch.cuda.current_stream().wait_event(self._event)
 
 
-class Ordered:
+class StreamOrdered:
     """A copy to the device as what fills a tensor there: ``wait()`` is :meth:`Copy.order`."""
 
     def __init__(self, copy: Copy) -> None:

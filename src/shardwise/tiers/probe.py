@@ -16,8 +16,8 @@ from time import perf_counter
 
 from shardwise.errors import OffloadError
 from shardwise.tiers.aligned import aligned_empty
+from shardwise.tiers.direct_io import is_direct, open_direct, read_full, write_full
 from shardwise.tiers.disk_errors import explain, free_bytes
-from shardwise.tiers.mounts import in_memory
 
 CHUNK = 4 << 20
 DEPTH = 4
@@ -64,7 +64,7 @@ class Probe:
         try:
             if free_bytes(self.base) < 2 * self.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._fd, self.direct = _file(self.base, 2 * self.nbytes)
+            self._fd = _file(self.base, 2 * self.nbytes)
         except OSError as error:
             raise explain(error, "measuring the disk", self.base, self.base, 2 * self.nbytes) from error
         slab = aligned_empty(2 * depth * chunk).numpy().data  # the same pages as the store's: size matters, see there
@@ -78,6 +78,11 @@ class Probe:
         except OffloadError:
             self.close()
             raise
+
+    @property
+    def direct(self) -> bool:
+        """Whether it is the disk that is measured, and not the page cache."""
+        return self._fd >= 0 and is_direct(self._fd)
 
     def read(self) -> float:
         """Bytes per second of one sequential read."""
@@ -106,10 +111,10 @@ class Probe:
         self.close()
 
     def _put(self, buffer: memoryview, offset: int) -> int:
-        return os.pwrite(self._fd, buffer, offset)
+        return write_full(self._fd, buffer, offset)
 
     def _get(self, buffer: memoryview, offset: int) -> int:
-        return os.preadv(self._fd, [buffer], offset)
+        return read_full(self._fd, buffer, offset)
 
     def _sweep(self, *jobs: Job) -> float:
         """Carry out all jobs at once, each with one thread per buffer; returns the seconds until all are done."""
@@ -141,19 +146,13 @@ class Probe:
         return seconds
 
 
-def _file(base: str, nbytes: int) -> tuple[int, bool]:
-    """A file without a name, and whether it bypasses the page cache."""
+def _file(base: str, nbytes: int) -> int:
+    """A file without a name, past the page cache where that can be."""
     fd, path = tempfile.mkstemp(prefix="shardwise-probe-", dir=base)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, nbytes)
-        if hasattr(os, "O_DIRECT") and not in_memory(base):
-            try:
-                direct = os.open(path, os.O_RDWR | os.O_DIRECT)
-            except OSError:  # the answer to the question; the caller is told
-                return fd, False
-            os.close(fd)
-            return direct, True
-        return fd, False
+        return open_direct(path, os.O_RDWR)[0]
     finally:
+        os.close(fd)
         os.unlink(path)

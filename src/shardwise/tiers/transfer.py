@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -9,3 +10,14 @@ class Transfer(Protocol):
     """Bytes on their way. ``wait()`` returns when they have arrived, and may be called any number of times."""
 
     def wait(self) -> None: ...
+
+
+class TransferGroup:
+    """Several transfers as one."""
+
+    def __init__(self, transfers: Sequence[Transfer]) -> None:
+        self.transfers = transfers
+
+    def wait(self) -> None:
+        for transfer in self.transfers:
+            transfer.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,12 +12,9 @@ from torch import nn
 from shardwise.engine.activations import recompute
 from shardwise.engine.select import UnitRule, select_units
 from shardwise.errors import ConfigError
+from shardwise.sizes import parse_bytes
 from shardwise.utils.imports import is_peft_available
 from shardwise.utils.other import extract_model_from_parallel
-
-_UNITS = {
-    "": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
 
 
 def convert_file_size_to_int(size: int | str) -> int:
@@ -27,15 +23,11 @@ def convert_file_size_to_int(size: int | str) -> int:
     Raises:
         ConfigError: it is no size.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    found = (
-        re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?I?B)?\s*", size, re.IGNORECASE) if isinstance(size, str) else None
-    )
-    if found is None or (found[2] or "").upper() not in _UNITS:
+    number = parse_bytes(size) if isinstance(size, (int, str)) else None
+    if number is None:
         raise ConfigError(f"size={size!r} is not a size", fix="give bytes, or a number with a unit: '5GB', '512MiB'")
-    number = int(float(found[1]) * _UNITS[(found[2] or "").upper()])
-    return number // 8 if found[2] and found[2].endswith("b") and "i" not in found[2].lower() else number
+    in_bits = str(size).rstrip().endswith("b") and "i" not in str(size).lower()
+    return number // 8 if in_bits else number
 
 
 def dtype_byte_size(dtype: torch.dtype) -> float:

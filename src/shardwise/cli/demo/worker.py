@@ -129,7 +129,7 @@ def _train(model: GPT, world: Any, job: Job, progress: Progress) -> dict[str, An
 
 def _disk(model: GPT) -> dict[str, float]:
     for unit in require_engine(model).units:
-        unit.settle()  # a step's updates take place during the next forward, and this one may be the last
+        unit.finish_transfers()  # a step's updates take place during the next forward, and this one may be the last
     return vars(shardwise.stats(model).disk).copy()
 
 

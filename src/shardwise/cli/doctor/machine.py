@@ -7,9 +7,8 @@ import os
 import platform
 from typing import Any
 
-from shardwise.cli import settings as files
-from shardwise.cli.config import cuda_devices
-from shardwise.cli.launch import cores
+from shardwise.cli import settings_file as files
+from shardwise.cli.host import cores, cuda_devices
 from shardwise.errors import ShardwiseError
 
 _NEEDED = ("torch", "numpy", "safetensors", "typer", "rich", "pyyaml")

@@ -1,0 +1,131 @@
+"""Reduces over a mesh: sums in rank order, one shard per rank, spread along the replicate axis."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from shardwise.comm.group import Group, Transfer, reduce_scatter_builtin
+from shardwise.comm.stats import Op
+
+
+class Memory(Protocol):
+    """Where a reduce gets the memory it receives into (the engine's ledger)."""
+
+    def empty(self, numel: int, dtype: torch.dtype, device: torch.device, state: str) -> torch.Tensor: ...
+    def drop(self, tensor: torch.Tensor, state: str) -> None: ...
+
+
+class Axes(NamedTuple):
+    """The groups of a mesh that a reduce goes over.
+
+    Args:
+        order: by rank of ``whole``, the shard that it sums.
+    """
+
+    whole: Group
+    shard: Group
+    replicate: Group
+    order: list[int]
+
+
+class Reduction:
+    """A reduce in flight: first summed to one shard per rank, then spread along the replicate axis.
+
+    ``advance()`` finishes the first stage and starts the second, so that a schedule may call it while
+    other work is under way; ``wait()`` finishes both.
+    """
+
+    __slots__ = ("_first", "_second", "axes", "memory", "op", "out", "raw", "received", "sources")
+
+    def __init__(self, axes: Axes, raw: torch.Tensor, out: torch.Tensor, op: Op, memory: Memory) -> None:
+        self.axes, self.raw, self.out, self.op, self.memory = axes, raw, out, op, memory
+        self.sources: list[torch.Tensor] = []
+        self.received: list[torch.Tensor] = []
+        self._second: Transfer | None = None
+        self._first: Transfer | None = self._start_builtin() if axes.whole.builtin else self._start_ordered()
+
+    # --- rank-ordered sums over sends and receives --------------------------------------------
+    def _start_ordered(self) -> Transfer:
+        group = self.axes.whole
+        n = self.raw.numel() // group.size
+        chunk = [self.raw[s * n : (s + 1) * n] for s in self.axes.order]  # by rank that reduces it
+        mine = chunk[group.rank]
+        if group.size == 1:
+            self.sources = [mine]
+            return Transfer(None, None)
+        self.received = [self._take(n) for _ in group.peers()]
+        spare = iter(self.received)
+        self.sources = [mine if r == group.rank else next(spare) for r in range(group.size)]
+        recvs = [(self.sources[r], r) for r in reversed(group.peers())]
+        sends = [(chunk[r], r) for r in group.peers()]
+        return Transfer(group, self.op, group.exchange(sends, recvs, self.op))
+
+    def _sum_ordered(self) -> None:
+        n = self.raw.numel() // self.axes.whole.size
+        row = self.axes.replicate.rank
+        out = self.out[row * n : (row + 1) * n]
+        first, *between = self.sources
+        last = between.pop() if between else None
+        total = first if first.dtype == out.dtype else first.to(out.dtype)
+        for source in between:
+            total.add_(source)
+        # ``out`` may be this rank's own source, so it is written by the very last sum only.
+        if last is not None:
+            torch.add(total, last, out=out)
+        elif total.data_ptr() != out.data_ptr():
+            out.copy_(total)
+        self._give_back()
+
+    # --- the backend's own -------------------------------------------------------------------
+    def _start_builtin(self) -> Transfer:
+        raw, whole, shard = self.raw, self.axes.whole, self.axes.shard
+        if whole.size == 1:
+            return Transfer(None, None, (), lambda: self._store(raw))
+        if shard.size == 1:
+            whole._count(self.op, 2 * (whole.size - 1) * raw.numel() * raw.element_size() // whole.size)
+            work = dist.all_reduce(raw, group=whole.pg, async_op=True)
+            return Transfer(whole, self.op, [work], lambda: self._store(raw))
+        part = self._take(raw.numel() // shard.size)
+        self.received = [part]
+        shard._count(self.op, (shard.size - 1) * part.numel() * part.element_size())
+        work = reduce_scatter_builtin(part, raw, shard.pg)
+        return Transfer(shard, self.op, [work], lambda: self._store(part))
+
+    def _store(self, total: torch.Tensor) -> None:
+        if total.data_ptr() != self.out.data_ptr() or total.dtype != self.out.dtype:
+            self.out.copy_(total)
+        self._give_back()
+
+    # --- memory ------------------------------------------------------------------------------
+    def _take(self, numel: int) -> torch.Tensor:
+        return self.memory.empty(numel, self.raw.dtype, self.raw.device, "gather_buffers")
+
+    def _give_back(self) -> None:
+        for tensor in self.received:
+            self.memory.drop(tensor, "gather_buffers")
+        self.received, self.sources = [], []
+
+    # --- stages ------------------------------------------------------------------------------
+    def advance(self) -> None:
+        if self._first is None:
+            return
+        self._first.wait()
+        self._first = None
+        axes = self.axes
+        if not axes.whole.builtin:
+            with torch.no_grad():
+                self._sum_ordered()
+            self._second = axes.replicate.all_gather(self.out, self.op)
+        elif axes.replicate.size > 1 and axes.shard.size > 1:
+            group = axes.replicate
+            group._count(self.op, 2 * (group.size - 1) * self.out.numel() * self.out.element_size() // group.size)
+            self._second = Transfer(group, self.op, [dist.all_reduce(self.out, group=group.pg, async_op=True)])
+
+    def wait(self) -> None:
+        self.advance()
+        if self._second is not None:
+            self._second.wait()
+            self._second = None

@@ -1,0 +1,429 @@
+"""The backward of a model: when units are gathered and released, and when their gradients are reduced.
+
+::
+
+    unit i:           wait gather(i) · start gather(i-1) · compute, gradients copied as they arrive
+    unit i-1 begins:  release(i) · finish reduce(i+1) · start reduce(i)
+    the end:          reduce what is left · control exchange · show gradients in p.grad
+
+**When a unit's backward is over** does not depend on which gradients arrived: an expert that was idle on one rank gets
+none there. Autograd runs the nodes of a graph in the reverse of the order in which they were made. So when the first
+gradient of one call's outputs is there, every call that came after it in the forward is over, with all gradients that
+it will ever make; those it is inside of are not. All ranks run the same calls, so they all see the same units over at
+the same moment, and issue their gathers and reduces in one order, over all communicators of a device.
+
+**The order of reduces** is one that all ranks share: first the reverse of registration, later the order in which rank
+0's units were done in the last backward. A unit that is over early waits for its turn. What was reduced last time, on
+any rank, is reduced now, with zeros where nothing arrived.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+from shardwise.comm.faults import Tracker
+from shardwise.comm.mesh import Mesh
+from shardwise.comm.stats import Op
+from shardwise.engine.commands import Command
+from shardwise.engine.control import Agreed, Exchange
+from shardwise.engine.forward import Forward
+from shardwise.engine.gradmask import mask
+from shardwise.engine.in_backward import InBackward
+from shardwise.engine.passes import Call, Passes, UnitOrder
+from shardwise.engine.residency import Pin
+from shardwise.engine.unit import Slot, Unit, Upward
+from shardwise.errors import UnitError
+
+_IN_FLIGHT = 1  # reduces under way while the next unit computes; each holds a unit's gradients twice
+
+
+class _Run:
+    """One backward, from its first sign to its end.
+
+    Attributes:
+        open: calls whose backward has begun and is not over.
+        over: per unit (by index), how many of its calls are over.
+        expected: per unit, how many calls it made since the last backward.
+        entered: units (by index) that have begun.
+        done: units (by index) that are over, in that order.
+        next: position in the common order of reduces.
+        launched: units whose reduce was started; ``in_flight``: and not finished.
+        arrived: parameters (by ``id``) that got a gradient here.
+        had: parameters (by ``id``) that had a gradient before.
+        keep_graph: ``create_graph=True``: a second backward needs the values.
+    """
+
+    def __init__(self, units: Sequence[Unit], keep_graph: bool) -> None:
+        self.open: list[Call] = []
+        self.over: dict[int, int] = {}
+        self.expected = [unit.calls_made for unit in units]
+        self.entered: set[int] = set()
+        self.done: list[int] = []
+        self.next = 0
+        self.launched: list[Unit] = []
+        self.in_flight: deque[Unit] = deque()
+        self.arrived: set[int] = set()
+        self.had: set[int] = set()
+        self.keep_graph = keep_graph
+
+
+class Backward:
+    """The backwards of one model.
+
+    Args:
+        mesh: its ranks.
+        passes: what is under way.
+        tracker: what this rank is doing, for reports.
+        forward: the forwards of the same model.
+        upward: announces what needs all ranks.
+        control: names the exchange that ends a backward.
+        settings: what ranks without data do not know yet of the optimizers that this backward will step.
+        leader: the rank whose order of units counts.
+
+    Attributes:
+        units: all of them, in the order of registration.
+        sync: ``False`` inside ``no_sync()``: gradients stay on this rank.
+        local: inside LocalSGD: every rank steps on gradients of its own.
+        count: backwards that have begun.
+        order: units (by index) expected to be reduced, in the common order.
+        in_backward: updates units as soon as their gradients are reduced; ``None``: ``step()`` does.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        passes: Passes,
+        tracker: Tracker,
+        forward: Forward,
+        upward: Upward,
+        control: Op,
+        settings: Callable[[], dict[int, Any]],
+        leader: Callable[[], int],
+    ) -> None:
+        self.mesh, self.passes, self.tracker, self.forward, self.upward = mesh, passes, tracker, forward, upward
+        self._control, self._settings, self._leader = control, settings, leader
+        self.units: list[Unit] = []
+        self.sync, self.local = True, False
+        self.count = 0
+        self.order: list[int] = []
+        self.seen_order = UnitOrder()
+        self.in_backward: InBackward | None = None
+        self._run: _Run | None = None
+        self._lost = False  # the last backward ended in an exception
+        self._token: weakref.ref[Any] | None = None
+
+    def take_over(self, units: Sequence[Unit]) -> None:
+        """The model has these units."""
+        self.units = list(units)
+        # Until a backward has shown better: the reverse of registration, with parents after their children.
+        self.order = self.default_order()
+
+    def default_order(self) -> list[int]:
+        depth = {u.index: (u.name.count(".") + 1 if u.name else 0) for u in self.units}
+        live = [u.index for u in self.units if any(p.requires_grad for p in u.params)]
+        return sorted(live, key=lambda i: (depth[i] == 0, -i))
+
+    # --- arrivals ------------------------------------------------------------------------------------
+    def watch(self, unit: Unit) -> None:
+        """Hear of the gradients of a unit's parameters, also those unfrozen since the last look."""
+        for slot in unit.slots:
+            if not slot.watched and slot.param.requires_grad:
+                # By weak references: the collector cannot look into autograd, and a dropped model would never go.
+                me, of = weakref.ref(self), weakref.ref(slot)
+                slot.param.register_hook(partial(_before_arrival, me))
+                slot.param.register_post_accumulate_grad_hook(partial(_arrival, me, of))
+                slot.watched = True
+
+    def _arrived(self, slot: Slot) -> None:
+        run, param, grad = self._run, slot.param, slot.param.grad
+        param.grad = None
+        if run is None or grad is None:
+            return
+        name = slot.bucket.names[slot.index]
+        if self.in_backward is not None:
+            self.in_backward.refuse_more(slot.unit, name)
+        if grad.is_sparse:
+            raise UnitError(
+                f"parameter '{name}' has a sparse gradient, which has no flat layout",
+                where=f"unit {slot.unit.label}",
+                fix="build the embedding with sparse=False",
+            )
+        with torch.no_grad():
+            slot.bucket.grads.arrive(slot.index, grad.detach())
+        run.arrived.add(id(param))
+
+    # --- the beginning ---------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """First sign of a backward: arrange to be called when autograd has finished it."""
+        if self._lost:
+            self.abandon()
+        if self._run is not None:
+            return
+        if self.sync:
+            with self.upward.announce(Command.BACKWARD, partial(mask, self.units), self._settings):
+                pass
+        keep_graph = torch.is_grad_enabled()
+        if self.in_backward is not None:
+            for what, wrong in (("create_graph=True", keep_graph), ("LocalSGD", self.local)):
+                if wrong:
+                    raise UnitError(f"optimizer_in_backward does not work with {what}", fix="leave one of them out")
+        self.start(keep_graph)
+        self.seen_order.begin(self.forward.training.now[::-1])
+        end = _End(self)
+        # Autograd lets go of it without a call where the backward ends in an exception.
+        self._token = weakref.ref(end, partial(_lost, weakref.ref(self)))
+        Variable._execution_engine.queue_callback(end)
+
+    def start(self, keep_graph: bool = False) -> None:
+        """Nothing has arrived yet and nothing is launched."""
+        for unit in self.units:
+            unit.finish_update()
+        self.passes.backward = True
+        self.count += 1
+        run = self._run = _Run(self.units, keep_graph)
+        if self.in_backward is not None:
+            self.in_backward.begin(self.units)
+        for unit in self.units:
+            for b in unit.buckets:
+                had = b.grads.read_flags()
+                run.had.update(id(p) for p, was in zip(b.params, had, strict=True) if was)
+
+    # --- unit by unit ------------------------------------------------------------------------------------
+    def enter(self, unit: Unit, call: Call | None) -> None:
+        """The backward of ``unit`` begins: the first gradient of an output of ``call``, or what it saved, is needed."""
+        self.begin()
+        run = self._run
+        assert run is not None
+        if call is not None:
+            self._see_over(run, call)
+        self._launch_next(run)
+        self.tracker.phase, self.tracker.unit = "backward", unit.label
+        if unit.index not in run.entered or not unit.here:
+            run.entered.add(unit.index)
+            following = self.seen_order.after(unit, self.forward.ahead)
+            unit.gather()
+            self.forward.prefetch(following)
+            if run.keep_graph and unit.released:
+                unit.residence.pin(Pin.BACKWARD)
+        if call is not None and call not in run.open:
+            run.open.append(call)
+
+    def bring(self, unit: Unit, call: Call | None) -> None:
+        """Something that autograd saved of ``unit``'s values is needed now.
+
+        Raises:
+            UnitError: it is not a backward that asks.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            raise UnitError(
+                "a tensor that autograd saved is read outside of a backward, while its values are released",
+                where=f"unit {unit.label}",
+                fix="read it inside 'with shardwise.gathered(module):'",
+            )
+        self.enter(unit, call)
+        unit.gather()
+
+    def _see_over(self, run: _Run, now: Call) -> None:
+        """The backward of ``now`` begins: what came after it in the forward is over."""
+        if not run.open or run.open[-1] is now:
+            return
+        around = list(now.around())
+        for call in [c for c in run.open if c not in around]:
+            run.open.remove(call)
+            index = call.unit.index
+            run.over[index] = run.over.get(index, 0) + 1
+            if run.over[index] >= run.expected[index]:
+                self._is_done(run, call.unit)
+
+    def _is_done(self, run: _Run, unit: Unit) -> None:
+        unit.release()
+        if unit.index not in run.done:
+            run.done.append(unit.index)
+
+    def _launch_next(self, run: _Run) -> None:
+        """Start the reduces of units that are done, in the common order."""
+        if not self.sync:
+            return
+        while run.next < len(self.order) and self.order[run.next] in run.done:
+            unit = self.units[self.order[run.next]]
+            run.next += 1
+            self.launch(unit)
+
+    @torch.no_grad()
+    def launch(self, unit: Unit) -> None:
+        """Start the reduce of a unit, and finish the one before it."""
+        with self.upward.announce(Command.REDUCE, unit.index):
+            run = self._run
+            assert run is not None
+            while len(run.in_flight) >= _IN_FLIGHT:
+                self._finish(run.in_flight.popleft())
+            for b in unit.buckets:
+                if b.placement.trainable or any(p.requires_grad for p in b.params):
+                    b.grads.launch_reduce()
+            run.in_flight.append(unit)
+            run.launched.append(unit)
+
+    def follow_launch(self, unit: Unit) -> None:
+        """On a rank without data: the others start the reduce of ``unit``."""
+        assert self._run is not None
+        self._run.next += 1  # the order is the same on all ranks
+        self.launch(unit)
+
+    def _finish(self, unit: Unit) -> None:
+        for b in unit.buckets:
+            if b.grads.split or self.in_backward is not None:
+                b.grads.finish_reduce()
+            else:
+                b.grads.advance_reduce()
+        if self.in_backward is not None and self._run is not None:
+            self.in_backward.update(unit, self._run.arrived)
+
+    # --- the end -----------------------------------------------------------------------------------------
+    def end(self, gather_log: int | None = None) -> None:
+        """Autograd is done: reduce what is left, agree on what got gradients, show them in ``p.grad``.
+
+        Args:
+            gather_log: of the ranks with data, on a rank without.
+        """
+        run = self._run
+        assert run is not None
+        self.tracker.phase = "the end of backward"
+        try:
+            if self.sync or gather_log is not None:
+                log = self.forward.gather_log if gather_log is None else gather_log
+                with torch.no_grad(), self.upward.announce(Command.BACKWARD_ENDS, log):
+                    agreed = self._reduce_rest(run, log)
+                    self._show(agreed.used | run.had)
+                    if self.in_backward is not None:
+                        self.in_backward.end(self.units)
+            else:
+                self._show(run.arrived | run.had)
+                if self.local:
+                    self._keep()
+            if not run.keep_graph:
+                self.forward.drop(Pin.BACKWARD)
+                for unit in self.units:
+                    unit.release()
+            self._run = None
+        finally:
+            self._lost = self._run is not None
+            self.passes.backward = False
+            self.tracker.phase = self.tracker.unit = ""
+            for unit in self.units:
+                unit.calls_made = 0
+
+    def _reduce_rest(self, run: _Run, log: int) -> Agreed:
+        # 1. What was reduced last time, on any rank, is reduced now, with zeros where nothing arrived.
+        for index in self.order[run.next :]:
+            self.launch(self.units[index])
+        run.next = len(self.order)
+        launched = {u.index for u in run.launched}
+        # 2. Which parameters got a gradient, and where more arrived after their unit's reduce?
+        late = [u.index for u in self.units if any(b.grads.states.any_waits for b in u.buckets)]
+        group = None if self.mesh.world.fake else self.mesh.control
+        exchange = Exchange(self.units, run.arrived, late, run.done, log, group, self._control)
+        transfer = exchange.start()
+        for unit in run.launched:
+            for b in unit.buckets:
+                b.grads.finish_reduce()
+        run.in_flight.clear()
+        agreed = exchange.finish(transfer, self._leader())
+        # 3. What nobody expected: units used for the first time, or a second arrival in one backward.
+        wanted = {u.index for u in self.units if any(id(p) in agreed.used for p in u.params)}
+        for unit in self.units:
+            if unit.index in agreed.again or (unit.index in wanted and unit.index not in launched):
+                self.launch(unit)
+        for unit in self.units:
+            for b in unit.buckets:
+                b.grads.finish_reduce()
+            if self.in_backward is not None:
+                self.in_backward.update(unit, agreed.used, final=True)
+        self.order = [i for i in agreed.order if i in wanted] + [
+            i for i in self.default_order() if i in wanted and i not in agreed.order
+        ]
+        self.forward.gather_log = 0
+        return agreed
+
+    @torch.no_grad()
+    def _keep(self) -> None:
+        for unit in self.units:
+            for b in unit.buckets:
+                b.grads.keep()
+
+    def _show(self, used: set[int]) -> None:
+        for unit in self.units:
+            for slot in unit.slots:
+                if id(slot.param) in used:
+                    slot.bucket.grads.show(slot.index, slot.param)
+
+    # --- a backward that failed ------------------------------------------------------------------------------
+    def lost(self) -> None:
+        """Autograd has let go of the backward without ending it."""
+        if self._run is not None:
+            self._lost = True
+            self.passes.backward = False
+
+    def recover(self) -> None:
+        """If the last backward ended in an exception that the caller survived: forget what it left half done."""
+        if self._lost and not self.passes.forward:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Forget the last backward.
+
+        Raises:
+            UnitError: some units were updated in it already.
+        """
+        run, self._run, self._lost = self._run, None, False
+        self.passes.backward = False
+        with torch.no_grad(), self.upward.announce(Command.ABANDON):
+            for unit in self.units:
+                for b in unit.buckets:
+                    b.grads.abandon()
+                unit.residence.drop(Pin.FORWARD)
+                unit.residence.drop(Pin.BACKWARD)
+                unit.release()
+                unit.calls_made = 0
+            if run is not None:
+                self._show(run.had)
+        if self.in_backward is not None:
+            self.in_backward.abandon()
+
+
+class _End:
+    """What autograd calls when a backward has ended, and lets go of if it fails."""
+
+    __slots__ = ("__weakref__", "backward")
+
+    def __init__(self, backward: Backward) -> None:
+        self.backward = backward
+
+    def __call__(self) -> None:
+        self.backward.end()
+
+
+def _lost(backward: weakref.ref[Backward], _token: object) -> None:
+    found = backward()
+    if found is not None:
+        found.lost()
+
+
+def _before_arrival(backward: weakref.ref[Backward], _grad: torch.Tensor) -> None:
+    """A gradient is about to be added to what ``p.grad`` shows: that has to be hidden first."""
+    found = backward()
+    if found is not None:
+        found.begin()
+
+
+def _arrival(backward: weakref.ref[Backward], slot: weakref.ref[Slot], _param: nn.Parameter) -> None:
+    found, of = backward(), slot()
+    if found is not None and of is not None:
+        found._arrived(of)

@@ -1,0 +1,214 @@
+"""The forward of a model: which units are gathered when, and what is left for backward to find.
+
+::
+
+    unit i:  wait gather(i) · start gather(i+1) · compute · release(i)
+
+The order of units is learned from the last pass, with and without gradients apart.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.comm.faults import Tracker
+from shardwise.engine.passes import Call, Passes, UnitOrder
+from shardwise.engine.residency import Pin
+from shardwise.engine.saved_tensors import SavedTensors
+from shardwise.engine.unit import Unit
+from shardwise.trees import map_tensors, tensors_in
+
+Hook = Callable[[Unit, Call], None]
+"""What to call when the first gradient of a call's outputs is there."""
+
+
+class Forward:
+    """The forwards of one model.
+
+    Args:
+        root: the root module.
+        passes: what is under way.
+        tracker: what this rank is doing, for reports.
+        ahead: units that are brought ahead of the one that computes.
+        begins: called when the gradient of a call's output arrives.
+
+    Attributes:
+        units: all of them, in the order of registration; the root's own comes last.
+        training, evaluation: the order units came in.
+        stay_gathered: units that are not released between forward and backward.
+        gather_log: a checksum of the gathers of this step, which ranks compare.
+        saved: what autograd saves.
+    """
+
+    def __init__(self, root: nn.Module, passes: Passes, tracker: Tracker, ahead: int, begins: Hook) -> None:
+        self.root, self.passes, self.tracker, self.ahead, self.begins = root, passes, tracker, ahead, begins
+        self.units: list[Unit] = []
+        self.training, self.evaluation = UnitOrder(), UnitOrder()
+        self.stay_gathered: list[Unit] = []
+        self.gather_log = 0
+        self.saved: SavedTensors | None = None
+        self._calls: list[tuple[Unit, Call | None]] = []  # under way, outermost first
+        self._hooks: list[AbstractContextManager[Any]] = []  # entered
+        self._after_update: list[Unit] = []  # to be gathered once the unit before them computes
+
+    @property
+    def calls(self) -> Iterable[Call]:
+        """The calls under way, outermost first."""
+        return (call for _, call in self._calls if call is not None)
+
+    def take_over(self, units: Sequence[Unit]) -> None:
+        """The model has these units."""
+        self.units = list(units)
+        self.choose_what_stays()
+
+    # --- a pass ------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """The root module is about to run."""
+        if not self.passes.backward:
+            self._order().begin()
+            self.choose_what_stays()
+
+    def _open(self) -> None:
+        self.passes.forward += 1
+        if self.passes.forward == 1 and self.saved is not None and torch.is_grad_enabled():
+            hooks = self.saved.hooks()
+            hooks.__enter__()
+            self._hooks.append(hooks)
+
+    def _close(self) -> None:
+        self.passes.forward -= 1
+        if self.passes.forward:
+            return
+        while self._hooks:
+            self._hooks.pop().__exit__(None, None, None)
+        self._after_update.clear()
+        self.drop(Pin.FORWARD)
+        self.tracker.phase = self.tracker.unit = ""
+
+    def drop(self, reason: Pin) -> None:
+        """Nothing needs the units that were kept gathered for ``reason`` any more."""
+        for unit in self.units:
+            if unit.residence.pinned(reason) or unit.residence.staging:
+                unit.residence.drop(reason)
+                unit.release()
+
+    def _order(self) -> UnitOrder:
+        return self.training if torch.is_grad_enabled() else self.evaluation
+
+    def choose_what_stays(self) -> None:
+        """Units that are not released between forward and backward: the root's own, and the last two.
+
+        Backward begins with the last one and gathers the one before it ahead, so keeping both costs nothing.
+        Before the first forward has shown its order, that of registration is as good a guess as any.
+        """
+        order = self.training.last or self.units
+        below = [u for u in order if u.module is not self.root]
+        self.stay_gathered = [u for u in self.units if u.module is self.root] + below[-2:]
+
+    # --- one unit ------------------------------------------------------------------------------------
+    def enter(self, unit: Unit, args: Any, kwargs: Any) -> Any:
+        """``unit`` is about to compute. Returns new ``(args, kwargs)``, or ``None`` to leave them."""
+        self._open()
+        parent = next((call for _, call in reversed(self._calls) if call is not None), None)
+        call = Call(unit, parent) if torch.is_grad_enabled() else None
+        self._calls.append((unit, call))
+        self.tracker.phase, self.tracker.unit = "forward", unit.label
+        if self.passes.backward:  # recomputing under activation checkpointing
+            unit.gather()
+        else:
+            following = self._order().after(unit, self.ahead)
+            self._log(unit)
+            unit.gather()
+            self.prefetch(following)
+            if call is not None:
+                unit.calls_made += 1
+        if unit.strategy.param_dtype is not None:
+            dtype = unit.buckets[0].dtype if unit.buckets else None
+            if dtype is not None and dtype.is_floating_point:
+                return map_tensors((args, kwargs), partial(_in_dtype, dtype))
+        return None
+
+    def leave(self, unit: Unit, output: Any) -> Any:
+        """``unit`` has computed, or failed to. Returns a new output, or ``None`` to leave it."""
+        if not self._calls or self._calls[-1][0] is not unit:
+            return None  # it failed before it had begun
+        _, call = self._calls.pop()
+        try:
+            changed, will_backward = None, False
+            if call is not None:
+                will_backward = self._hook_outputs(call, output)
+            if unit.released and unit.here:
+                changed = self._without_aliases(unit, output)
+            if not self.passes.backward:
+                if self._after_update:
+                    following, self._after_update = self._after_update, []
+                    following[0].finish_update()
+                    self.prefetch(following)
+                if not (will_backward and unit in self.stay_gathered):
+                    unit.release()
+                elif unit.released:
+                    unit.take_writes()
+            return changed
+        finally:
+            self._close()
+
+    def _hook_outputs(self, call: Call, output: Any) -> bool:
+        """Hear of the first gradient of what ``call`` computed. Is there anything that can get one?"""
+        found = False
+        hook = _First(self.begins, call)
+        for t in tensors_in(output):
+            node = t.grad_fn if t.requires_grad and (t.is_floating_point() or t.is_complex()) else None
+            # What passed through unchanged was computed by somebody else, and its gradient comes at another time.
+            if node is not None and node._sequence_nr() >= call.since:
+                t.register_hook(hook)
+                found = True
+        return found
+
+    def _without_aliases(self, unit: Unit, output: Any) -> Any:
+        """What is a view of values that are about to be released is copied, so that it stays what it is."""
+        keys = {b.flat.key for b in unit.buckets if b.placement.released}
+
+        def alias(t: torch.Tensor) -> bool:
+            return t.layout is torch.strided and t.untyped_storage()._cdata in keys
+
+        if not any(alias(t) for t in tensors_in(output)):
+            return None
+        return map_tensors(output, lambda t: t.clone() if alias(t) else t)
+
+    def prefetch(self, following: Sequence[Unit]) -> None:
+        """Gather the next unit, and bring shards of those after it from their home."""
+        if following and following[0].updating:
+            self._after_update = list(following)  # once this unit has been told to compute: waiting now hides nothing
+            return
+        for k, unit in enumerate(following):
+            if k == 0 and unit.released:
+                unit.start_gather()
+            else:
+                unit.stage()
+
+    def _log(self, unit: Unit) -> None:
+        if unit.released and unit.mesh.shard.size > 1 and not unit.residence.coming:
+            self.gather_log = zlib.crc32(unit.name.encode(), self.gather_log)
+
+
+class _First:
+    """A tensor hook that says which call's output it is on."""
+
+    __slots__ = ("begins", "call")
+
+    def __init__(self, begins: Hook, call: Call) -> None:
+        self.begins, self.call = begins, call
+
+    def __call__(self, grad: torch.Tensor) -> None:
+        self.begins(self.call.unit, self.call)
+
+
+def _in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor

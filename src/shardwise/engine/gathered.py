@@ -1,0 +1,139 @@
+"""``gathered()``: the whole values of a sharded module, for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from shardwise.engine.residency import Pin
+from shardwise.engine.unit import Unit, unit_of
+from shardwise.errors import UnitError
+
+
+@contextmanager
+def gathered(module: nn.Module, *, write: bool = False, grads: bool = False) -> Iterator[None]:
+    """Have the whole values of a sharded module, or of a submodule, on every rank.
+
+    Args:
+        module: the sharded module, or a module inside one.
+        write: take changed values over (rank 0's, for everyone) when the block ends. Values that were not changed
+            keep their master values to the last bit, also where values have fewer bits. If the block raises, nothing
+            is taken over.
+        grads: show whole reduced gradients in ``p.grad`` meanwhile. Changes to them are not kept.
+
+    Raises:
+        UnitError: values were written to without ``write``.
+
+    A collective: every rank enters. Blocks may be nested, with steps inside. Costs the module's whole values in
+    memory; with ``write`` and values that stay (``ddp``, ``zero1``, ``zero2``) a copy of them.
+    """
+    chosen = {id(u): u for p in module.parameters() if (u := unit_of(p)) is not None}
+    units: list[Unit] = sorted(chosen.values(), key=lambda u: u.index)
+    reason = Pin.WRITING if write else Pin.READING
+    with ExitStack() as stack:
+        for unit in units:
+            unit.reconcile()
+            unit.finish_transfers()
+            unit.gather()
+            unit.residence.pin(reason)
+            stack.callback(_leave, unit, reason)
+        before = _Before(units) if write else None
+        shown = _show_grads(units) if grads else []
+        stack.callback(_put_back, shown)
+        engines = {id(u.upward): u.upward for u in units}.values()
+        for engine in engines:
+            stack.enter_context(engine.saving())
+        try:
+            yield
+        except BaseException:
+            if before is not None:
+                before.restore()
+            raise
+        for engine in engines:
+            engine.check()
+        if write:
+            _take_over(units)
+        else:
+            _refuse_writes(units)
+
+
+def _leave(unit: Unit, reason: Pin) -> None:
+    unit.residence.unpin(reason)
+    unit.release()
+
+
+def _show_grads(units: Sequence[Unit]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    shown: list[tuple[nn.Parameter, torch.Tensor]] = []
+    for unit in units:
+        for bucket in unit.buckets:
+            if not bucket.grads.shows_handles or all(p.grad is None for p in bucket.params):
+                continue
+            full = unit.full_grads(bucket)
+            for slot, p in zip(bucket.layout.slots, bucket.params, strict=True):
+                if p.grad is not None:
+                    shown.append((p, p.grad))
+                    p.grad = full[slot.offset : slot.stop].view(slot.shape)
+    return shown
+
+
+def _put_back(shown: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for p, grad in shown:
+        p.grad = grad
+
+
+class _Before:
+    """Values as they were when a block began that may write to them."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._kept = [(u, b, b.flat.tensor.clone()) for u in units for b in u.buckets if not b.placement.released]
+        self._units = units
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """The block raised: nothing that it wrote is taken over."""
+        for _, b, values in self._kept:
+            b.flat.tensor.copy_(values)
+        for unit in self._units:
+            for b in unit.buckets:
+                if b.placement.released and b.written() and unit.residence.pinned() > 1:
+                    _gather_again(unit)  # a block around this one reads on
+                b.note()
+
+
+@torch.no_grad()
+def _take_over(units: Sequence[Unit]) -> None:
+    """Rank 0's values for everyone, and the master values follow."""
+    for unit in units:
+        unit.finish_transfers()
+        for b in unit.buckets:
+            b.mesh.whole.broadcast(b.flat.tensor, b.op("broadcast")).wait()
+            b.take_values()
+
+
+def _gather_again(unit: Unit) -> None:
+    unit.publish([])
+
+
+@torch.no_grad()
+def _refuse_writes(units: Sequence[Unit]) -> None:
+    """Values were here to be read. Those that stay may be written to at any time; the others would be lost."""
+    for unit in units:
+        if not unit.here or unit.residence.pinned(Pin.WRITING):
+            continue  # a block around this one takes over what is written
+        for b in unit.buckets:
+            if not b.placement.released:
+                continue
+            written = b.written()
+            if written or b.differs():
+                b.note()
+                name = f"parameter '{b.names[written[0]]}'" if written else "a parameter"
+                if unit.residence.pinned() > 1:
+                    _gather_again(unit)
+                raise UnitError(
+                    f"{name} was written to inside gathered(), which only reads: what was written is lost",
+                    where=f"unit {unit.label}",
+                    fix="with shardwise.gathered(module, write=True): rank 0's values then count, on every rank",
+                )

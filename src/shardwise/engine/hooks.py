@@ -1,0 +1,62 @@
+"""What modules call: plain functions that find unit and schedules on the module, so that a copy of it finds its own.
+
+``torch.compile`` is told to stay out of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.engine.binding import Installed, bind, binding_of
+from shardwise.engine.engine import Engine
+
+ENGINE = "_shardwise_engine"
+
+
+def install(engine: Engine) -> None:
+    """Have the modules drive the engine."""
+    handle = engine.module.register_forward_pre_hook(_root_enters, prepend=True)
+    engine.installed.append(Installed(engine.module, handle.id))
+    for unit in engine.units:
+        if bind(unit, engine.forward, engine.backward):
+            unit.module.register_forward_pre_hook(_enter, with_kwargs=True)
+            unit.module.register_forward_hook(_leave, always_call=True)
+
+
+def set_engine(module: nn.Module, engine: Engine) -> None:
+    """The last step: a copy of the module copies its attributes in their order, and the engine must come last."""
+    object.__setattr__(module, ENGINE, engine)
+
+
+def engine_of(module: nn.Module) -> Engine | None:
+    """The engine of a sharded module, also through a wrapper with ``.module``."""
+    found = vars(module).get(ENGINE)
+    if found is None:
+        inner = getattr(module, "module", None) if not isinstance(module, nn.ModuleList) else None
+        found = vars(inner).get(ENGINE) if isinstance(inner, nn.Module) else None
+    return found
+
+
+@torch.compiler.disable
+def _root_enters(module: nn.Module, args: Any) -> None:
+    engine: Engine = vars(module)[ENGINE]
+    engine.before_forward()
+
+
+@torch.compiler.disable
+def _enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    bound = binding_of(module)
+    assert bound is not None
+    if torch.is_grad_enabled():
+        bound.backward.watch(bound.unit)
+    return bound.forward.enter(bound.unit, args, kwargs)
+
+
+@torch.compiler.disable
+def _leave(module: nn.Module, args: Any, output: Any) -> Any:
+    bound = binding_of(module)
+    assert bound is not None
+    return bound.forward.leave(bound.unit, output)
