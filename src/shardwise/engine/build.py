@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -43,11 +43,17 @@ def shard(
     mesh: DeviceMesh | None = None,
     units: UnitRule = None,
     param_init_fn: InitFn | None = None,
+    ignored: Collection[nn.Parameter] = (),
 ) -> M:
-    """:func:`shardwise.fully_shard`, with exactly this strategy whatever the launcher said."""
+    """:func:`shardwise.fully_shard`, with exactly this strategy whatever the launcher said.
+
+    Args:
+        ignored: parameters that stay as they are, on each rank.
+    """
     if engine_of(module) is not None:
         raise UnitError(f"{type(module).__name__} is sharded already", fix="call fully_shard once per module")
-    params = list(module.named_parameters(remove_duplicate=False))
+    left = {id(p) for p in ignored}
+    params = [(n, p) for n, p in module.named_parameters(remove_duplicate=False) if id(p) not in left]
     _check(module, params)
     refuse_overlaps(params)
     activations.check(module, chosen)
