@@ -174,9 +174,7 @@ class Backward:
         if self.in_backward is not None:
             for what, wrong in (("create_graph=True", keep_graph), ("LocalSGD", self.local)):
                 if wrong:
-                    raise UnitError(
-                        f"optimizer_in_backward does not work with {what}", fix="leave one of them out"
-                    )
+                    raise UnitError(f"optimizer_in_backward does not work with {what}", fix="leave one of them out")
         try:
             self.start(keep_graph)
         except BaseException:
