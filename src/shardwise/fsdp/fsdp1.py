@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shardwise.comm import World
+from shardwise.compat.plugins import FullyShardedDataParallelPlugin
 from shardwise.engine.gathered import gathered
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.select import UnitRule
@@ -17,7 +18,6 @@ from shardwise.errors import LeftOut, ShardwiseError, StrategyError
 from shardwise.fsdp.arguments import parameters_of
 from shardwise.fsdp.wrappers import Wrapper, all_ranks, of_sharded, refuse_unknown, unwrap
 from shardwise.strategy import Strategy
-from shardwise.utils.plugins import FullyShardedDataParallelPlugin
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import StateDictSettings
