@@ -149,6 +149,7 @@ class Gradients:
         self._crossing: tuple[Copy, torch.Tensor, BufferLease | None] | None = None  # from there to the host
         self._adding: list[bool] = []  # per parameter: what crosses is added to what is there
         self._shown: list[torch.Tensor] | None = None  # what ``p.grad`` shows
+        self._unreduced: list[torch.Tensor] | None = None  # what it shows of gradients that wait for their reduce
         self._pieces: list[list[torch.Tensor]] = []
 
     # --- where they are -------------------------------------------------------------------------
@@ -184,6 +185,16 @@ class Gradients:
         """The reduced gradient of parameter ``index`` in its shape, where this rank holds all of it."""
         slot = self.bucket.layout.slots[index]
         return self.open()[slot.offset : slot.stop].view(slot.shape)
+
+    def unreduced(self, index: int) -> torch.Tensor:
+        """A copy of the gradient of parameter ``index`` that this rank alone has made, not divided by the number of ranks.
+
+        For those in state LOCAL, as ``no_sync()`` keeps them.
+        """
+        slot = self.bucket.layout.slots[index]
+        assert self.raw is not None
+        mine = self.raw[slot.offset : slot.stop].view(slot.shape)
+        return mine.to(self.bucket.master_dtype, copy=True).div_(self.bucket.share)
 
     # --- one backward ---------------------------------------------------------------------------
     def read_flags(self) -> list[bool]:
@@ -374,6 +385,11 @@ class Gradients:
     # --- what others see ------------------------------------------------------------------------
     def show(self, index: int, param: nn.Parameter) -> None:
         """Put the gradient's public face into ``p.grad``."""
+        if self.states[index] is GradState.LOCAL and not self._alone and not self.shows_handles:
+            if self._unreduced is None:
+                self._unreduced = [self._handle(self, i) for i in range(len(self.bucket.params))]
+            param.grad = self._unreduced[index]
+            return
         if self._shown is None:
             if self.shows_handles or self.states[index] is GradState.SPENT:
                 self._shown = [self._handle(self, i) for i in range(len(self.bucket.params))]
@@ -384,7 +400,7 @@ class Gradients:
 
     def is_shown(self, index: int, grad: torch.Tensor) -> bool:
         """Is this what :meth:`show` put there?"""
-        return self._shown is not None and grad is self._shown[index]
+        return any(shown is not None and grad is shown[index] for shown in (self._shown, self._unreduced))
 
     @torch.no_grad()
     def adopt(self, index: int, grad: torch.Tensor) -> None:
