@@ -366,14 +366,17 @@ class Gradients:
         self.raw = None
         self.states.reduced()
 
-    def abandon(self) -> None:
+    def forget(self) -> None:
         """Drop gradients that arrived in a backward that failed. Reduced ones of earlier backwards stay."""
-        self._end_reduce()
-        self._drop_merge()
         if self.raw is not None:
             self._close(self.raw)
             self.raw = None
         self.states.taken()
+
+    def drop_reduce(self) -> None:
+        """Wait for the reduce that such a backward has started, and drop its result."""
+        self._end_reduce()
+        self._drop_merge()
 
     def spend(self) -> None:
         """An update has used the gradients up: free them, and let ``p.grad`` say so."""

@@ -110,6 +110,7 @@ class Unit:
         residence: where the values are, and who needs them.
         failure: why they are those of no step, in state FAILED.
         calls_made: forwards under autograd since the last backward.
+        lingers: values are released, and the script has a view of them that keeps their bytes.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Unit:
         self.residence = Residence(self.label, released=self.released)
         self.failure: BaseException | None = None
         self.calls_made = 0  # forwards with gradients since the last backward
+        self.lingers = False  # released, and the bytes are still there for whoever has a view of them
         self.updates: list[PendingUpdate] = []  # asked for, and not waited for; this rank may have none of them
         self._follow: list[Bucket] = []  # whose values follow when these have taken place
         self._gathering: list[Transfer] = []  # under way
@@ -167,7 +169,7 @@ class Unit:
         new.__dict__.update(self.__dict__)
         new.module, new.upward = of(self.module), upward
         new.residence = Residence(self.label, released=self.released)
-        new.calls_made = 0
+        new.calls_made, new.lingers = 0, False
         new.updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
         twins = {
             id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers)
@@ -270,8 +272,13 @@ class Unit:
             self.residence.to(Residency.RELEASED)
             for b in self.buckets:
                 if b.placement.released:
-                    b.flat.release()
+                    self.lingers |= not b.release()
                     guard(b.params)
+
+    def free(self) -> None:
+        """Free the bytes of released values that the script had a view of, if it has none any more."""
+        if self.lingers and self.residence.state is Residency.RELEASED:
+            self.lingers = not all([b.release() for b in self.buckets if b.placement.released])
 
     def take_writes(self) -> None:
         """What the script wrote to values that come and go is taken to the master values, before they go.
