@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
+import sys
 
 import pytest
 import torch
@@ -113,6 +115,21 @@ def test_names_that_are_left_out_say_what_to_use():
         Accelerator(cpu=True, mixed_precision="fp8")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         shardwise.nothing  # noqa: B018
+
+
+def test_the_paths_of_accelerate_utils_are_one_module_each():
+    """Whichever way a script spells it: what it patches is patched, and classes have one identity."""
+    from shardwise import compat, utils
+
+    assert utils is compat
+    for name in ("operations", "modeling", "dataclasses", "other", "random", "memory", "imports", "environment"):
+        importlib.import_module(f"shardwise.utils.{name}")
+        assert sys.modules[f"shardwise.utils.{name}"] is sys.modules[f"shardwise.compat.{name}"] is getattr(utils, name)
+    told = pickle.loads(pickle.dumps(utils.ProjectConfiguration("folder")))
+    assert type(told) is shardwise.ProjectConfiguration and told.project_dir == "folder"
+    assert pickle.loads(b"cshardwise.utils.dataclasses\nProjectConfiguration\n.") is type(told)  # by its old path
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("shardwise.utils.nothing")
 
 
 # --- arguments that say the same thing ------------------------------------------------------------

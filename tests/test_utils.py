@@ -106,6 +106,106 @@ def test_collectives(size):
         assert got["dim"] == (2, size)
 
 
+KINDS = [
+    (torch.tensor([True, False]), torch.tensor([True, True])),
+    *((torch.tensor([200, 100], dtype=d), torch.tensor([120, 1], dtype=d)) for d in (torch.uint8, torch.int16)),
+    (torch.tensor([100, -128], dtype=torch.int8), torch.tensor([100, -128], dtype=torch.int8)),
+    (torch.tensor([2**31 - 1], dtype=torch.int32), torch.tensor([2**31 - 1], dtype=torch.int32)),
+    *((torch.tensor([4e4, 1.0], dtype=d), torch.tensor([5e4, 2e-3], dtype=d)) for d in (torch.float16, torch.bfloat16)),
+    (torch.tensor([0.1], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)),
+    (torch.tensor([1 + 2j]), torch.tensor([3 - 1j])),
+]
+
+
+def reduces_every_dtype(kind, reduction, scale):
+    out = utils.reduce(KINDS[kind][rank()], reduction=reduction, scale=scale)
+    return out.dtype, out
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "max"])
+def test_reduce_gives_what_torch_gives_for_the_stack(size, reduction):
+    for kind, tensors in enumerate(KINDS):
+        stack = torch.stack(tensors[:size])
+        floats = stack.is_floating_point() or stack.is_complex()
+        if reduction == "max":
+            if stack.is_complex():
+                continue
+            expected = stack.amax(0)
+        elif reduction == "sum":
+            expected = stack.sum(0)
+        else:
+            expected = (stack if floats else stack.double()).mean(0).to(stack.dtype if floats else torch.float32)
+        for dtype, out in run(size, reduces_every_dtype, kind, reduction, 1.0):
+            assert dtype == expected.dtype
+            torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    # A scale that brings the result back into the range is applied before it is rounded.
+    both = run(size, reduces_every_dtype, 5, "sum", 0.5)
+    assert all(out[0] == sum(float(t[0]) for t in KINDS[5][:size]) / 2 for _, out in both)
+
+
+def keys_in_another_order():
+    me = rank()
+    pairs = [("loss", torch.tensor([1.0 + me])), ("acc", {"top1": torch.tensor(10 + me), "top5": torch.tensor(90)})]
+    tree = dict(pairs if me == 0 else pairs[::-1])
+    summed, gathered = utils.reduce(tree, reduction="sum"), utils.gather(tree)
+    ragged = utils.pad_across_processes(
+        {k: v[: 1 + me] for k, v in ({"a": torch.ones(3), "b": torch.zeros(3)}.items())}
+    )
+    utils.broadcast(tree, 1)
+    return [
+        (summed["loss"].tolist(), summed["acc"]["top1"].item(), list(summed) == list(tree)),
+        (gathered["loss"].tolist(), gathered["acc"]["top1"].tolist(), gathered["acc"]["top5"].tolist()),
+        (tree["loss"].tolist(), tree["acc"]["top1"].item()),
+        {k: len(v) for k, v in ragged.items()},
+    ]
+
+
+def test_dicts_are_matched_by_key():
+    expected = [([3.0], 21, True), ([1.0, 2.0], [10, 11], [90, 90]), ([2.0], 11), {"a": 2, "b": 2}]
+    assert run(2, keys_in_another_order) == [expected] * 2
+
+
+def misfits():
+    me, told = rank(), []
+    for call in (
+        lambda: utils.reduce({"loss": torch.ones(1), ("acc" if me else "f1"): torch.ones(1)}),
+        lambda: utils.reduce({"loss": torch.ones(1), "acc": torch.ones(1 + me)}),
+        lambda: utils.gather(
+            {"loss": torch.ones(1), "acc": torch.ones(1, dtype=torch.float16 if me else torch.float32)}
+        ),
+        lambda: utils.gather({"loss": torch.ones(1), "acc": "text" if me else torch.ones(1)}),
+        lambda: utils.broadcast([torch.ones(1)] * (1 + me)),
+        lambda: utils.pad_across_processes({"acc": torch.ones([1] * (1 + me))}),
+        lambda: utils.gather(torch.ones(1)) if me else utils.reduce(torch.ones(1)),
+        lambda: utils.reduce(torch.ones(1), reduction="max" if me else "sum"),
+    ):
+        with pytest.raises(CommError) as error:
+            call()
+        told.append(str(error.value).split("\n")[0].split(": ", 1)[1])
+    return told, utils.gather(torch.tensor([me])).tolist()
+
+
+def test_misfits_raise_on_every_rank_and_are_named():
+    told, after = zip(*run(2, misfits), strict=True)
+    assert told[0] == told[1] and after == ([0, 1], [0, 1])
+    for text, parts in zip(
+        told[0],
+        [
+            ["['acc'] is (1,) float32 on rank 1 and missing on rank 0", "['f1'] is (1,) float32 on rank 0 and missing"],
+            ["['acc'] is (2,) float32 on rank 1 and (1,) float32 on rank 0"],
+            ["['acc'] is (1,) float16 on rank 1 and (1,) float32 on rank 0"],
+            ["['acc'] is a str on rank 1"],
+            ["[1] is (1,) float32 on rank 1 and missing on rank 0"],
+            ["['acc'] is 2 dims on rank 1 and 1 dims on rank 0"],
+            ["rank 1 calls gather while rank 0 calls reduce to the mean"],
+            ["rank 1 calls reduce to the max while rank 0 calls reduce to the sum"],
+        ],
+        strict=True,
+    ):
+        assert all(part in text for part in parts), text
+
+
 def wrong_collectives():
     me = rank()
     told = []

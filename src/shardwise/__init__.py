@@ -3,7 +3,7 @@
 Names are imported when they are first used: the command line's ``--help`` does not wait for torch.
 """
 
-# ruff: noqa: F401  (the first list is for type checkers and editors, the second for Python; a test compares them)
+# The first list is for type checkers and editors, the second for Python; a test compares them.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -11,21 +11,10 @@ from typing import TYPE_CHECKING
 from shardwise.lazy import importing
 
 if TYPE_CHECKING:
+    from shardwise import checkpoint, errors
     from shardwise.accelerator import Accelerator
     from shardwise.comm import init
-    from shardwise.data_loader import skip_first_batches
-    from shardwise.engine.build import no_sync
-    from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
-    from shardwise.engine.optimizer import attach, optimizer_state
-    from shardwise.errors import ShardwiseError
-    from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel, fully_shard
-    from shardwise.launchers import debug_launcher, notebook_launcher
-    from shardwise.local_sgd import LocalSGD
-    from shardwise.observe.memory import MemoryMeter, memory_meter
-    from shardwise.observe.stats import Stats, expected, reset_stats, stats
-    from shardwise.state import PartialState
-    from shardwise.strategy import Strategy
-    from shardwise.utils.dataclasses import (
+    from shardwise.compat.dataclasses import (
         AutocastKwargs,
         DataLoaderConfiguration,
         DDPCommunicationHookType,
@@ -37,31 +26,45 @@ if TYPE_CHECKING:
         ProfileKwargs,
         ProjectConfiguration,
     )
-    from shardwise.utils.memory import find_executable_batch_size
-    from shardwise.utils.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-    from shardwise.utils.random import set_seed, synchronize_rng_states
+    from shardwise.compat.memory import find_executable_batch_size
+    from shardwise.compat.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+    from shardwise.data_loader import skip_first_batches
+    from shardwise.engine.averaging import ema_update_
+    from shardwise.engine.build import no_sync
+    from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
+    from shardwise.engine.gathered import gathered
+    from shardwise.engine.optimizer import attach, optimizer_state
+    from shardwise.errors import ShardwiseError
+    from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel, fully_shard
+    from shardwise.launchers import debug_launcher, notebook_launcher
+    from shardwise.local_sgd import LocalSGD
+    from shardwise.observe.memory import MemoryMeter, memory_meter
+    from shardwise.observe.stats import Stats, expected, reset_stats, stats
+    from shardwise.rng import set_seed, synchronize_rng_states
+    from shardwise.state import PartialState
+    from shardwise.strategy import Strategy
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Accelerator": "accelerator",
-    "AutocastKwargs": "utils.dataclasses",
-    "DDPCommunicationHookType": "utils.dataclasses",
-    "DataLoaderConfiguration": "utils.dataclasses",
-    "DeepSpeedPlugin": "utils.plugins",
+    "AutocastKwargs": "compat.dataclasses",
+    "DDPCommunicationHookType": "compat.dataclasses",
+    "DataLoaderConfiguration": "compat.dataclasses",
+    "DeepSpeedPlugin": "compat.plugins",
     "DistributedDataParallel": "fsdp",
-    "DistributedDataParallelKwargs": "utils.dataclasses",
-    "DistributedType": "utils.dataclasses",
+    "DistributedDataParallelKwargs": "compat.dataclasses",
+    "DistributedType": "compat.dataclasses",
     "FullyShardedDataParallel": "fsdp",
-    "FullyShardedDataParallelPlugin": "utils.plugins",
-    "GradScalerKwargs": "utils.dataclasses",
-    "GradientAccumulationPlugin": "utils.dataclasses",
-    "InitProcessGroupKwargs": "utils.dataclasses",
+    "FullyShardedDataParallelPlugin": "compat.plugins",
+    "GradScalerKwargs": "compat.dataclasses",
+    "GradientAccumulationPlugin": "compat.dataclasses",
+    "InitProcessGroupKwargs": "compat.dataclasses",
     "LocalSGD": "local_sgd",
     "MemoryMeter": "observe.memory",
     "PartialState": "state",
-    "ProfileKwargs": "utils.dataclasses",
-    "ProjectConfiguration": "utils.dataclasses",
+    "ProfileKwargs": "compat.dataclasses",
+    "ProjectConfiguration": "compat.dataclasses",
     "ShardwiseError": "errors",
     "Stats": "observe.stats",
     "Strategy": "strategy",
@@ -69,8 +72,9 @@ _HOME = {
     "clip_grad_norm_": "engine.clip",
     "clip_grad_value_": "engine.clip",
     "debug_launcher": "launchers",
+    "ema_update_": "engine.averaging",
     "expected": "observe.stats",
-    "find_executable_batch_size": "utils.memory",
+    "find_executable_batch_size": "compat.memory",
     "fully_shard": "fsdp",
     "gathered": "engine.gathered",
     "init": "comm",
@@ -79,16 +83,60 @@ _HOME = {
     "no_sync": "engine.build",
     "notebook_launcher": "launchers",
     "reset_stats": "observe.stats",
-    "set_seed": "utils.random",
+    "set_seed": "rng",
     "skip_first_batches": "data_loader",
     "stats": "observe.stats",
-    "synchronize_rng_states": "utils.random",
+    "synchronize_rng_states": "rng",
 }
-__all__ = [*_HOME]
+_MODULES = ("checkpoint", "errors")
+# Spelled out: type checkers take nothing else for the list of what is public.
+__all__ = [
+    "Accelerator",
+    "AutocastKwargs",
+    "DDPCommunicationHookType",
+    "DataLoaderConfiguration",
+    "DeepSpeedPlugin",
+    "DistributedDataParallel",
+    "DistributedDataParallelKwargs",
+    "DistributedType",
+    "FullyShardedDataParallel",
+    "FullyShardedDataParallelPlugin",
+    "GradScalerKwargs",
+    "GradientAccumulationPlugin",
+    "InitProcessGroupKwargs",
+    "LocalSGD",
+    "MemoryMeter",
+    "PartialState",
+    "ProfileKwargs",
+    "ProjectConfiguration",
+    "ShardwiseError",
+    "Stats",
+    "Strategy",
+    "attach",
+    "checkpoint",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "debug_launcher",
+    "ema_update_",
+    "errors",
+    "expected",
+    "find_executable_batch_size",
+    "fully_shard",
+    "gathered",
+    "init",
+    "memory_meter",
+    "no_sync",
+    "notebook_launcher",
+    "optimizer_state",
+    "reset_stats",
+    "set_seed",
+    "skip_first_batches",
+    "stats",
+    "synchronize_rng_states",
+]
 
-
-__getattr__ = importing(__name__, _HOME)
+__getattr__ = importing(__name__, _HOME, _MODULES)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *__all__})

@@ -19,6 +19,9 @@ with the way out, not passed over.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from shardwise.errors import StrategyError
 from shardwise.strategy import Strategy
@@ -100,3 +103,18 @@ def accumulation_from_environment(default: int) -> int:
     if not text.isdigit() or int(text) < 1:
         raise StrategyError(f"'{text}' is not a number of batches", where=ACCUMULATION, fix="give 1 or more")
     return int(text)
+
+
+@contextmanager
+def patch_environment(**kwargs: Any) -> Iterator[None]:
+    """These variables, with upper-case names and values as strings, inside the block."""
+    before = {key.upper(): os.environ.get(key.upper()) for key in kwargs}
+    os.environ.update({key.upper(): str(value) for key, value in kwargs.items()})
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

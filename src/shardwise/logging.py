@@ -21,16 +21,9 @@ import torch.distributed as dist
 
 from shardwise import operations
 from shardwise.errors import CommError, ConfigError
+from shardwise.operations import rank_and_size
 
 LEVEL = "SHARDWISE_LOG_LEVEL"
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This rank and the world size, without joining a process group: what the launcher said, until there is one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    return (int(os.environ.get("RANK", "0")) if size > 1 else 0), size
 
 
 class MultiProcessAdapter(logging.LoggerAdapter):

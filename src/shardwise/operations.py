@@ -10,16 +10,17 @@ import os
 import pickle
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from shardwise.comm import World, init
+from shardwise.comm.objects import exchange, to_bytes
 from shardwise.comm.stats import Op
 from shardwise.errors import CommError, ConfigError, TensorError
-from shardwise.trees import leaves, map_tensors
+from shardwise.trees import is_tensor, map_leaves, named_leaves, with_leaves
 
 _OP = Op("collective", "the accelerator", 0)  # units count their tags from 8: nothing else uses this one
 _TIMEOUT = 600.0
@@ -33,6 +34,14 @@ def joined() -> World:
     return World.current()
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This rank and the world size, without joining a process group: what the launcher said, until there is one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ.get("RANK", "0")) if size > 1 else 0), size
+
+
 def to_device(
     tree: Any, device: torch.device | str | int, non_blocking: bool = False, skip_keys: Sequence[str] = ()
 ) -> Any:
@@ -41,22 +50,11 @@ def to_device(
     Args:
         skip_keys: keys of mappings whose values stay where they are.
     """
-    if isinstance(tree, torch.Tensor):
-        return tree.to(device, non_blocking=non_blocking)
-    if isinstance(tree, (list, tuple, Mapping)) and not hasattr(tree, "to"):
-        if isinstance(tree, Mapping):
-            moved = {k: v if k in skip_keys else to_device(v, device, non_blocking, skip_keys) for k, v in tree.items()}
-            if not isinstance(tree, dict):
-                return type(tree)(moved)  # type: ignore[call-arg]
-            out = tree.copy()  # keeps the class, as Hugging Face's outputs need
-            for key, value in moved.items():
-                out[key] = value
-            return out
-        items = [to_device(x, device, non_blocking, skip_keys) for x in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if callable(getattr(tree, "to", None)):
-        return tree.to(device)
-    return map_tensors(tree, lambda t: t.to(device, non_blocking=non_blocking))
+
+    def move(item: Any) -> Any:
+        return item.to(device, non_blocking=non_blocking) if is_tensor(item) else item.to(device)
+
+    return map_leaves(tree, move, lambda item: callable(getattr(item, "to", None)), skip_keys=skip_keys)
 
 
 def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -100,10 +98,9 @@ def gather(tensor: Any) -> Any:
         TensorError: something in the nest is not a tensor.
         CommError: the ranks brought different nests, shapes or dtypes.
     """
-    tensors = leaves(tensor)
-    _only_tensors("gather", tensors)
-    _agree(tensors)
-    return map_tensors(tensor, lambda t: torch.cat(all_gather(t.detach().reshape(1) if t.ndim == 0 else t.detach())))
+    return _each(
+        "gather", tensor, lambda t: torch.cat(all_gather(t.detach().reshape(1) if t.ndim == 0 else t.detach()))
+    )
 
 
 def gather_object(item: Any) -> list[Any]:
@@ -111,47 +108,70 @@ def gather_object(item: Any) -> list[Any]:
 
     Unpickles what the other ranks of this job sent.
     """
-    world = joined()
-    if world.size == 1:
+    if joined().size == 1:
         return [item]
-    data = bytearray(pickle.dumps(item))
-    sizes = [int(n) for n in all_gather(torch.tensor([len(data)]))]
-    padded = torch.zeros(max(sizes), dtype=torch.uint8)
-    padded[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
-    return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(all_gather(padded), sizes, strict=True)]
+    return [pickle.loads(to_bytes(row)) for row in exchange(pickle.dumps(item), all_gather)]
 
 
 def reduce(tree: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
     """Every tensor of a nest, reduced over the ranks (in rank order, so equal on all of them).
 
+    What comes out is what ``torch.stack`` of the ranks' tensors and ``sum(0)``, ``mean(0)`` or ``amax(0)`` give:
+    nothing wraps around or overflows on the way.
+
+    ==========  =====================  ===========================  ==========
+    dtype       ``sum``                ``mean``                     ``max``
+    ==========  =====================  ===========================  ==========
+    bool        int64: how many        torch's default dtype: share  bool: any
+    integers    int64                  torch's default dtype        the same
+    fp16, bf16  the same; added in fp32 and rounded once            the same
+    others      the same               the same                     the same
+    ==========  =====================  ===========================  ==========
+
     Args:
         reduction: ``sum``; ``mean``; ``max``, element by element; ``none`` returns this rank's own.
-        scale: multiplies the result.
+        scale: multiplies the result, before it is rounded.
 
     Raises:
         ConfigError: another ``reduction``.
-        TensorError: something in the nest is not a tensor.
+        TensorError: something in the nest is not a tensor; ``max`` of complex numbers.
         CommError: the ranks brought different nests, shapes or dtypes.
     """
     if reduction not in ("sum", "mean", "max", "none"):
         raise ConfigError(f"reduction={reduction!r} is not known", fix="one of sum, mean, max, none")
-    tensors = leaves(tree)
-    _only_tensors("reduce", tensors)
-    _agree(tensors)
 
     def one(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach()
         if reduction == "none":
             return tensor * scale if scale != 1.0 else tensor
+        if reduction == "max" and tensor.is_complex():
+            raise TensorError(
+                f"{tensor.dtype} has no order", where="reduce to the max", fix="reduce its absolute values"
+            )
         first, *rest = parts = all_gather(tensor)
-        total = first.clone()
+        total = first.to(_wide(tensor.dtype), copy=True)
         for other in rest:
-            total = torch.maximum(total, other) if reduction == "max" else total + other
+            if reduction == "max":
+                total = torch.maximum(total, other.to(total.dtype))
+            else:
+                total += other.to(total.dtype)
         if reduction == "mean":
             total = total / len(parts)
-        return total * scale if scale != 1.0 else total
+        if scale != 1.0:
+            total = total * scale
+        keeps = tensor.dtype.is_floating_point or tensor.is_complex() or (reduction == "max" and scale == 1.0)
+        return total.to(tensor.dtype) if keeps else total
 
-    return map_tensors(tree, one)
+    return _each(f"reduce to the {reduction}", tree, one)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a few of them can be added."""
+    if dtype.is_complex:
+        return torch.complex64 if dtype == torch.complex32 else dtype
+    if dtype.is_floating_point:
+        return torch.float32 if dtype.itemsize < 4 else dtype
+    return torch.int64
 
 
 def broadcast(tensor: Any, from_process: int = 0) -> Any:
@@ -171,15 +191,12 @@ def broadcast(tensor: Any, from_process: int = 0) -> Any:
 
     Cost: a collective per tensor; ``from_process`` sends the tensor's bytes to every other rank.
     """
-    tensors = leaves(tensor)
-    _only_tensors("broadcast", tensors)
     world = joined()
     _rank_exists(from_process, world)
-    _agree(tensors)
-    if world.size == 1:
-        return tensor
 
     def one(t: torch.Tensor) -> torch.Tensor:
+        if world.size == 1:
+            return t
         raw = t.detach().contiguous().reshape(-1).view(torch.uint8)
         group = world.mesh(t.device, world.size, _TIMEOUT).whole
         group.broadcast(raw, _OP, from_process).wait()
@@ -187,7 +204,7 @@ def broadcast(tensor: Any, from_process: int = 0) -> Any:
             t.detach().copy_(raw.view(t.dtype).view(t.shape))
         return t
 
-    return map_tensors(tensor, one)
+    return _each(f"broadcast from rank {from_process}", tensor, one)
 
 
 def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list[Any]:
@@ -242,33 +259,23 @@ def pad_across_processes(tensor: Any, dim: int = 0, pad_index: float = 0, pad_fi
 
     Cost: exchanges the shapes of all tensors once.
     """
-    tensors = leaves(tensor)
-    _only_tensors("pad_across_processes", tensors)
-    shapes = [[tuple(t.shape) if not t.is_nested else None for t in tensors]]
-    every = [shape for part in gather_object(shapes) for shape in part]
-    ranks = [[None if s is None else len(s) for s in shape] for shape in every]
-    if any(other != ranks[0] for other in ranks):
-        odd = next(r for r, other in enumerate(ranks) if other != ranks[0])
-        raise CommError(
-            f"rank {odd} brought other tensors than rank 0: {every[odd]} and {every[0]}",
-            where=f"rank {joined().rank}",
-            fix="bring the same nest with the same numbers of dims on every rank",
-        )
-    sizes = iter([max((shape[i][dim] for shape in every), default=0) if _has_dim(t, dim) else 0
-                  for i, t in enumerate(tensors)])  # fmt: skip
+    places = _agreed(
+        f"pad_across_processes in dim {dim}", tensor, lambda t: "nested" if t.is_nested else f"{t.ndim} dims"
+    )
+    mine = torch.tensor([t.shape[dim] if _has_dim(t, dim) else 0 for _, t in places])
+    longest = torch.stack(all_gather(mine)).amax(0).tolist()
 
-    def one(t: torch.Tensor) -> torch.Tensor:
-        longest = next(sizes)
+    def padded(t: torch.Tensor, length: int) -> torch.Tensor:
         if t.is_nested:
-            warnings.warn("pad_across_processes leaves nested tensors as they are", stacklevel=2)
-        if not _has_dim(t, dim) or longest == t.shape[dim]:
+            warnings.warn("pad_across_processes leaves nested tensors as they are", stacklevel=3)
+        if not _has_dim(t, dim) or length == t.shape[dim]:
             return t
         shape = list(t.shape)
-        shape[dim] = longest - shape[dim]
+        shape[dim] = length - shape[dim]
         filling = t.new_full(shape, pad_index)
         return torch.cat([filling, t] if pad_first else [t, filling], dim)
 
-    return map_tensors(tensor, one)
+    return _put(tensor, [(i, padded(t, length)) for (i, t), length in zip(places, longest, strict=True)])
 
 
 def total(value: float) -> float:
@@ -295,15 +302,6 @@ def _has_dim(tensor: torch.Tensor, dim: int) -> bool:
     return not tensor.is_nested and -tensor.ndim <= dim < tensor.ndim
 
 
-def _only_tensors(what: str, found: list[Any]) -> None:
-    for leaf in found:
-        if not isinstance(leaf, torch.Tensor):
-            raise TensorError(
-                f"{what} takes tensors in tuples, lists and dicts, and found a {type(leaf).__name__}",
-                fix="leave it out, make it a tensor, or send objects with gather_object or broadcast_object_list",
-            )
-
-
 def _rank_exists(rank: int, world: World) -> None:
     if not 0 <= rank < world.size:
         raise ConfigError(f"from_process={rank} is no rank", fix=f"0 to {world.size - 1}")
@@ -311,17 +309,89 @@ def _rank_exists(rank: int, world: World) -> None:
         world.join.allow(_OP)
 
 
-def _agree(tensors: list[Any]) -> None:
-    """Raise on every rank if the ranks brought different shapes: exchanging them would hang or mix up bytes."""
+def _shape(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _agreed(call: str, tree: Any, equal: Callable[[torch.Tensor], str] = _shape) -> list[tuple[int, torch.Tensor]]:
+    """(number, tensor) for the tensors of a nest, in an order that is the same on all ranks.
+
+    That order is the one of their places' names, since dicts may be filled in any.
+
+    Args:
+        call: what the ranks do, for errors.
+        equal: what has to be equal on all ranks, beside the names. Exchanging tensors of different shapes would hang,
+            or mix up bytes.
+
+    Raises:
+        TensorError: something in the nest is not a tensor. On every rank.
+        CommError: the ranks brought different nests, or make different calls. On every rank.
+    """
+    named = named_leaves(tree)
+    _agree(call, {name: equal(leaf) if is_tensor(leaf) else f"a {type(leaf).__name__}" for name, leaf in named})
+    for name, leaf in named:
+        if not is_tensor(leaf):
+            raise TensorError(
+                f"{call.split()[0]} takes tensors in tuples, lists and dicts, and found a {type(leaf).__name__}",
+                where=name,
+                fix="leave it out, make it a tensor, or send objects with gather_object or broadcast_object_list",
+            )
+    return sorted(((i, leaf) for i, (_, leaf) in enumerate(named)), key=lambda pair: named[pair[0]][0])
+
+
+def _each(call: str, tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """The same nest with ``change(tensor)``, a collective, in place of each tensor."""
+    return _put(tree, [(i, change(tensor)) for i, tensor in _agreed(call, tree)])
+
+
+def _put(tree: Any, results: list[tuple[int, Any]]) -> Any:
+    return with_leaves(tree, [result for _, result in sorted(results, key=lambda pair: pair[0])])
+
+
+def same_call(call: str) -> None:
+    """Raise on every rank if another one makes another call of this module now. A collective of 8 bytes.
+
+    Raises:
+        CommError: it does.
+    """
+    _agree(call, {})
+
+
+def _agree(call: str, facts: dict[str, str]) -> None:
+    """Raise on every rank if they are not equal on all of them.
+
+    Cost: a collective of 8 bytes; where the ranks differ, another one of what they brought.
+    """
     world = joined()
     if world.size == 1:
         return
-    mine = str([(tuple(t.shape), str(t.dtype)) for t in tensors])
-    sums = [int(t) for t in all_gather(torch.tensor([zlib.crc32(mine.encode())]))]
-    if len(set(sums)) > 1:
-        odd = next(r for r, other in enumerate(sums) if other != sums[0])
-        raise CommError(
-            f"rank {odd} brought other shapes or dtypes than rank 0; this rank has {mine}",
-            where=f"rank {world.rank}",
-            fix="pad the tensors to one shape before gathering them",
+    text = "\n".join([call, *(f"{name} {fact}" for name, fact in sorted(facts.items()))])
+    sums = [int(t) for t in all_gather(torch.tensor([zlib.crc32(text.encode())]))]
+    if len(set(sums)) == 1:
+        return
+    present = range(world.size) if world.join is None or not world.join.has_followers else world.join.live
+    brought = list(zip(present, gather_object((call, facts)), strict=True))
+    (first, (first_call, first_facts)), *others = brought
+    rank, (other_call, other_facts) = next(other for other in others if other[1] != brought[0][1])
+    if other_call != first_call:
+        what = f"rank {rank} calls {other_call} while rank {first} calls {first_call}"
+        fix = "make the same calls in the same order on every rank"
+    else:
+        other = "other shapes or dtypes" if other_facts.keys() == first_facts.keys() else "another nest"
+        what = f"rank {rank} brought {other} than rank {first}: " + "; ".join(
+            _difference(name, rank, other_facts.get(name), first, first_facts.get(name))
+            for name in sorted(first_facts.keys() | other_facts.keys())
+            if first_facts.get(name) != other_facts.get(name)
         )
+        fix = (
+            "bring the same nest on every rank; pad_across_processes makes shapes equal, gather_object needs none equal"
+        )
+    raise CommError(what, where=f"rank {world.rank}, {call}", fix=fix)
+
+
+def _difference(name: str, rank: int, fact: str | None, first: int, first_fact: str | None) -> str:
+    place = name or "the tensor"
+    if fact is None or first_fact is None:
+        has, lacks = (rank, first) if first_fact is None else (first, rank)
+        return f"{place} is {fact or first_fact} on rank {has} and missing on rank {lacks}"
+    return f"{place} is {fact} on rank {rank} and {first_fact} on rank {first}"

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from shardwise import operations
 from shardwise.comm import World, init
 from shardwise.comm.world import default_device
+from shardwise.compat.dataclasses import DistributedType, InitProcessGroupKwargs
 from shardwise.environment import CPU
 from shardwise.errors import DataError, StrategyError
 from shardwise.strategy import Strategy
-from shardwise.utils.dataclasses import DistributedType, InitProcessGroupKwargs
 
 if TYPE_CHECKING:
     from shardwise.stepping import Steps
@@ -215,7 +215,7 @@ class PartialState(ProcessControl):
 
     Args:
         cpu: stay on the CPU.
-        kwargs: for the process group; see :class:`~shardwise.utils.InitProcessGroupKwargs`.
+        kwargs: for the process group; see :class:`~shardwise.InitProcessGroupKwargs`.
 
     Attributes:
         device: where this rank computes.

@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
+from itertools import count
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from shardwise import operations
 from shardwise.comm import World
-from shardwise.data_loader import PreparedLoader
+from shardwise.data_loader import PreparedLoader, Tail
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.join import Join
 from shardwise.engine.unit import unit_of
-from shardwise.errors import GradientError
+from shardwise.errors import DataError, GradientError
 
 if TYPE_CHECKING:
     from shardwise.optimizer import AcceleratedOptimizer
@@ -44,6 +46,9 @@ class Steps:
         self.models: list[nn.Module] = []
         self.optimizers: list[AcceleratedOptimizer] = []
         self.loaders: list[PreparedLoader] = []  # being read, innermost last
+        self._events = count()  # what loaders do, numbered
+        self._opened: WeakKeyDictionary[PreparedLoader, int] = WeakKeyDictionary()  # when its iterator was asked for
+        self._gave: WeakKeyDictionary[PreparedLoader, int] = WeakKeyDictionary()  # when it gave the batch in hand
         self.schedulers: list[Any] = []
         self.micro = 0  # micro-batches of this window so far; 0 until accumulate() was used
         self._batches = 0  # the same, of all ranks together
@@ -59,8 +64,12 @@ class Steps:
         self._loose_applied = 1.0
 
     # --- dataloaders -----------------------------------------------------------------------
-    # What a loader calls, in this order: loader_begins, batch_comes(True) before each batch is handed out,
-    # batch_comes(False) when there is none left, loader_ends. After a break: loader_ends only.
+    # What a loader calls, in this order: loader_opens when an iterator is asked for, loader_begins, batch_comes(True)
+    # before each batch is handed out, batch_comes(False) when there is none left, loader_ends. After a break:
+    # loader_ends only.
+    def loader_opens(self, loader: PreparedLoader) -> None:
+        self._opened[loader] = next(self._events)
+
     def loader_begins(self, loader: PreparedLoader) -> None:
         self.loaders.append(loader)
 
@@ -71,6 +80,8 @@ class Steps:
             loader: the innermost one that is being read.
             exists: there is a batch, and ``loader.end_of_dataloader`` says already whether it is the last.
         """
+        if exists:
+            self._gave[loader] = next(self._events)
         join = self.join
         if join is not None:
             if exists:
@@ -90,6 +101,33 @@ class Steps:
     @property
     def loader(self) -> PreparedLoader | None:
         return self.loaders[-1] if self.loaders else None
+
+    def tail(self) -> Tail | None:
+        """What the ranks hold of the batch in hand, see :meth:`PreparedLoader.tail`; ``None`` outside of a loader.
+
+        Raises:
+            DataError: two loaders are read in step, as ``zip`` does, and their batches in hand end differently. Which
+                of them a result belongs to, nobody can tell.
+        """
+        innermost = self.loader
+        if innermost is None:
+            return None
+        mine = _uneven(innermost)
+        for loader in self.loaders:
+            if self._in_step(loader, innermost) and (other := _uneven(loader)) != mine:
+                raise DataError(
+                    f"two dataloaders are read at once and end differently: of one the ranks hold {_described(other)}, "
+                    f"of the other {_described(mine)}",
+                    where="gather_for_metrics",
+                    fix="read the loaders one after the other, or one dataset that holds both; or use "
+                    "accelerator.gather, which keeps what is repeated",
+                )
+        return mine
+
+    def _in_step(self, one: PreparedLoader, other: PreparedLoader) -> bool:
+        """Has each given a batch since the other was opened? A loop inside a loop's body is opened after its batch."""
+        gave, opened = self._gave, self._opened
+        return all(a in gave and b in opened and gave[a] > opened[b] for a, b in ((one, other), (other, one)))
 
     # --- windows ---------------------------------------------------------------------------
     def begin_micro_batch(self) -> None:
@@ -266,3 +304,14 @@ class Steps:
                 self.scaler.update(scale)
             for optimizer in self.optimizers:
                 optimizer.checked = optimizer.stepped = False
+
+
+def _uneven(loader: PreparedLoader) -> Tail | None:
+    tail = loader.tail()
+    return tail if tail is not None and tail.cuts else None
+
+
+def _described(tail: Tail | None) -> str:
+    if tail is None:
+        return "equal batches"
+    return f"{list(tail.rows)} samples with {list(tail.repeated)} repeated"

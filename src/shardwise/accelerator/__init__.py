@@ -37,12 +37,7 @@ from shardwise.accelerator.trackers import Trackers
 from shardwise.accelerator.training import Training
 from shardwise.comm import init
 from shardwise.comm.world import default_device
-from shardwise.environment import CPU
-from shardwise.state import AcceleratorState, GradientState
-from shardwise.stepping import Steps
-from shardwise.strategy import Strategy
-from shardwise.tracking import filter_trackers
-from shardwise.utils.dataclasses import (
+from shardwise.compat.dataclasses import (
     AutocastKwargs,
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -53,6 +48,11 @@ from shardwise.utils.dataclasses import (
     ProfileKwargs,
     ProjectConfiguration,
 )
+from shardwise.environment import CPU
+from shardwise.state import AcceleratorState, GradientState
+from shardwise.stepping import Steps
+from shardwise.strategy import Strategy
+from shardwise.tracking import filter_trackers
 
 __all__ = ["Accelerator"]
 

@@ -13,11 +13,16 @@ from shardwise.state import AcceleratorState, GradientState, ProcessControl
 from shardwise.strategy import Strategy
 
 if TYPE_CHECKING:
+    from shardwise.compat.dataclasses import (
+        AutocastKwargs,
+        DataLoaderConfiguration,
+        ProfileKwargs,
+        ProjectConfiguration,
+    )
     from shardwise.data_loader import PreparedLoader
     from shardwise.optimizer import AcceleratedOptimizer
     from shardwise.scheduler import AcceleratedScheduler
     from shardwise.stepping import Steps
-    from shardwise.utils.dataclasses import AutocastKwargs, DataLoaderConfiguration, ProfileKwargs, ProjectConfiguration
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -21,14 +21,20 @@ class Numbers(Base):
 
         Args:
             input_data: nested tensors with one row (or equally many rows) per sample; or any picklable
-                objects, lists of which are joined.
-            use_gather_object: pickle even tensors, for example because the ranks have different shapes.
+                objects: lists with one per sample are joined, and so is each list in a tuple or dict of them.
+            use_gather_object: pickle even tensors, for example because the ranks have different shapes. They are
+                joined as lists of their rows.
+
+        Raises:
+            DataError: two loaders are read at once, and their batches in hand end differently.
         """
-        loader = self._steps.loader
-        return gather_for_metrics(input_data, loader.tail() if loader is not None else None, use_gather_object)
+        return gather_for_metrics(input_data, self._steps.tail(), use_gather_object)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """Nested tensors, summed (``sum``) or averaged (``mean``) over the ranks, times ``scale``."""
+        """Nested tensors, summed (``sum``) or averaged (``mean``) over the ranks, times ``scale``.
+
+        Sums of integers and bools are int64, means of them floats. See :func:`shardwise.operations.reduce`.
+        """
         return operations.reduce(tensor, reduction, scale)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: Any = 0, pad_first: bool = False) -> Any:

@@ -11,14 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shardwise.environment import (
-    accumulation_from_environment,
-    mixed_precision_from_environment,
-    strategy_from_environment,
-)
-from shardwise.errors import StrategyError
-from shardwise.strategy import Strategy
-from shardwise.utils.dataclasses import (
+from shardwise.compat.dataclasses import (
     AutocastKwargs,
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -29,7 +22,14 @@ from shardwise.utils.dataclasses import (
     ProfileKwargs,
     ProjectConfiguration,
 )
-from shardwise.utils.plugins import DeepSpeedPlugin, own_plugin
+from shardwise.compat.plugins import DeepSpeedPlugin, own_plugin
+from shardwise.environment import (
+    accumulation_from_environment,
+    mixed_precision_from_environment,
+    strategy_from_environment,
+)
+from shardwise.errors import StrategyError
+from shardwise.strategy import Strategy
 
 _HANDLERS = (
     AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs, ProfileKwargs,

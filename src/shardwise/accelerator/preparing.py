@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from shardwise.accelerator.base import HALVES, Base
+from shardwise.compat.memory import release_memory
+from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_first_batches
 from shardwise.engine.build import shard
 from shardwise.engine.deferred import Deferred, has_meta
@@ -22,8 +24,6 @@ from shardwise.optimizer import AcceleratedOptimizer
 from shardwise.scheduler import AcceleratedScheduler
 from shardwise.strategy import Strategy
 from shardwise.trees import map_tensors
-from shardwise.utils.memory import release_memory
-from shardwise.utils.other import extract_model_from_parallel
 
 
 def _move(model: nn.Module, device: torch.device) -> None:

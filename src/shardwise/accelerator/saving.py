@@ -18,9 +18,9 @@ from shardwise import checkpoint, operations
 from shardwise.accelerator.base import Base
 from shardwise.checkpoint.directory import newest
 from shardwise.comm import World
+from shardwise.compat.object_files import save as save_object
 from shardwise.engine.hooks import engine_of
 from shardwise.errors import CheckpointError
-from shardwise.utils.other import save as save_object
 
 
 class Saving(Base):

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from shardwise.accelerator.base import HALVES, Base
+from shardwise.compat.dataclasses import AutocastKwargs, ProfileKwargs
 from shardwise.engine.build import no_sync
 from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
 from shardwise.engine.hooks import engine_of
 from shardwise.errors import OptimizerError
 from shardwise.joining import join_uneven_inputs
 from shardwise.optimizer import AcceleratedOptimizer
-from shardwise.utils.dataclasses import AutocastKwargs, ProfileKwargs
 
 
 class Training(Base):

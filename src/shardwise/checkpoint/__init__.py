@@ -74,7 +74,7 @@ Parameters are the master values (fp32 in a bf16 run). Gradients are not saved: 
 put files of their own in; they become part of the checkpoint.
 """
 
-# ruff: noqa: F401  (the first list is for type checkers and editors, the second for Python; a test compares them)
+# The first list is for type checkers and editors, the second for Python; a test compares them.
 from typing import TYPE_CHECKING
 
 from shardwise.lazy import importing
@@ -113,5 +113,28 @@ _HOME = {
     "verify": "directory",
     "wait_for_saves": "saving",
 }
-__all__ = [*_HOME]
+__all__ = [
+    "AsyncSave",
+    "Loaded",
+    "LoadedModel",
+    "Manifest",
+    "async_save",
+    "compare",
+    "export",
+    "find",
+    "full_state_dict",
+    "latest",
+    "load",
+    "load_model",
+    "next_path",
+    "prune",
+    "read_manifest",
+    "rng_state",
+    "save",
+    "save_model",
+    "set_rng_state",
+    "settle_saves",
+    "verify",
+    "wait_for_saves",
+]
 __getattr__ = importing(__name__, _HOME)

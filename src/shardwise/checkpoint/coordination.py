@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from shardwise.comm import World
+from shardwise.comm.objects import exchange, in_place, to_bytes
 from shardwise.comm.stats import Op
 from shardwise.errors import CheckpointError, CommError, ShardwiseError
 
 _OP = Op("exchange", "the checkpoint", 0)  # in process groups that nobody else uses
-_SHORT = 504  # bytes that travel with their length
 _TIMEOUT = 660.0  # unlike any other timeout, which gives it a group of its own
 SLOW_TIMEOUT = 6 * 3600.0
 _BACKGROUND_TIMEOUT = SLOW_TIMEOUT + 1  # again a group of its own
@@ -77,23 +77,8 @@ class BackgroundGather:
 
 
 def _gather(data: bytes, all_gather: Callable[[torch.Tensor], object], world: World | None = None) -> list[bytes]:
-    """The length and the beginning travel together; what is short needs no second message."""
     world = world or World.current()
-
-    def gather(mine: bytes, length: int) -> list[bytes]:
-        flat = torch.zeros(world.size * length, dtype=torch.uint8)
-        rows = list(flat.view(world.size, -1))
-        if mine:
-            rows[world.rank][: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-        all_gather(flat)
-        return [row.numpy().tobytes() for row in rows]
-
-    first = gather(len(data).to_bytes(8, "little") + data[:_SHORT], 8 + _SHORT)
-    sizes = [int.from_bytes(row[:8], "little") for row in first]
-    whole = [row[8:] for row in first]
-    if (rest := max(sizes) - _SHORT) > 0:
-        whole = [a + b for a, b in zip(whole, gather(data[_SHORT:], rest), strict=True)]
-    return [row[:size] for row, size in zip(whole, sizes, strict=True)]
+    return [to_bytes(row) for row in exchange(data, in_place(world.rank, world.size, all_gather))]
 
 
 def broadcast_text(text: str) -> str:

@@ -22,12 +22,14 @@ from shardwise.data_loader.iterable import Counted, IterableDatasetShard
 from shardwise.data_loader.rows import rows_of
 from shardwise.data_loader.sampling import BatchSamplerShard, Tail, tail_of
 from shardwise.errors import DataError
+from shardwise.rng import synchronize_rng_states
 
 
 class Watcher(Protocol):
     """Who wants to know which loader is being read: the innermost one counts.
 
-    A watcher may also have a method ``batch_comes(loader, exists)``. It is called on every rank before each batch is
+    A watcher may also have a method ``loader_opens(loader)``, called when an iterator is asked for, and a method
+    ``batch_comes(loader, exists)``. That is called on every rank before each batch is
     handed out (``exists`` is true, and ``loader.end_of_dataloader`` already says whether it is this rank's last), and
     once when the loop asks for another and there is none (``exists`` is false). It may communicate: ranks that read
     in step call it in step, until the first of them runs out.
@@ -203,6 +205,12 @@ class PreparedLoader(DataLoader[Any]):
         return self._iterate(self.skip_given + rounds * self.per_round)
 
     def _iterate(self, start: int | None) -> Iterator[Any]:
+        opens = getattr(self.watcher, "loader_opens", None)
+        if opens is not None:
+            opens(self)
+        return self._batches_from(start)
+
+    def _batches_from(self, start: int | None) -> Iterator[Any]:
         snapshot = self._snapshot if self._pending and start is None else None
         if start is None:
             start = self._batches if self._pending else self.skip_given + self.skip_batches * self.per_round
@@ -251,8 +259,6 @@ class PreparedLoader(DataLoader[Any]):
         """The random states that the user wants to be equal: orders are equal without it."""
         kinds = [kind for kind in self.rng_types or () if getattr(kind, "value", kind) != "generator"]
         if kinds:
-            from shardwise.utils.random import synchronize_rng_states
-
             synchronize_rng_states(kinds)
 
     def _rounds(self, start: int, snapshot: Any) -> Generator[tuple[Any, Tail | None], None, None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shardwise.comm import World
+from shardwise.comm import World, objects
 from shardwise.comm.group import Group
 from shardwise.comm.stats import Op
 from shardwise.errors import DataError
@@ -22,7 +22,7 @@ _ALIGN = 64  # a view of another dtype needs an aligned start
 _TIMEOUT = 600.0
 # Tags below 8 are not used by units; operations use 0.
 _HEADER, _BODY = Op("dispatch", "a batch's header", 1), Op("dispatch", "a batch", 2)
-_SIZES, _PARTS = Op("gather", "sizes of a ragged round", 3), Op("gather", "a ragged round", 4)
+_RAGGED = Op("gather", "a ragged round", 3)
 
 
 class _Packer(pickle.Pickler):
@@ -171,17 +171,8 @@ class Channel:
 def exchange(item: Any, ranks: Sequence[int]) -> list[Any]:
     """Any picklable object from each of ``ranks``, in that order; only they call this. Tensors come on the CPU.
 
-    Cost: sends 8 bytes, and then the object's own, to each of the others.
+    Cost: see :func:`shardwise.comm.objects.exchange`.
     """
-    me = World.current().rank
     if len(ranks) == 1:
         return [item]
-    group = _group()
-    others = [r for r in ranks if r != me]
-    mine = pack(item)
-    size = torch.tensor([mine.numel()])
-    sizes = {r: torch.empty(1, dtype=torch.int64) for r in others}
-    group.wait(group.exchange([(size, r) for r in others], [(sizes[r], r) for r in others], _SIZES), _SIZES)
-    parts = {r: torch.empty(int(sizes[r]), dtype=torch.uint8) for r in others}
-    group.wait(group.exchange([(mine, r) for r in others], [(parts[r], r) for r in others], _PARTS), _PARTS)
-    return [unpack(mine if r == me else parts[r]) for r in ranks]
+    return [unpack(row) for row in objects.exchange(pack(item), objects.among(_group(), ranks, _RAGGED))]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from shardwise.trees import leaves
+from shardwise.trees import is_tensor, leaves, map_leaves
 
 
 def rows_of(batch: Any) -> int | None:
@@ -25,21 +25,16 @@ def take(batch: Any, rows: Sequence[int], count: int) -> Any:
         batch: what a collate function made of ``count`` samples. Whatever has another length stays as it is.
         rows: which, in what order; one may come several times.
     """
-    if isinstance(batch, torch.Tensor):
-        return batch[list(rows)] if batch.ndim and batch.shape[0] == count else batch
-    if isinstance(batch, Mapping):
-        changed = {key: take(value, rows, count) for key, value in batch.items()}
-        if isinstance(batch, dict):
-            out = batch.copy()  # keeps the class, as Hugging Face's outputs need
-            out.update(changed)
-            return out
-        return type(batch)(changed)  # type: ignore[call-arg]
-    if isinstance(batch, (list, tuple)):
-        if len(batch) == count and not _is_columns(batch, count):
-            return type(batch)(batch[i] for i in rows)
-        items = [take(item, rows, count) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
+
+    def has_rows(item: Any) -> bool:
+        if is_tensor(item):
+            return item.ndim > 0 and item.shape[0] == count
+        return isinstance(item, (list, tuple)) and len(item) == count and not _is_columns(item, count)
+
+    def pick(item: Any) -> Any:
+        return item[list(rows)] if is_tensor(item) else type(item)(item[i] for i in rows)
+
+    return map_leaves(batch, pick, has_rows)
 
 
 def _is_columns(batch: Sequence[Any], count: int) -> bool:

@@ -40,6 +40,11 @@ class Tail:
         return self.total - sum(self.repeated)
 
     @property
+    def cuts(self) -> bool:
+        """It is another round than one of equal batches of new samples."""
+        return not self.equal or any(self.repeated)
+
+    @property
     def equal(self) -> bool:
         """All ranks hold equally many."""
         return len(set(self.rows)) == 1

@@ -17,7 +17,6 @@ from shardwise import environment
 from shardwise.errors import LaunchError
 from shardwise.launchers.processes import Job, run
 from shardwise.strategy import Strategy
-from shardwise.utils.environment import patch_environment
 
 _PORT = 29500  # of several hosts that were told none; one host takes a free one
 
@@ -191,5 +190,5 @@ def _here(function: Callable[..., Any], args: Sequence[Any], variables: dict[str
     """Call the function in this process. Errors are its own."""
     if "CUDA_VISIBLE_DEVICES" in variables and torch.cuda.is_initialized():
         variables = {name: value for name, value in variables.items() if name != "CUDA_VISIBLE_DEVICES"}
-    with patch_environment(**variables):
+    with environment.patch_environment(**variables):
         function(*args)

@@ -3,6 +3,17 @@
 Each talks to its own client, which is imported when the tracker starts. Names mean what they mean in Accelerate.
 """
 
+from shardwise.compat.imports import (
+    is_aim_available,
+    is_clearml_available,
+    is_comet_ml_available,
+    is_dvclive_available,
+    is_mlflow_available,
+    is_swanlab_available,
+    is_tensorboard_available,
+    is_trackio_available,
+    is_wandb_available,
+)
 from shardwise.tracking.aim import AimTracker
 from shardwise.tracking.base import BlankTracker, GeneralTracker, on_main_process
 from shardwise.tracking.clearml import ClearMLTracker
@@ -14,17 +25,6 @@ from shardwise.tracking.mlflow import MLflowTracker
 from shardwise.tracking.registry import LOGGER_TYPE_TO_CLASS, filter_trackers, register_tracker_class
 from shardwise.tracking.tensorboard import TensorBoardTracker
 from shardwise.tracking.wandb import SwanLabTracker, TrackioTracker, WandBTracker
-from shardwise.utils.imports import (
-    is_aim_available,
-    is_clearml_available,
-    is_comet_ml_available,
-    is_dvclive_available,
-    is_mlflow_available,
-    is_swanlab_available,
-    is_tensorboard_available,
-    is_trackio_available,
-    is_wandb_available,
-)
 
 __all__ = [
     "LOGGER_TYPE_TO_CLASS",

@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from shardwise.errors import TrackerError
-from shardwise.logging import rank_and_size
+from shardwise.operations import rank_and_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 

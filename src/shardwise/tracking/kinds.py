@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from shardwise.errors import MissingPackage
-from shardwise.utils.enums import LoggerType
-from shardwise.utils.imports import (
+from shardwise.compat.enums import LoggerType
+from shardwise.compat.imports import (
     is_aim_available,
     is_clearml_available,
     is_comet_ml_available,
@@ -18,6 +17,7 @@ from shardwise.utils.imports import (
     is_trackio_available,
     is_wandb_available,
 )
+from shardwise.errors import MissingPackage
 
 _CHECKS = {
     "aim": is_aim_available,

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from shardwise.utils.environment import patch_environment
-from shardwise.utils.versions import compare_versions, is_torch_version
+from shardwise.compat.environment import patch_environment
+from shardwise.compat.versions import compare_versions, is_torch_version
 
 
 def _installed(package: str, *distributions: str) -> bool:

@@ -6,20 +6,23 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import torch.distributed as dist
-
-from shardwise.comm import World
+from shardwise.environment import patch_environment
 from shardwise.errors import ConfigError
+
+__all__ = [
+    "are_libraries_initialized",
+    "clear_environment",
+    "current_local_rank",
+    "get_int_from_env",
+    "parse_choice_from_env",
+    "parse_flag_from_env",
+    "patch_environment",
+    "str_to_bool",
+]
 
 _TRUE = ("y", "yes", "t", "true", "on", "1")
 _FALSE = ("n", "no", "f", "false", "off", "0")
-
-
-def current_rank() -> int:
-    """This rank, as the process group or else the launcher says; joins nothing."""
-    return World.current().rank if dist.is_initialized() else get_int_from_env(["RANK"], 0)
 
 
 def current_local_rank() -> int:
@@ -90,18 +93,3 @@ def clear_environment() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-@contextmanager
-def patch_environment(**kwargs: Any) -> Iterator[None]:
-    """These variables, with upper-case names and values as strings, inside the block."""
-    before = {key.upper(): os.environ.get(key.upper()) for key in kwargs}
-    os.environ.update({key.upper(): str(value) for key, value in kwargs.items()})
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value

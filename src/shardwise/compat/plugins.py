@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from shardwise.compat.deepspeed_plugin import DeepSpeedPlugin
+from shardwise.compat.fsdp_plugin import FullyShardedDataParallelPlugin
 from shardwise.engine.select import UnitRule
 from shardwise.errors import ConfigError
 from shardwise.strategy import Strategy
-from shardwise.utils.deepspeed_plugin import DeepSpeedPlugin
-from shardwise.utils.fsdp_plugin import FullyShardedDataParallelPlugin
 
 __all__ = ["DeepSpeedPlugin", "FullyShardedDataParallelPlugin", "own_plugin", "strategy_of_plugin"]
 

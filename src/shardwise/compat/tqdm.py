@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from shardwise.compat.environment import current_local_rank
 from shardwise.errors import ConfigError, MissingPackage
-from shardwise.utils.environment import current_local_rank
 
 
 def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:

@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from shardwise.errors import ConfigError, StrategyError
-from shardwise.strategy import Strategy
-from shardwise.utils.enums import (
+from shardwise.compat.enums import (
     BaseEnum,
     ComputeEnvironment,
     DDPCommunicationHookType,
@@ -28,6 +26,8 @@ from shardwise.utils.enums import (
     PrecisionType,
     RNGType,
 )
+from shardwise.errors import ConfigError, StrategyError
+from shardwise.strategy import Strategy
 
 __all__ = [
     "AutocastKwargs",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import update_wrapper
 from typing import Any
 
 import torch
 
-from shardwise import operations
+from shardwise import operations, trees
+from shardwise.compat.dataclasses import TensorInformation
+from shardwise.compat.enums import DistributedType
 from shardwise.errors import CommError, ConfigError, TensorError
 from shardwise.operations import broadcast, broadcast_object_list, gather, pad_across_processes
-from shardwise.utils.dataclasses import TensorInformation
-from shardwise.utils.enums import DistributedType
 
 DistributedOperationException = CommError
 """What Accelerate calls the error of ranks that bring different shapes."""
@@ -94,21 +94,12 @@ def is_tensor_information(tensor_info: Any) -> bool:
 
 
 def is_namedtuple(data: Any) -> bool:
-    return isinstance(data, tuple) and hasattr(data, "_asdict") and hasattr(data, "_fields")
+    return trees.is_named_tuple(data)
 
 
 def honor_type(obj: Any, generator: Iterable[Any]) -> Any:
     """A list, tuple or named tuple of the class of ``obj`` with these items."""
-    return type(obj)(*generator) if is_namedtuple(obj) else type(obj)(generator)
-
-
-def _mapping_like(data: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
-    if not isinstance(data, dict):
-        return type(data)(values)  # type: ignore[call-arg]
-    out = data.copy()  # keeps the class, as defaultdict and Hugging Face's outputs need
-    for key, value in values.items():
-        out[key] = value
-    return out
+    return trees.rebuilt(obj, generator)
 
 
 def recursively_apply(
@@ -129,22 +120,16 @@ def recursively_apply(
         TensorError: there are others and ``error_on_other_type`` is set.
     """
 
-    def walk(item: Any) -> Any:
-        if isinstance(item, (list, tuple)):
-            return honor_type(item, [walk(x) for x in item])
-        if isinstance(item, Mapping):
-            return _mapping_like(item, {key: walk(value) for key, value in item.items()})
-        if test_type(item):
-            return func(item, *args, **kwargs)
-        if error_on_other_type:
-            raise TensorError(
-                f"{getattr(func, '__name__', func)} cannot be applied to a {type(item).__name__}: only to nested "
-                f"lists, tuples and dicts of what passes {getattr(test_type, '__name__', test_type)}",
-                fix="leave it out of the nest",
-            )
-        return item
+    def refuse(item: Any) -> Any:
+        raise TensorError(
+            f"{getattr(func, '__name__', func)} cannot be applied to a {type(item).__name__}: only to nested "
+            f"lists, tuples and dicts of what passes {getattr(test_type, '__name__', test_type)}",
+            fix="leave it out of the nest",
+        )
 
-    return walk(data)
+    return trees.map_leaves(
+        data, lambda item: func(item, *args, **kwargs), test_type, refuse if error_on_other_type else None
+    )
 
 
 def send_to_device(
@@ -179,15 +164,15 @@ def find_batch_size(data: Any) -> int:
         ConfigError: there is none, or it has no rows.
         TensorError: the first leaf is not a tensor.
     """
-    if isinstance(data, (list, tuple, Mapping)):
-        if not data:
-            raise ConfigError(f"an empty {type(data).__name__} has no batch size")
-        return find_batch_size(next(iter(data.values() if isinstance(data, Mapping) else data)))
-    if not isinstance(data, torch.Tensor):
-        raise TensorError(f"a {type(data).__name__} has no batch size", fix="put the tensors first")
-    if not data.ndim:
+    found = trees.leaves(data)
+    if not found:
+        raise ConfigError(f"an empty {type(data).__name__} has no batch size")
+    first = found[0]
+    if not isinstance(first, torch.Tensor):
+        raise TensorError(f"a {type(first).__name__} has no batch size", fix="put the tensors first")
+    if not first.ndim:
         raise ConfigError("a tensor without dims has no batch size")
-    return data.shape[0]
+    return first.shape[0]
 
 
 def ignorant_find_batch_size(data: Any) -> int | None:
@@ -200,14 +185,7 @@ def ignorant_find_batch_size(data: Any) -> int | None:
 
 def find_device(data: Any) -> torch.device | None:
     """The device of the first tensor of a nest; ``None`` without one."""
-    if isinstance(data, torch.Tensor):
-        return data.device
-    if isinstance(data, (list, tuple, Mapping)):
-        for item in data.values() if isinstance(data, Mapping) else data:
-            device = find_device(item)
-            if device is not None:
-                return device
-    return None
+    return next((leaf.device for leaf in trees.leaves(data) if isinstance(leaf, torch.Tensor)), None)
 
 
 def slice_tensors(
@@ -230,16 +208,15 @@ def concatenate(data: Any, dim: int = 0) -> Any:
     """
     if not data:
         raise ConfigError("there is nothing to concatenate")
-    first = data[0]
-    if isinstance(first, (list, tuple)):
-        return honor_type(first, [concatenate([d[i] for d in data], dim=dim) for i in range(len(first))])
-    if isinstance(first, Mapping):
-        return _mapping_like(first, {key: concatenate([d[key] for d in data], dim=dim) for key in first})
-    if isinstance(first, torch.Tensor):
-        return torch.cat(list(data), dim=dim)
-    if len(data) == 1:
-        return first
-    raise TensorError(f"a {type(first).__name__} cannot be concatenated", fix="leave it out of the nest")
+
+    def one(column: list[Any]) -> Any:
+        if all(isinstance(item, torch.Tensor) for item in column):
+            return torch.cat(column, dim=dim)
+        if len(column) == 1:
+            return column[0]
+        raise TensorError(f"a {type(column[0]).__name__} cannot be concatenated", fix="leave it out of the nest")
+
+    return trees.join(data, one)
 
 
 def listify(data: Any) -> Any:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardwise.compat.imports import is_peft_available
+from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.engine.activations import recompute
 from shardwise.engine.select import UnitRule, select_units
 from shardwise.errors import ConfigError
 from shardwise.sizes import parse_bytes
-from shardwise.utils.imports import is_peft_available
-from shardwise.utils.other import extract_model_from_parallel
 
 
 def convert_file_size_to_int(size: int | str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -11,8 +12,6 @@ import torch
 
 from shardwise import operations
 from shardwise.errors import ConfigError
-from shardwise.utils.enums import RNGType
-from shardwise.utils.environment import current_rank
 
 
 def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:
@@ -28,7 +27,7 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     """
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed!r} is not a number from 0 to 2**32 - 1", where="set_seed", fix="give one")
-    seed = (int(seed) + (current_rank() if device_specific else 0)) % 2**32
+    seed = (int(seed) + (operations.rank_and_size()[0] if device_specific else 0)) % 2**32
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # all devices
@@ -36,7 +35,7 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
         torch.use_deterministic_algorithms(True)
 
 
-def synchronize_rng_state(rng_type: RNGType | str | None = None, generator: torch.Generator | None = None) -> None:
+def synchronize_rng_state(rng_type: enum.Enum | str | None = None, generator: torch.Generator | None = None) -> None:
     """Give every rank the state of rank 0's generator. A collective.
 
     Args:
@@ -48,11 +47,11 @@ def synchronize_rng_state(rng_type: RNGType | str | None = None, generator: torc
         ConfigError: another type, ``generator`` without one, or ``cuda`` without a device.
     """
     kind = _kind(rng_type if rng_type is not None else "torch" if generator is None else "generator")
-    if kind is RNGType.GENERATOR:
+    if kind == "generator":
         if generator is None:
             raise ConfigError("no generator is given", where="synchronize_rng_state", fix="pass generator=")
         generator.set_state(operations.broadcast(generator.get_state()))
-    elif kind is RNGType.CUDA:
+    elif kind == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("there is no CUDA device", where="synchronize_rng_state", fix="leave 'cuda' out")
         torch.cuda.set_rng_state(operations.broadcast(torch.cuda.get_rng_state()))
@@ -60,14 +59,15 @@ def synchronize_rng_state(rng_type: RNGType | str | None = None, generator: torc
         torch.set_rng_state(operations.broadcast(torch.get_rng_state()))
 
 
-def synchronize_rng_states(rng_types: Iterable[RNGType | str], generator: torch.Generator | None = None) -> None:
+def synchronize_rng_states(rng_types: Iterable[enum.Enum | str], generator: torch.Generator | None = None) -> None:
     """:func:`synchronize_rng_state` for each type."""
     for kind in [_kind(rng_type) for rng_type in rng_types]:
         synchronize_rng_state(kind, generator)
 
 
-def _kind(rng_type: Any) -> RNGType:
+def _kind(rng_type: Any) -> str:
+    """Its name, from that or from a member of ``RNGType``, ours or Accelerate's."""
     value = getattr(rng_type, "value", rng_type)
     if value not in ("torch", "cuda", "generator"):
         raise ConfigError(f"rng_type={value!r} is not served", fix="torch, cuda or generator")
-    return RNGType(value)
+    return str(value)

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from shardwise.compat.ds_config import DsFacts, load_ds_config, read_ds_config
 from shardwise.errors import ConfigError
 from shardwise.strategy import Strategy
-from shardwise.utils.ds_config import DsFacts, load_ds_config, read_ds_config
 
 _PLACES = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",

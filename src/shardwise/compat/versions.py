@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.torch_version import TorchVersion
 
+from shardwise.compat.constants import STR_OPERATION_TO_FUNC
 from shardwise.errors import ConfigError, MissingPackage
-from shardwise.utils.constants import STR_OPERATION_TO_FUNC
 
 
 def compare_versions(library_or_version: Any, operation: str, requirement_version: str) -> bool:

@@ -1,0 +1,1 @@
+from shardwise.compat.ds_config import *
