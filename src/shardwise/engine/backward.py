@@ -175,7 +175,11 @@ class Backward:
             for what, wrong in (("create_graph=True", keep_graph), ("LocalSGD", self.local)):
                 if wrong:
                     raise UnitError(f"optimizer_in_backward does not work with {what}", fix="leave one of them out")
-        self.start(keep_graph)
+        try:
+            self.start(keep_graph)
+        except BaseException:
+            self.lost()
+            raise
         self.seen_order.begin(self.forward.training.now[::-1])
         end = _End(self)
         # Autograd lets go of it without a call where the backward ends in an exception.
@@ -306,7 +310,7 @@ class Backward:
                         self.in_backward.end(self.units)
             else:
                 self._show(run.arrived | run.had)
-                if self.local:
+                if self.local or self.mesh.parts == 1:
                     self._keep()
             if not run.keep_graph:
                 self.forward.drop(Pin.BACKWARD)

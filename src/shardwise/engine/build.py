@@ -114,7 +114,7 @@ def shard(
         state_dict.install(unit)
     hooks.install(engine)
     activations.install(engine)
-    engine.integrity = Integrity(module)
+    engine.integrity = Integrity(module, left)
     if chosen.broadcast_buffers and world.size > 1:
         engine.send_buffers(0)
     set_engine(module, engine)

@@ -75,6 +75,11 @@ class ShardedGrad(torch.Tensor):
         return self.bucket.placement.split_state
 
     @property
+    def waits(self) -> bool:
+        """Has it arrived on this rank, and was not reduced over the ranks yet? So it is inside ``no_sync()``."""
+        return self.grads.states[self.slot] is GradState.LOCAL
+
+    @property
     def spread(self) -> Spread:
         return spread_of(self.grads, self.slot)
 
@@ -90,12 +95,18 @@ class ShardedGrad(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self.grads.states[self.slot] is GradState.SPENT:
             return f"ShardedGrad({self._name}, shape={tuple(self.shape)}, used up by an update in the backward)"
+        if self.waits:
+            return f"ShardedGrad({self._name}, shape={tuple(self.shape)}, of this rank, not reduced yet)"
         local = sum(t.numel() for t in self.local)
         return f"ShardedGrad({self._name}, shape={tuple(self.shape)}, local={local} elements)"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         rule = _RULES.get(func)
+        handles = [a for a in leaves((args, kwargs or {})) if isinstance(a, ShardedGrad)]
+        if rule is None and not func._schema.is_mutable and any(h.waits for h in handles):
+            plain = map_tensors((args, kwargs or {}), _readable)  # of no_sync(): this rank's own, as DDP shows it
+            return func(*plain[0], **plain[1])
         whole = [a for a in leaves(args) if isinstance(a, ShardedGrad) and not a.is_split]
         if whole and (rule is None or func in _LOOKS):
             for handle in whole:
@@ -122,6 +133,10 @@ class ShardedGrad(torch.Tensor):
             Command.OPERATION, None, str(func), many, places, lambda: map_tensors(rest, torch.Tensor.cpu), kwargs
         ):
             return rule(*args, **kwargs)
+
+
+def _readable(t: torch.Tensor) -> torch.Tensor:
+    return t.grads.unreduced(t.slot) if isinstance(t, ShardedGrad) and t.waits else _unwrapped(t)
 
 
 def _unwrapped(t: torch.Tensor) -> torch.Tensor:

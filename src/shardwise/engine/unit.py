@@ -148,7 +148,7 @@ class Unit:
         self.residence = Residence(self.label, released=self.released)
         self.failure: BaseException | None = None
         self.calls_made = 0  # forwards with gradients since the last backward
-        self._updates: list[PendingUpdate] = []  # asked for, and not waited for; this rank may have none of them
+        self.updates: list[PendingUpdate] = []  # asked for, and not waited for; this rank may have none of them
         self._follow: list[Bucket] = []  # whose values follow when these have taken place
         self._gathering: list[Transfer] = []  # under way
         self._taking_handles = False
@@ -168,7 +168,7 @@ class Unit:
         new.module, new.upward = of(self.module), upward
         new.residence = Residence(self.label, released=self.released)
         new.calls_made = 0
-        new._updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
+        new.updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
         twins = {
             id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers)
             for b in self.buckets
@@ -340,14 +340,14 @@ class Unit:
             self._drop_passes()
             self.release()
         if self.residence.here and self.residence.pinned():  # somebody looks at the values: let them follow now
-            self._updates, self._follow = list(updates), list(buckets)
+            self.updates, self._follow = list(updates), list(buckets)
             self.residence.to(Residency.UPDATING)
             self.finish_update()
             return
         self.residence.to(Residency.UPDATING)
         if not self.released:
             guard(self.params)
-        self._updates, self._follow = list(updates), list(buckets)
+        self.updates, self._follow = list(updates), list(buckets)
 
     def finish_update(self) -> None:
         """Wait for updates that were asked for; then values follow.
@@ -359,7 +359,7 @@ class Unit:
             self._refuse_failed()
         if self.residence.state is not Residency.UPDATING:
             return
-        updates, self._updates = self._updates, []
+        updates, self.updates = self.updates, []
         follow, self._follow = self._follow, []
         try:
             for one in updates:
