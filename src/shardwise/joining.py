@@ -15,7 +15,6 @@ from shardwise.comm import World
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.join import Join
-from shardwise.engine.optimizer import attached_to
 from shardwise.errors import UnitError
 from shardwise.optimizer import AcceleratedOptimizer
 from shardwise.stepping import Steps
@@ -56,41 +55,6 @@ def join_uneven_inputs(
     finally:
         for loader, before in changed:
             loader.even_batches = before
-
-
-@contextmanager
-def join_plain_loop(engine: Engine) -> Iterator[None]:
-    """The same around a loop that nobody counts: a rank has data as long as it calls the model.
-
-    Args:
-        engine: the model's. Optimizers that are attached to it step on all ranks.
-    """
-    world = World.current()
-    if world.size == 1 or world.fake:
-        yield
-    elif world.join is not None:
-        world.join.include([engine])
-        yield
-    else:
-        with Join(world, [engine], attached_to(engine), _Uncounted()):
-            yield
-
-
-class _Uncounted:
-    """A loop without dataloaders, windows and scales of ours."""
-
-    steps: Any = None
-    depth = 0
-    at_end = False
-
-    def shared(self) -> Any:
-        return None
-
-    def take(self, state: Any) -> None:
-        """There is nothing to take."""
-
-    def rules(self) -> dict[str, Callable[..., None]]:
-        return {}
 
 
 def _engines(steps: Steps, joinables: Sequence[Any]) -> list[Engine]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,8 +15,9 @@ from shardwise.compat.plugins import FullyShardedDataParallelPlugin
 from shardwise.engine.gathered import gathered
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.select import UnitRule
-from shardwise.errors import LeftOut, ShardwiseError, StrategyError
-from shardwise.fsdp.arguments import parameters_of
+from shardwise.errors import LeftOut, StrategyError
+from shardwise.fsdp.arguments import entry_of, offloads, parameters_of, precision_of, preset_of
+from shardwise.fsdp.policies import rule_of
 from shardwise.fsdp.wrappers import Wrapper, all_ranks, of_sharded, refuse_unknown, unwrap
 from shardwise.strategy import Strategy
 
@@ -76,31 +78,29 @@ class FullyShardedDataParallel(Wrapper):
         where = type(self).__name__
         refuse_unknown(where, unknown)
         all_ranks(process_group)
-        said = {
-            "sharding_strategy": sharding_strategy,
-            "cpu_offload": cpu_offload,
-            "mixed_precision_policy": mixed_precision,
+        told = {
+            name: value
+            for name, value in (
+                ("sharding_strategy", sharding_strategy),
+                ("cpu_offload", cpu_offload),
+                ("mixed_precision", mixed_precision),
+            )
+            if value is not None
         }
-        told = {key: value for key, value in said.items() if value is not None}
         if strategy is not None and told:
             raise StrategyError(f"strategy and {', '.join(told)} are both given", where=where, fix="say it once")
         if units is not None and auto_wrap_policy is not None:
             raise StrategyError("units and auto_wrap_policy are both given", where=where, fix="say it once")
-        chosen, rule = Strategy.parse(strategy), units
-        if told or auto_wrap_policy is not None:
-            try:
-                plugin = FullyShardedDataParallelPlugin(**told, auto_wrap_policy=auto_wrap_policy)
-                chosen = plugin.to_strategy() if told else chosen
-                rule = plugin.units if auto_wrap_policy is not None else rule
-                rule = rule if _matches(module, rule) or auto_wrap_policy is None else None
-            except ShardwiseError as error:
-                what = error.what.replace("mixed_precision_policy", "mixed_precision")
-                raise StrategyError(what, where=where, fix=error.fix) from error
+        chosen = Strategy.parse(strategy) if strategy is not None else _strategy_of(**told, where=where)
+        if auto_wrap_policy is not None:
+            rule = rule_of(auto_wrap_policy, where=where)
+            units = rule if _matches(module, rule) else None
         if not broadcast_buffers:
             chosen = chosen.replace(broadcast_buffers=False)
-        ignored = parameters_of(ignored_modules, "ignored_modules") + parameters_of(ignored_states, "ignored_states")
+        ignored = parameters_of("ignored_modules", ignored_modules, where)
+        ignored += parameters_of("ignored_states", ignored_states, where)
         _move(module, device_id)
-        self._wrap(module, chosen, mesh if mesh is not None else device_mesh, rule, param_init_fn, ignored)
+        self._wrap(module, chosen, mesh if mesh is not None else device_mesh, units, param_init_fn, ignored)
 
     @property
     def module(self) -> nn.Module:
@@ -238,6 +238,24 @@ class FullyShardedDataParallel(Wrapper):
     optim_state_dict_to_load = full_optim_state_dict = sharded_optim_state_dict = optim_state_dict
     shard_full_optim_state_dict = flatten_sharded_optim_state_dict = optim_state_dict
     scatter_full_optim_state_dict = rekey_optim_state_dict = optim_state_dict
+
+
+def _strategy_of(
+    *, sharding_strategy: Any = None, cpu_offload: Any = None, mixed_precision: Any = None, where: str
+) -> Strategy:
+    preset = "zero3" if sharding_strategy is None else preset_of("sharding_strategy", sharding_strategy, 1, where=where)
+    param, reduce = precision_of("mixed_precision", mixed_precision, where=where)
+    if entry_of(mixed_precision, "buffer_dtype") not in (None, torch.float32):
+        warnings.warn(f"{where}: buffer_dtype has no effect here: buffers keep their dtype", stacklevel=3)
+    home = "cpu" if offloads("cpu_offload", cpu_offload, where=where) else "device"
+    return Strategy(
+        preset,
+        offload_params=home,
+        offload_grads=home,
+        offload_optimizer=home,
+        param_dtype=param,
+        reduce_dtype=reduce,
+    )
 
 
 def _settings(kind: Any, state_dict_config: Any, optim_state_dict_config: Any) -> StateDictSettings:

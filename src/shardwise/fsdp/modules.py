@@ -21,12 +21,13 @@ from shardwise.engine.hooks import engine_of
 from shardwise.engine.select import UnitRule
 from shardwise.environment import strategy_from_environment
 from shardwise.errors import LeftOut, StrategyError, UnitError
-from shardwise.fsdp.arguments import refuse_placement, strategy_of
+from shardwise.fsdp.arguments import entry_of, parameters_of, refuse_placement, strategy_of
 from shardwise.strategy import Strategy
 from shardwise.trees import map_tensors
 
 M = TypeVar("M", bound=nn.Module | list[Any])
 _MARK = "_shardwise_fsdp_module"
+_WHERE = "fully_shard"
 
 
 def fully_shard(
@@ -89,11 +90,12 @@ def fully_shard(
         mp_policy=mp_policy,
         offload_policy=offload_policy,
         mesh=mesh,
+        where=_WHERE,
     )
-    output_dtype = getattr(mp_policy, "output_dtype", None)
-    ignored = list(ignored_params or ())
+    output_dtype = entry_of(mp_policy, "output_dtype")
+    ignored = parameters_of("ignored_params", ignored_params, _WHERE)
     for one in modules:
-        refuse_placement(shard_placement_fn, one.parameters())
+        refuse_placement(shard_placement_fn, one.parameters(), _WHERE)
     for one in modules:
         shard(one, strategy_from_environment(chosen), mesh, units, param_init_fn, ignored)
         if output_dtype is not None:

@@ -19,7 +19,7 @@ from shardwise.environment import strategy_from_environment
 from shardwise.errors import LeftOut, StrategyError
 from shardwise.fsdp.arguments import precision_of
 from shardwise.fsdp.modules import shard
-from shardwise.joining import join_plain_loop
+from shardwise.fsdp.uneven import uneven_inputs
 from shardwise.strategy import Strategy
 
 
@@ -173,7 +173,9 @@ class DistributedDataParallel(Wrapper):
         if delay_all_reduce_named_params is not None or param_to_hook_all_reduce is not None:
             raise StrategyError("delay_all_reduce_named_params is not served", where=where, fix="leave it out")
         chosen = Strategy.parse(strategy if strategy is not None else "ddp")
-        chosen = chosen.replace(**precision_of(mixed_precision, "mixed_precision"))
+        param, reduce = precision_of("mixed_precision", mixed_precision, where=where)
+        if param is not None or reduce is not None:
+            chosen = chosen.replace(param_dtype=param, reduce_dtype=reduce)
         if broadcast_buffers is False or forward_sync_buffers is False:
             chosen = chosen.replace(broadcast_buffers=False)
         self._wrap(module, chosen, mesh if mesh is not None else device_mesh, units, param_init_fn)
@@ -206,7 +208,7 @@ class DistributedDataParallel(Wrapper):
                 "join(divide_by_initial_world_size=False) and join(throw_on_early_termination=True) are not served",
                 fix="leave them out; Accelerator.join_uneven_inputs takes the mean over the ranks that have a batch",
             )
-        with join_plain_loop(require_engine(unwrap(self))):
+        with uneven_inputs(require_engine(unwrap(self))):
             yield
 
     def join_hook(self, **_: Any) -> NoReturn:
