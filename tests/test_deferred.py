@@ -10,7 +10,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import shardwise
-from models import PRESETS, assert_same, whole
+from models import PRESETS, assert_same, rank, whole
 from ranks import run
 from shardwise.engine import deferred
 from shardwise.errors import UnitError
@@ -73,8 +73,8 @@ def test_tied_ones_stay_tied_with_the_first_ones_values():
     assert torch.equal(whole(there)["0.weight"], whole(here)["0.weight"])
 
 
-def test_one_unit_exists_at_a_time(tmp_path, monkeypatch):
-    """While a model is sharded, what is in memory is a unit and what belongs to the root."""
+def peak_of(make: Any, *args: Any, path: Any, monkeypatch: Any) -> int:
+    """The most bytes of a model that were in memory at once while it was sharded, before it was sharded."""
     live: list[int] = []
     made: list[tuple[StorageWeakRef, int]] = []
 
@@ -86,11 +86,19 @@ def test_one_unit_exists_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr("shardwise.engine.build.Deferred", Watched)
     with torch.device("meta"):
-        model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(12)))
-    shardwise.fully_shard(model, strategy=f"{AWAY},nvme_path={tmp_path}")
-    unit = 2 * 4 * (64 * 64 + 64)
-    assert max(live) <= unit, (max(live), unit)
-    assert len(live) == 1 + 12 * 3
+        model = make(*args)
+    shardwise.fully_shard(model, strategy=f"{AWAY},nvme_path={path}")
+    assert len(live) == len(list(model.modules()))
+    return max(live)
+
+
+def twelve() -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(12)))
+
+
+def test_one_unit_exists_at_a_time(tmp_path, monkeypatch):
+    """While a model is sharded, what is in memory is a unit and what belongs to the root."""
+    assert peak_of(twelve, path=tmp_path, monkeypatch=monkeypatch) <= 2 * 4 * (64 * 64 + 64)
 
 
 class Bare(nn.Module):
@@ -119,6 +127,235 @@ def test_what_nobody_gives_values_is_named():
         shardwise.fully_shard(partly)
     shardwise.fully_shard(good)
     assert torch.equal(whole(good)["0.gain"], torch.ones(4))
+
+
+# --- modules that set what others hold ------------------------------------------------------------------------------
+class Pair(nn.Module):
+    """Its two layers are drawn again, by itself."""
+
+    def __init__(self, seed_again: bool = True) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.register_buffer("steps", torch.zeros(3, dtype=torch.long))
+        self.register_buffer("mask", torch.zeros(2, dtype=torch.bool))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.up, self.down):
+            nn.init.xavier_uniform_(layer.weight)
+        self.down.bias.data.zero_()
+        self.steps.fill_(7)
+        self.mask = torch.tensor([True, False], device=self.mask.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x))
+
+
+class Whole(nn.Module):
+    """A root that draws again, in one of several ways, what is inside it."""
+
+    def __init__(self, how: str, own: bool) -> None:
+        super().__init__()
+        self.inp = nn.Linear(8, 8)
+        self.pairs = nn.ModuleList(Pair() for _ in range(3))
+        self.how = how
+        if own:
+            self.gain = nn.Parameter(torch.empty(8))
+        if how != "reads" or not self.inp.weight.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        torch.rand(1)  # random numbers that no parameter gets
+        if hasattr(self, "gain"):
+            nn.init.normal_(self.gain)
+        layers = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        if self.how == "all":
+            for layer in layers:
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+        elif self.how == "through .data":
+            for layer in layers[1:]:
+                layer.weight.data.normal_(0.0, 0.02)
+                layer.bias.data = torch.full_like(layer.bias.data, 0.25)
+        elif self.how == "one":
+            self.pairs[1].down.weight.data.copy_(torch.eye(8, 12))
+        elif self.how == "reads":
+            with torch.no_grad():
+                for layer in layers:
+                    layer.weight.div_(float(layer.weight.norm()))
+        elif self.how == "new ones":
+            for pair in self.pairs:
+                pair.up.weight = nn.Parameter(torch.randn_like(pair.up.weight))
+        elif self.how == "children":
+            for pair in self.pairs:
+                pair.reset_parameters()
+                pair.steps += 1
+        elif self.how == "together":
+            with torch.no_grad():
+                torch._foreach_mul_([layer.weight for layer in layers], 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inp(x) * (self.gain if hasattr(self, "gain") else 1)
+        for pair in self.pairs:
+            x = pair(x)
+        return x
+
+
+class Styled(nn.Module):
+    """As transformers' models: one function for all modules, which knows containers by their class, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(Pair() for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            module.weight.data.fill_(0.5)
+            module.bias.data.zero_()
+        elif isinstance(module, Pair):
+            module.steps.fill_(7)
+            module.mask.fill_(True)
+            module.down.weight.data.fill_(0.125)
+        elif isinstance(module, Styled):
+            module.pairs[0].up.bias.data.fill_(3.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for pair in self.pairs:
+            x = pair(x)
+        return self.norm(x)
+
+
+WAYS = ["all", "through .data", "one", "reads", "new ones", "children", "together"]
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return whole(model) | dict(model.named_buffers())
+
+
+def set_by_others(strategies: list[str]) -> list[Any]:
+    seen = []
+    makers: list[Any] = [lambda how=how, own=own: Whole(how, own) for how in WAYS for own in (False, True)]
+    makers.append(Styled)
+    for strategy in strategies:
+        for make in makers:
+            torch.manual_seed(3)
+            here = make()
+            torch.manual_seed(3 + rank())  # rank 0's count
+            with torch.device("meta"):
+                there = make()
+            optimizer = torch.optim.SGD(there.parameters(), lr=1.0)
+            shardwise.fully_shard(there, strategy=strategy)
+            assert_same(state(there), state(here))
+            ours = {id(p) for p in there.parameters()}
+            assert all(id(p) in ours for p in optimizer.param_groups[0]["params"])
+            seen.append(state(there))
+        with torch.device("meta"):
+            model = nn.Transformer(8, 2, 2, 2, 16)
+        seen.append(state(shardwise.fully_shard(model, strategy=strategy)))
+        drawn = [v for k, v in seen[-1].items() if k.endswith("linear1.weight")]
+        assert all(8**-0.5 < v.abs().max() < 0.5 for v in drawn), "by the root, not by the layers"
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_an_ancestor_sets_is_sent(size):
+    first, *others = run(size, set_by_others, PRESETS if size == 2 else ["zero3"])
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            assert_same(mine, theirs)
+
+
+class Large(nn.Module):
+    """A root with a parameter of its own, that sets some of its twelve units."""
+
+    def __init__(self, which: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(12))
+        self.gain, self.which = nn.Parameter(torch.empty(1)), which
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gain)
+        for k in self.which:
+            nn.init.zeros_(self.layers[k][0].weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](x) * self.gain
+
+
+@pytest.mark.parametrize("which", [[], [11], [3, 11]])
+def test_only_units_that_are_set_again_stay(which, tmp_path, monkeypatch):
+    peak = peak_of(Large, which, path=tmp_path, monkeypatch=monkeypatch)
+    unit = 2 * 4 * (64 * 64 + 64)
+    assert (len(which) + (11 not in which)) * unit <= peak <= (len(which) + 1) * unit + 4
+
+
+def test_a_child_that_is_sharded_is_not_set_again():
+    with torch.device("meta"):
+        model = Whole("all", True)
+    shardwise.fully_shard(model.pairs[0], strategy="ddp")
+    with pytest.raises(UnitError, match=r"reset_parameters sets 'pairs.0.up.weight', which is sharded already"):
+        shardwise.fully_shard(model)
+    with torch.device("meta"):
+        model = Whole("all", True)
+    model.inp.to_empty(device="cpu")
+    for p in model.inp.parameters():
+        nn.init.constant_(p, 0.75)  # as if it had been loaded
+    shardwise.fully_shard(model, strategy="zero3")
+    assert all(bool((v == 0.75).all()) for k, v in whole(model).items() if k.startswith("inp."))
+    with torch.device("meta"):
+        model = Whole("all", True)
+    with pytest.raises(UnitError, match=r"param_init_fn sets .* sharded already(.|\n)*recurse=False"):
+        shardwise.fully_shard(model, strategy="ddp", param_init_fn=lambda m: m.apply(everything_halves))
+
+
+def everything_halves(module: nn.Module) -> None:
+    with torch.no_grad():
+        for t in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            t.fill_(0.5)
+
+
+class Counting(nn.Module):
+    def __init__(self, dtype: torch.dtype, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 4), how
+        self.register_buffer("count", torch.zeros(3, dtype=dtype))
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.how == "in place":
+            self.count.zero_()
+        elif self.how == "through .data":
+            self.count.data[:] = 1
+        elif self.how == "new one":
+            self.count = torch.ones_like(self.count)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def only_parameters(module: nn.Module) -> None:
+    halves(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.int32, torch.float32])
+def test_buffers_of_any_dtype_that_nobody_sets_are_named(dtype):
+    def make(how: str) -> nn.Module:
+        with torch.device("meta"):
+            return nn.Sequential(Counting(dtype, how), nn.Linear(4, 4))
+
+    for how in ("in place", "through .data", "new one"):
+        model = shardwise.fully_shard(make(how))
+        assert bool((model[0].count == float(how != "in place")).all())
+    for shard in (shardwise.fully_shard, shardwise.DistributedDataParallel):
+        with pytest.raises(UnitError, match="'count' on the meta device: reset_parameters leaves them unset"):
+            shard(make(""))
+        with pytest.raises(UnitError, match="'count' on the meta device: param_init_fn leaves them unset"):
+            shard(make("in place"), param_init_fn=only_parameters)
+        shard(make(""), param_init_fn=everything_halves)
+    with pytest.raises(UnitError, match="'count' on the meta device: reset_parameters leaves"):
+        shardwise.Accelerator(cpu=True).prepare_model(make(""), evaluation_mode=True)
 
 
 def halves(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ import shardwise
 from models import adamw, assert_close, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
 from shardwise.engine.hooks import engine_of
-from shardwise.errors import StrategyError
+from shardwise.errors import ConfigError, StrategyError
 
 
 def ddp_script(DDP, ids_of) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ def wrapper_details() -> None:
     assert wrapped.blocks is model.blocks, "attributes of the module show through"
     with pytest.raises(AttributeError):
         _ = wrapped.no_such_thing
-    with pytest.raises(StrategyError, match="mixed_precision"):
+    with pytest.raises(ConfigError, match="mixed_precision"):
         shardwise.FullyShardedDataParallel(make(), mixed_precision=object())
     with pytest.raises(StrategyError, match="process_group"):
         shardwise.DistributedDataParallel(make(), process_group=object())

@@ -648,7 +648,7 @@ def released() -> None:
     for use in [*uses, lambda: torch._foreach_add([weight], 1.0)]:
         with pytest.raises(ReleasedParameterError, match=r"blocks\.0\.up\.weight"):
             use()
-    with pytest.raises(ReleasedParameterError, match="copy the module before"):
+    with pytest.raises(ReleasedParameterError, match="copy the whole model"):
         copy.deepcopy(weight)
     for action in (lambda: copy.deepcopy(model), lambda: torch.optim.swa_utils.AveragedModel(model)):
         with pytest.raises(shardwise.ShardwiseError, match="copy"):

@@ -164,7 +164,7 @@ def read_ahead(path: str) -> list[int]:
     staged: list[int] = []
     engine = shardwise.engine.build.require_engine(model)
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda *_: staged.append(sum(u.staged for u in engine.units)))
+        block.register_forward_pre_hook(lambda *_: staged.append(sum(u.residence.staging for u in engine.units)))
     ids = batch(0, rank())[:, :-1]
     for _ in range(2):
         staged.clear()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shardwise.compat.memory import find_executable_batch_size
     from shardwise.compat.plugins import DeepSpeedPlugin, FullyShardedDataParallelPlugin
     from shardwise.data_loader import skip_first_batches
+    from shardwise.engine.averaging import ema_update_
     from shardwise.engine.build import no_sync
     from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
     from shardwise.engine.gathered import gathered
@@ -71,6 +72,7 @@ _HOME = {
     "clip_grad_norm_": "engine.clip",
     "clip_grad_value_": "engine.clip",
     "debug_launcher": "launchers",
+    "ema_update_": "engine.averaging",
     "expected": "observe.stats",
     "find_executable_batch_size": "compat.memory",
     "fully_shard": "fsdp",
@@ -115,6 +117,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "debug_launcher",
+    "ema_update_",
     "errors",
     "expected",
     "find_executable_batch_size",

@@ -258,9 +258,7 @@ def place(
     return Placement(
         ranks=ranks,
         trainable=trainable,
-        values=BufferPlan(
-            Extent.WHOLE, values_dtype, Where.DEVICE, Lifetime.GATHERED if released else Lifetime.ALWAYS
-        ),
+        values=BufferPlan(Extent.WHOLE, values_dtype, Where.DEVICE, Lifetime.GATHERED if released else Lifetime.ALWAYS),
         shard=BufferPlan(Extent.HELD, values_dtype, params_at) if apart and released else None,
         master=BufferPlan(Extent.HELD, dtype, master_at),
         state=BufferPlan(Extent.HELD, dtype, Where.DISK if on_disk else Where.HOST if step_on_host else Where.DEVICE)

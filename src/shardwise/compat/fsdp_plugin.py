@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from shardwise.engine.select import UnitRule, has_forward, numel
+from shardwise.engine.select import UnitRule
 from shardwise.errors import ConfigError, StrategyError
+from shardwise.fsdp.arguments import entry_of, has_entry, offloads, precision_of, preset_of
+from shardwise.fsdp.policies import AtLeast, ClassNames, Policy, rule_of
 from shardwise.strategy import Strategy
 
-_PRESETS = {"FULL_SHARD": "zero3", "SHARD_GRAD_OP": "zero2", "NO_SHARD": "ddp", "HYBRID_SHARD": "hsdp"}
-_KINDS = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")  # Accelerate numbers them
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_WRAPS = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
+__all__ = ["AtLeast", "ClassNames", "FullyShardedDataParallelPlugin", "Policy"]
 
 
 @dataclass
@@ -105,19 +102,19 @@ class FullyShardedDataParallelPlugin:
             idle.append("cpu_ram_efficient_loading (build the model on the meta device, on every rank)")
         policy = self.mixed_precision_policy
         if policy is not None and not isinstance(policy, (str, torch.dtype)):
-            if _entry(policy, "buffer_dtype") not in (None, torch.float32):
+            if entry_of(policy, "buffer_dtype") not in (None, torch.float32):
                 idle.append("buffer_dtype (buffers keep their dtype)")
-            if _entry(policy, "output_dtype") not in (None, torch.float32):
+            if entry_of(policy, "output_dtype") not in (None, torch.float32):
                 idle.append("output_dtype (outputs of prepared models come back in fp32)")
-            root = _has(policy, "cast_root_forward_inputs")  # FSDP 1, where only the root casts by default
-            if _entry(policy, "cast_root_forward_inputs" if root else "cast_forward_inputs") is False:
+            root = has_entry(policy, "cast_root_forward_inputs")  # FSDP 1, where only the root casts by default
+            if entry_of(policy, "cast_root_forward_inputs" if root else "cast_forward_inputs") is False:
                 idle.append("cast_forward_inputs=False (inputs are cast)")
         return idle
 
     def to_strategy(self) -> Strategy:
         """The strategy that these settings describe."""
         told = {
-            name: _preset(name, getattr(self, name), self.fsdp_version)
+            name: preset_of(name, getattr(self, name), self.fsdp_version, where=_WHERE)
             for name in ("sharding_strategy", "reshard_after_forward")
             if getattr(self, name) is not None
         }
@@ -125,8 +122,8 @@ class FullyShardedDataParallelPlugin:
             raise ConfigError(
                 "sharding_strategy and reshard_after_forward contradict each other", where=_WHERE, fix="say it once"
             )
-        param, reduce = _precision(self.mixed_precision_policy)
-        home = "cpu" if _offloads(self.cpu_offload) else "device"
+        param, reduce = precision_of("mixed_precision_policy", self.mixed_precision_policy, where=_WHERE)
+        home = "cpu" if offloads("cpu_offload", self.cpu_offload, where=_WHERE) else "device"
         return Strategy(
             next(iter(told.values()), "zero3"),
             offload_params=home,
@@ -146,29 +143,12 @@ class FullyShardedDataParallelPlugin:
         same modules that torch would wrap. A policy of torch's, or a callable with its arguments: what it says.
         Everything else, ``NO_WRAP`` too: ``None``, which finds repeated blocks and what else is large.
         """
-        policy = self.auto_wrap_policy
-        if isinstance(policy, str):
-            if policy.upper() not in _WRAPS:
-                raise ConfigError(f"auto_wrap_policy='{policy}' is not known", where=_WHERE, fix=f"{', '.join(_WRAPS)}")
-            policy = policy.upper()
-        elif policy is not None and not callable(policy):
-            raise ConfigError(f"auto_wrap_policy is a name or a callable, not {type(policy).__name__}", where=_WHERE)
-        name = policy if isinstance(policy, str) else _name_of(policy)
-        given = policy.keywords if isinstance(policy, functools.partial) else {}
-        if name in ("TRANSFORMER_BASED_WRAP", "transformer_auto_wrap_policy"):
-            if given.get("transformer_layer_cls"):
-                return tuple(given["transformer_layer_cls"])
-            return ClassNames(self.transformer_cls_names_to_wrap) if self.transformer_cls_names_to_wrap else None
-        if name in ("SIZE_BASED_WRAP", "size_based_auto_wrap_policy"):
-            least = given.get("min_num_params", self.min_num_params)
-            return AtLeast(int(least)) if least else None
-        if policy is None or name == "NO_WRAP":
-            return None
-        if hasattr(policy, "_module_classes"):  # torch's ModuleWrapPolicy
-            return tuple(policy._module_classes)
-        if name == "lambda_auto_wrap_policy":
-            return Policy(given["lambda_fn"])
-        return Policy(policy)
+        return rule_of(
+            self.auto_wrap_policy,
+            class_names=self.transformer_cls_names_to_wrap or (),
+            least=self.min_num_params,
+            where=_WHERE,
+        )
 
     # --- what scripts ask Accelerate's plugin -------------------------------------------------
     def set_state_dict_type(self, state_dict_type: Any = None) -> None:
@@ -179,146 +159,8 @@ class FullyShardedDataParallelPlugin:
     def set_mixed_precision(self, mixed_precision: Any, buffer_autocast: bool = False, override: bool = False) -> None:
         """Set the precision to compute in, unless there is a policy already and ``override`` is not set."""
         if override or self.mixed_precision_policy is None:
-            _precision(mixed_precision)
+            precision_of("mixed_precision_policy", mixed_precision, where=_WHERE)
             self.mixed_precision_policy = mixed_precision
 
 
 _WHERE = "FullyShardedDataParallelPlugin"
-
-
-class ClassNames:
-    """A rule for units: modules whose class has one of these names."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = tuple(names)
-
-    def __call__(self, name: str, module: nn.Module) -> bool:
-        return type(module).__name__ in self.names
-
-    def __repr__(self) -> str:
-        return f"classes named {', '.join(self.names)}"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ClassNames) and other.names == self.names
-
-    def __hash__(self) -> int:
-        return hash(self.names)
-
-
-class AtLeast:
-    """A rule for units: the smallest modules that have at least ``elements`` beside the units inside them."""
-
-    def __init__(self, elements: int) -> None:
-        self.elements = elements
-
-    def __call__(self, name: str, module: nn.Module) -> bool:
-        return self._is_unit(module)[0]
-
-    def _is_unit(self, module: nn.Module) -> tuple[bool, int]:
-        """Is it one, and how many elements does it leave to the module around it?"""
-        left = sum(p.numel() for p in module.parameters(recurse=False))
-        if isinstance(module, nn.MultiheadAttention):  # uses its parts' weights itself
-            left = numel(module)
-        else:
-            left += sum(self._is_unit(child)[1] for child in module.children())
-        unit = left >= self.elements and has_forward(module)
-        return unit, 0 if unit else left
-
-    def __repr__(self) -> str:
-        return f"modules of at least {self.elements} elements"
-
-
-class Policy:
-    """A rule for units out of a callable: torch's wrapping policies, ``(name, module)`` or ``(module)``."""
-
-    def __init__(self, policy: Callable[..., Any]) -> None:
-        self.policy = policy
-        parameters = inspect.signature(policy).parameters
-        self.torch = "recurse" in parameters
-        self.size = next((k for k in ("nonwrapped_numel", "unwrapped_params") if k in parameters), None)
-        self.alone = len([p for p in parameters.values() if p.default is p.empty]) == 1
-
-    def __call__(self, name: str, module: nn.Module) -> bool:
-        if self.torch:
-            size = {self.size: numel(module)} if self.size else {}
-            return has_forward(module) and bool(self.policy(module, recurse=False, **size))
-        return bool(self.policy(module) if self.alone else self.policy(name, module))
-
-    def __repr__(self) -> str:
-        return f"policy {_name_of(self.policy) or self.policy!r}"
-
-
-def _name_of(policy: Any) -> str:
-    return str(getattr(getattr(policy, "func", policy), "__name__", ""))
-
-
-def _preset(field: str, value: Any, version: int | None) -> str:
-    if isinstance(value, str) and version == 2 and value.lower() in ("true", "false"):
-        value = value.lower() == "true"
-    if isinstance(value, bool):
-        if field == "sharding_strategy":
-            raise ConfigError(f"sharding_strategy={value} is not a name", where=_WHERE, fix=f"{', '.join(_KINDS)}")
-        return "zero3" if value else "zero2"
-    text = str(getattr(value, "name", value)).upper().lstrip("_")
-    if text.isdigit() and 1 <= int(text) <= len(_KINDS):
-        text = _KINDS[int(text) - 1]
-    if text == "HYBRID_SHARD_ZERO2":
-        raise StrategyError(
-            "HYBRID_SHARD_ZERO2 (parameters whole after forward, split in groups) has no row in the strategy table",
-            where=_WHERE,
-            fix="use HYBRID_SHARD ('hsdp'), which needs less memory, or SHARD_GRAD_OP ('zero2')",
-        )
-    if text not in _PRESETS:
-        raise ConfigError(f"{field}={value!r} is not known", where=_WHERE, fix=f"one of {', '.join(_KINDS[:4])}")
-    return _PRESETS[text]
-
-
-def _precision(policy: Any) -> tuple[str | None, str | None]:
-    """(dtype to compute in, dtype to reduce in)."""
-    if policy is None:
-        return None, None
-    if isinstance(policy, (str, torch.dtype)):
-        name = policy if isinstance(policy, str) else _dtype("mixed_precision_policy", policy)
-        if name == "no":
-            return None, None
-        if name not in _DTYPES.values():
-            raise ConfigError(
-                f"mixed_precision_policy={policy!r} is not served", where=_WHERE, fix="'bf16', 'fp16' or 'fp32'"
-            )
-        return name, name
-    if not any(_has(policy, key) for key in ("param_dtype", "reduce_dtype")):
-        raise ConfigError(
-            f"mixed_precision_policy of type {type(policy).__name__} names no param_dtype and no reduce_dtype",
-            where=_WHERE,
-            fix="give a name, a dict, or torch's MixedPrecision or MixedPrecisionPolicy",
-        )
-    param, reduce = (_dtype(key, _entry(policy, key)) for key in ("param_dtype", "reduce_dtype"))
-    return param, reduce
-
-
-def _has(policy: Any, key: str) -> bool:
-    return key in policy if isinstance(policy, dict) else hasattr(policy, key)
-
-
-def _entry(policy: Any, key: str) -> Any:
-    return policy.get(key) if isinstance(policy, dict) else getattr(policy, key, None)
-
-
-def _dtype(key: str, value: Any) -> str | None:
-    if value is None:
-        return None
-    name = _DTYPES.get(value) if isinstance(value, torch.dtype) else value
-    if name not in _DTYPES.values():
-        raise ConfigError(f"{key}={value!r} is not served", where=_WHERE, fix="bfloat16, float16 or float32")
-    return str(name)
-
-
-def _offloads(value: Any) -> bool:
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    if hasattr(value, "offload_params"):  # torch's CPUOffload of FSDP 1
-        return bool(value.offload_params)
-    kinds = {kind.__name__ for kind in type(value).__mro__}
-    if "OffloadPolicy" in kinds:  # torch's of FSDP 2
-        return "CPUOffloadPolicy" in kinds
-    raise ConfigError(f"cpu_offload={value!r} is not known", where=_WHERE, fix="True, False or torch's own objects")

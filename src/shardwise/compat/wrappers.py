@@ -37,7 +37,7 @@ def _is_wrapper(module: Any) -> bool:
             kind.__name__ == "DeepSpeedEngine" and home.startswith("deepspeed.")
         ):
             return True
-        if home == "shardwise.fsdp":
+        if home.startswith("shardwise.fsdp."):
             return True
     return False
 

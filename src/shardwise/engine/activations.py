@@ -183,9 +183,7 @@ def _copy(old: Engine, new: Engine, memo: Any) -> None:
     """The forwards of a copied model save where those of the model do."""
     if old.host_activations is None:
         return
-    saved = SavedOnHost(
-        old.host_activations.link.device, new.ledger, FlatViews(new.saved), pin=new.strategy.pin_memory
-    )
+    saved = SavedOnHost(old.host_activations.link.device, new.ledger, FlatViews(new.saved), pin=new.strategy.pin_memory)
     new.host_activations = saved
     for unit in old.units:
         forward = vars(unit.module).get("forward")

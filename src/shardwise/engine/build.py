@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -18,11 +18,12 @@ from shardwise.comm.stats import Op
 from shardwise.comm.world import default_device
 from shardwise.engine import activations, hooks, state_dict
 from shardwise.engine import optimizer as _optimizer  # installs the optimizer hooks
-from shardwise.engine.deferred import Deferred, InitFn, bottom_up, has_meta
+from shardwise.engine.deferred import Deferred, InitFn, has_meta
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import ENGINE, engine_of, set_engine
 from shardwise.engine.in_backward import InBackward
 from shardwise.engine.integrity import Integrity
+from shardwise.engine.overlaps import refuse_overlaps
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import CommError, OffloadError, UnitError
@@ -42,12 +43,19 @@ def shard(
     mesh: DeviceMesh | None = None,
     units: UnitRule = None,
     param_init_fn: InitFn | None = None,
+    ignored: Collection[nn.Parameter] = (),
 ) -> M:
-    """:func:`shardwise.fully_shard`, with exactly this strategy whatever the launcher said."""
+    """:func:`shardwise.fully_shard`, with exactly this strategy whatever the launcher said.
+
+    Args:
+        ignored: parameters that stay as they are, on each rank.
+    """
     if engine_of(module) is not None:
         raise UnitError(f"{type(module).__name__} is sharded already", fix="call fully_shard once per module")
-    params = list(module.named_parameters(remove_duplicate=False))
+    left = {id(p) for p in ignored}
+    params = [(n, p) for n, p in module.named_parameters(remove_duplicate=False) if id(p) not in left]
     _check(module, params)
+    refuse_overlaps(params)
     activations.check(module, chosen)
     device = _device(params)
     world = init(device, timeout=chosen.timeout)
@@ -90,13 +98,8 @@ def shard(
     deferred = Deferred(module, device, param_init_fn) if has_meta(module) else None
     wanted = [name for name in owners if of_unit[name]]
     if deferred is not None:  # a unit is sharded, and its memory freed, as soon as it has values
-        holders = {name: _holders(module, of_unit[name]) for name in wanted if name}
-        for child in bottom_up(module):
-            deferred.materialise(child)
-            for name in [name for name, modules in holders.items() if id(child) in modules]:
-                holders[name].discard(id(child))
-                if not holders[name]:
-                    make(name)
+        for name in deferred.ready({name: _holders(module, of_unit[name]) for name in wanted if name}):
+            make(name)
     for name in [*(n for n in wanted if n), ""]:
         if name not in made:
             make(name)
@@ -111,7 +114,7 @@ def shard(
         state_dict.install(unit)
     hooks.install(engine)
     activations.install(engine)
-    engine.integrity = Integrity(module)
+    engine.integrity = Integrity(module, left)
     if chosen.broadcast_buffers and world.size > 1:
         engine.send_buffers(0)
     set_engine(module, engine)
@@ -203,9 +206,9 @@ def _device(params: Sequence[tuple[str, nn.Parameter]]) -> torch.device:
     return World._current.device if World._current is not None else default_device()
 
 
-def _holders(root: nn.Module, params: Sequence[tuple[nn.Parameter, list[str]]]) -> set[int]:
-    """The modules (by ``id``) that hold any of these parameters themselves."""
-    return {id(root.get_submodule(name.rpartition(".")[0])) for _, names in params for name in names}
+def _holders(root: nn.Module, params: Sequence[tuple[nn.Parameter, list[str]]]) -> list[nn.Module]:
+    """The modules that hold any of these parameters themselves."""
+    return list({root.get_submodule(name.rpartition(".")[0]) for _, names in params for name in names})
 
 
 def _is_dtensor(p: nn.Parameter) -> bool:

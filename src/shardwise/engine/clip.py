@@ -1,7 +1,7 @@
-"""Norms and clipping of gradients that may be spread over ranks.
+"""Clipping of gradients that may be spread over ranks.
 
 The squares are summed per shard of each parameter's pieces, the same pieces under every strategy, then over shards in
-order. One collective, of one number per shard, whatever the model.
+order. One collective per mesh, of one number per shard, whatever the model.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from shardwise.comm import World
-from shardwise.engine.bucket import Bucket
 from shardwise.engine.commands import Command
-from shardwise.engine.sharded_grad import ShardedGrad
+from shardwise.engine.norms import Spread, combine, order_of, per_shard
+from shardwise.engine.sharded_grad import spread_of
 from shardwise.engine.unit import unit_of
 from shardwise.errors import GradientError
 
@@ -30,36 +30,36 @@ def clip_grad_norm_(
     """Scale all gradients so that their global norm is at most ``max_norm``; returns the norm before.
 
     The same as ``torch.nn.utils.clip_grad_norm_`` on one process, exact under every strategy, with
-    sharded and plain parameters mixed.
+    sharded and plain parameters mixed, and units on several meshes.
 
     Args:
         params: a module or its parameters.
         max_norm: upper bound of the norm.
-        norm_type: 2 by default; ``inf`` for the largest absolute value.
+        norm_type: 2 by default; any number above 0; ``inf`` for the largest absolute value.
         error_if_nonfinite: raise instead of scaling by a norm that is inf or nan.
 
     Returns:
-        The total norm, 0-dim fp32 tensor, equal on every rank.
+        The total norm, 0-dim, equal on every rank. Real, also of complex gradients; fp64 if one of them is so wide,
+        else fp32.
 
     Raises:
-        GradientError: a gradient has not been reduced yet, or ``error_if_nonfinite``.
+        GradientError: a gradient has not been reduced yet, the norm's order is not above 0, or ``error_if_nonfinite``.
 
-    Cost: one pass to measure, one to scale; one all-gather of ``world size`` numbers.
+    Cost: one pass to measure, one to scale; one all-gather of ``world size`` numbers per mesh.
     """
-    held = [p for p in (params.parameters() if isinstance(params, nn.Module) else params) if p.grad is not None]
-    grads = _settled(held)
-    with told(Command.NORMS, held, norm_type):
-        total = combine(shard_norms(grads, norm_type), norm_type)
+    order, held = order_of(norm_type), _with_gradients(params)
+    spreads, plain = settled(held)
+    with told(Command.NORMS, held, order):
+        total = combine(per_shard(spreads, plain, order), order)
     if error_if_nonfinite and not torch.isfinite(total):
         raise GradientError(
             f"the norm of the gradients is {float(total)}", fix="lower the learning rate or skip this step"
         )
     # Multiply always, even by one: a branch on the value would make a GPU wait for it.
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    pieces = [piece for _, _, ps in grads for piece in ps]
-    if pieces:
+    if held:
         with told(Command.MULTIPLY, held, factor.cpu):
-            multiply_(pieces, factor)
+            multiply_(pieces_of(spreads, plain), factor)
     return total
 
 
@@ -73,13 +73,20 @@ def multiply_(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
 
 
 def clip_grad_value_(params: nn.Module | Iterable[nn.Parameter], clip_value: float) -> None:
-    """Clamp every gradient element to ``[-clip_value, clip_value]``. No communication."""
-    held = [p for p in (params.parameters() if isinstance(params, nn.Module) else params) if p.grad is not None]
-    pieces = [piece for _, _, ps in _settled(held) for piece in ps]
-    if pieces:
+    """Clamp every gradient element to ``[-clip_value, clip_value]``. No communication.
+
+    Raises:
+        GradientError: a gradient is complex, or has not been reduced yet.
+    """
+    held = _with_gradients(params)
+    spreads, plain = settled(held)
+    if any(s.dtype.is_complex for s in spreads) or any(g.is_complex() for g in plain):
+        raise GradientError("complex gradients cannot be clamped", fix="use clip_grad_norm_")
+    if held:
         with told(Command.CLAMP, held, clip_value):
-            torch._foreach_clamp_min_(pieces, -abs(clip_value))
-            torch._foreach_clamp_max_(pieces, abs(clip_value))
+            if pieces := pieces_of(spreads, plain):
+                torch._foreach_clamp_min_(pieces, -abs(clip_value))
+                torch._foreach_clamp_max_(pieces, abs(clip_value))
 
 
 def told(kind: Command, params: Sequence[nn.Parameter], *args: Any) -> AbstractContextManager[None]:
@@ -88,86 +95,27 @@ def told(kind: Command, params: Sequence[nn.Parameter], *args: Any) -> AbstractC
     return nullcontext() if join is None else join.event(kind, None, join.addresses(params), *args)
 
 
-Settled = tuple[Bucket | None, int, list[torch.Tensor]]
+def _with_gradients(params: nn.Module | Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Each parameter that has a gradient, once."""
+    found = params.parameters() if isinstance(params, nn.Module) else params
+    return list({id(p): p for p in found if p.grad is not None}.values())
 
 
-def _settled(params: Sequence[nn.Parameter]) -> list[Settled]:
-    """(bucket, index, held pieces of the gradient) of each parameter, once; plain ones as they are."""
-    out: list[Settled] = []
-    seen: set[int] = set()
+def settled(params: Sequence[nn.Parameter]) -> tuple[list[Spread], list[torch.Tensor]]:
+    """What this rank holds of the reduced gradients of sharded parameters, and the gradients of plain ones."""
+    spreads, plain = [], []
     for p in params:
-        if id(p) in seen:
-            continue
-        seen.add(id(p))
         unit = unit_of(p)
         if unit is None:
             assert p.grad is not None
-            out.append((None, 0, [p.grad]))
+            plain.append(p.grad)
         else:
             bucket, index = unit.places[id(p)]
             bucket.grads.require_reduced(index)
-            out.append((bucket, index, bucket.grads.for_step(index) or []))
-    return out
+            bucket.grads.for_step(index)  # takes over what was put into p.grad by hand
+            spreads.append(spread_of(bucket.grads, index))
+    return spreads, plain
 
 
-@torch.no_grad()
-def shard_norms(grads: Sequence[Settled], norm_type: float) -> list[torch.Tensor]:
-    """Norms per shard, then of plain gradients: a list of 1-D tensors whose p-norm is the total."""
-    meshes: dict[int, tuple[Bucket, list[tuple[int, torch.Tensor]]]] = {}
-    plain: list[torch.Tensor] = []
-    for bucket, index, pieces in grads:
-        if bucket is None:
-            plain += pieces
-        else:
-            _, found = meshes.setdefault(id(bucket.mesh), (bucket, []))
-            found += zip(bucket.held_shards(index), pieces, strict=True)
-    out = []
-    for bucket, found in meshes.values():
-        mesh, device = bucket.mesh, bucket.device
-        norms = torch._foreach_norm([g for _, g in found], norm_type, torch.float32) if found else []
-        mine: dict[int, list[torch.Tensor]] = {}
-        for (shard, _), norm in zip(found, norms, strict=True):
-            mine.setdefault(shard, []).append(norm)
-        row = torch.zeros(mesh.parts, dtype=torch.float32, device=device)
-        for shard, parts in mine.items():
-            row[shard] = torch.linalg.vector_norm(torch.stack(parts), norm_type)
-        if bucket.placement.split_state:
-            mesh.gather(row, bucket.op("norm")).wait()
-        out.append(row)
-    if plain:
-        out.append(torch.stack([torch.linalg.vector_norm(g, norm_type, dtype=torch.float32) for g in plain]))
-    return out
-
-
-def combine(rows: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor:
-    if not rows:
-        return torch.tensor(0.0)
-    return torch.linalg.vector_norm(torch.cat([r.to(rows[0].device) for r in rows]), norm_type)
-
-
-def norms_of(grads: Sequence[torch.Tensor], norm_type: float) -> list[torch.Tensor]:
-    """The norm of each gradient over all ranks (one small collective): what ``torch.nn.utils`` asks for."""
-    out: list[torch.Tensor] = [torch.empty(0)] * len(grads)
-    sharded: list[tuple[int, ShardedGrad]] = []
-    for k, g in enumerate(grads):
-        if isinstance(g, ShardedGrad):
-            g.grads.require_reduced(g.slot)
-            sharded.append((k, g))
-        else:
-            out[k] = torch.linalg.vector_norm(g, norm_type)
-    if not sharded:
-        return out
-    bucket = sharded[0][1].bucket
-    shard = bucket.mesh.shard
-    table = torch.zeros(shard.size, len(sharded), dtype=torch.float32, device=bucket.device)
-    for column, (_, g) in enumerate(sharded):
-        pieces = g.local
-        if pieces:
-            table[shard.rank, column] = torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(p, norm_type, dtype=torch.float32) for p in pieces]), norm_type
-            )
-    shard.all_gather(table.view(-1), bucket.op("norm")).wait()
-    total = torch.linalg.vector_norm(table, norm_type, dim=0)
-    for column, (k, _) in enumerate(sharded):
-        out[k] = total[column]
-    return out
+def pieces_of(spreads: Sequence[Spread], plain: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [*(piece for spread in spreads for piece in spread.pieces), *plain]

@@ -298,6 +298,16 @@ class FlatParameters:
                 self.flat.tensor[self.held].copy_(self.master)
         return self.mesh.gather(self.flat.tensor, self.op("gather"))
 
+    def release(self) -> bool:
+        """Free the values' bytes, unless the script has a view of them. Were they freed?"""
+        if self.flat.nbytes and not self.flat.resizable and not self.flat.aliased:
+            self.flat.replace()
+            with torch._C.DisableTorchFunctionSubclass():
+                for i, p in enumerate(self.params):
+                    self.attach(i, p)
+            self.note()
+        return self.flat.release()
+
     @property
     def gathers_after_step(self) -> bool:
         """Do values that stay follow the master values by a copy or a gather after each step?"""

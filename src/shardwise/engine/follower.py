@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
-from shardwise.engine import clip, sharded_grad
+from shardwise.engine import clip, norms, sharded_grad
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.commands import Command
 from shardwise.engine.engine import Engine
@@ -56,12 +56,12 @@ def adopt(bucket: Bucket) -> None:
 
 
 def _norms(join: Followed, places: Any, norm_type: float) -> None:
-    clip.shard_norms(clip._settled(join.params(places)), norm_type)
+    norms.per_shard(*clip.settled(join.params(places)), norm_type)
 
 
 def _multiply(join: Followed, places: Any, factor: torch.Tensor) -> None:
-    if pieces := [g for _, _, held in clip._settled(join.params(places)) for g in held]:
-        clip.multiply_(pieces, factor)
+    spreads, plain = clip.settled(join.params(places))
+    clip.multiply_(clip.pieces_of(spreads, plain), factor)
 
 
 def _clamp(join: Followed, places: Any, bound: float) -> None:

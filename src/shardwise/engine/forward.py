@@ -82,7 +82,7 @@ class Forward:
             hooks.__enter__()
             self._hooks.append(hooks)
 
-    def _close(self) -> None:
+    def _close(self, *, failed: bool = False) -> None:
         self.passes.forward -= 1
         if self.passes.forward:
             return
@@ -90,7 +90,8 @@ class Forward:
             self._hooks.pop().__exit__(None, None, None)
         self._after_update.clear()
         self.drop(Pin.FORWARD)
-        self.tracker.phase = self.tracker.unit = ""
+        if not failed:  # where it was is what the report of a failure says
+            self.tracker.phase = self.tracker.unit = ""
 
     def drop(self, reason: Pin) -> None:
         """Nothing needs the units that were kept gathered for ``reason`` any more."""
@@ -98,6 +99,7 @@ class Forward:
             if unit.residence.pinned(reason) or unit.residence.staging:
                 unit.residence.drop(reason)
                 unit.release()
+            unit.free()
 
     def _order(self) -> UnitOrder:
         return self.training if torch.is_grad_enabled() else self.evaluation
@@ -135,11 +137,14 @@ class Forward:
                 return map_tensors((args, kwargs), partial(_in_dtype, dtype))
         return None
 
-    def leave(self, unit: Unit, output: Any) -> Any:
-        """``unit`` has computed, or failed to. Returns a new output, or ``None`` to leave it."""
+    def leave(self, unit: Unit, output: Any, *, failed: bool = False) -> Any:
+        """``unit`` has computed, or ``failed`` to. Returns a new output, or ``None`` to leave it."""
         if not self._calls or self._calls[-1][0] is not unit:
             return None  # it failed before it had begun
         _, call = self._calls.pop()
+        if failed:
+            self._close(failed=True)
+            return None
         try:
             changed, will_backward = None, False
             if call is not None:

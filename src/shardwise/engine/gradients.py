@@ -138,6 +138,8 @@ class Gradients:
         self.bucket, self._handle = bucket, handle
         plan = bucket.placement
         self.split, self.on_host, self.shows_handles = plan.grads_split, plan.grads_on_host, plan.shows_handles
+        # Alone, nothing is to be reduced: gradients add up in their last place, whatever is there already.
+        self._alone = bucket.mesh.parts == 1 and not self.split and bucket.reduce_dtype == bucket.master_dtype
         self.states = GradStates(len(bucket.params), bucket.label)
         self.reduced: torch.Tensor | None = None
         self.raw: torch.Tensor | None = None
@@ -147,6 +149,7 @@ class Gradients:
         self._crossing: tuple[Copy, torch.Tensor, BufferLease | None] | None = None  # from there to the host
         self._adding: list[bool] = []  # per parameter: what crosses is added to what is there
         self._shown: list[torch.Tensor] | None = None  # what ``p.grad`` shows
+        self._unreduced: list[torch.Tensor] | None = None  # what it shows of gradients that wait for their reduce
         self._pieces: list[list[torch.Tensor]] = []
 
     # --- where they are -------------------------------------------------------------------------
@@ -163,7 +166,8 @@ class Gradients:
             else:
                 self.reduced = b.ledger.empty(n, b.master_dtype, b.device, "gradients").zero_()
             origin = b.held.start if self.split else 0
-            self._shown = None  # handles of what was spent
+            if not self.shows_handles:
+                self._shown = None  # handles of what was spent
             self._pieces = [[b.view(p, self.reduced, origin) for p in ps] for ps in b.pieces]
         return self.reduced
 
@@ -181,6 +185,16 @@ class Gradients:
         """The reduced gradient of parameter ``index`` in its shape, where this rank holds all of it."""
         slot = self.bucket.layout.slots[index]
         return self.open()[slot.offset : slot.stop].view(slot.shape)
+
+    def unreduced(self, index: int) -> torch.Tensor:
+        """A copy of the gradient of parameter ``index`` that this rank alone has made, not divided by the number of ranks.
+
+        For those in state LOCAL, as ``no_sync()`` keeps them.
+        """
+        slot = self.bucket.layout.slots[index]
+        assert self.raw is not None
+        mine = self.raw[slot.offset : slot.stop].view(slot.shape)
+        return mine.to(self.bucket.master_dtype, copy=True).div_(self.bucket.share)
 
     # --- one backward ---------------------------------------------------------------------------
     def read_flags(self) -> list[bool]:
@@ -210,7 +224,7 @@ class Gradients:
         """The flat buffer gradients arrive in: the whole gradient itself where that is kept and empty."""
         b = self.bucket
         in_place = not self.split and b.reduce_dtype == b.master_dtype
-        if in_place and self.reduction is None and not self.states.any_reduced:
+        if in_place and self.reduction is None and (self._alone or not self.states.any_reduced):
             return self.open()
         return b.ledger.empty(b.layout.numel, b.reduce_dtype, b.device, "gather_buffers")
 
@@ -225,12 +239,17 @@ class Gradients:
         slot, share = self.bucket.layout.slots[index], self.bucket.share
         place = self.raw[slot.offset : slot.stop].view(slot.shape)
         # The mean is taken here, in the pass that copies anyway, so that a reduce is a plain sum.
-        if not self.states.arrive(index):
+        more = self._in_place(index)
+        if not self.states.arrive(index) or more:
             place.add_(grad, alpha=share)
         elif grad.dtype == place.dtype:
             torch.mul(grad, share, out=place)
         else:
             place.copy_(grad).mul_(share)
+
+    def _in_place(self, index: int) -> bool:
+        """Is what arrives added to what is reduced already?"""
+        return self.raw is self.reduced and self.states.is_reduced(index)
 
     def launch_reduce(self) -> None:
         """Start reducing what arrived; parameters without a gradient on this rank count as zeros."""
@@ -239,7 +258,7 @@ class Gradients:
         raw = self.raw if self.raw is not None else self._open_raw()
         self.raw, self._reducing = None, raw
         for i, slot in enumerate(b.layout.slots):
-            if not self.states.waits(i):
+            if not self.states.waits(i) and not (raw is self.reduced and self.states.is_reduced(i)):
                 raw[slot.offset : slot.stop].zero_()
         self.states.taken()
         if raw is self.reduced:
@@ -337,7 +356,7 @@ class Gradients:
         for i, slot in enumerate(self.bucket.layout.slots):
             mine = slice(slot.offset, slot.stop)
             if raw is grad:
-                if not self.states.waits(i):
+                if not self.states.waits(i) and not self.states.is_reduced(i):
                     grad[mine].zero_()
             elif self.states.waits(i):
                 grad[mine].add_(raw[mine]) if self.states.is_reduced(i) else grad[mine].copy_(raw[mine])
@@ -347,14 +366,17 @@ class Gradients:
         self.raw = None
         self.states.reduced()
 
-    def abandon(self) -> None:
+    def forget(self) -> None:
         """Drop gradients that arrived in a backward that failed. Reduced ones of earlier backwards stay."""
-        self._end_reduce()
-        self._drop_merge()
         if self.raw is not None:
             self._close(self.raw)
             self.raw = None
         self.states.taken()
+
+    def drop_reduce(self) -> None:
+        """Wait for the reduce that such a backward has started, and drop its result."""
+        self._end_reduce()
+        self._drop_merge()
 
     def spend(self) -> None:
         """An update has used the gradients up: free them, and let ``p.grad`` say so."""
@@ -366,6 +388,11 @@ class Gradients:
     # --- what others see ------------------------------------------------------------------------
     def show(self, index: int, param: nn.Parameter) -> None:
         """Put the gradient's public face into ``p.grad``."""
+        if self.states[index] is GradState.LOCAL and not self._alone and not self.shows_handles:
+            if self._unreduced is None:
+                self._unreduced = [self._handle(self, i) for i in range(len(self.bucket.params))]
+            param.grad = self._unreduced[index]
+            return
         if self._shown is None:
             if self.shows_handles or self.states[index] is GradState.SPENT:
                 self._shown = [self._handle(self, i) for i in range(len(self.bucket.params))]
@@ -376,7 +403,7 @@ class Gradients:
 
     def is_shown(self, index: int, grad: torch.Tensor) -> bool:
         """Is this what :meth:`show` put there?"""
-        return self._shown is not None and grad is self._shown[index]
+        return any(shown is not None and grad is shown[index] for shown in (self._shown, self._unreduced))
 
     @torch.no_grad()
     def adopt(self, index: int, grad: torch.Tensor) -> None:

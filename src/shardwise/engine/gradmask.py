@@ -12,9 +12,7 @@ _SHOWN = 16  # added to the state: ``p.grad`` shows it
 
 def mask(units: Sequence[Unit]) -> bytes:
     """The state of each parameter's gradient on this rank, and whether ``p.grad`` shows it."""
-    return bytes(
-        s.bucket.grads.states[s.index] + _SHOWN * (s.param.grad is not None) for u in units for s in u.slots
-    )
+    return bytes(s.bucket.grads.states[s.index] + _SHOWN * (s.param.grad is not None) for u in units for s in u.slots)
 
 
 def take_mask(units: Sequence[Unit], row: bytes) -> None:

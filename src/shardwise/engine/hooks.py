@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -59,4 +60,6 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def _leave(module: nn.Module, args: Any, output: Any) -> Any:
     bound = binding_of(module)
     assert bound is not None
-    return bound.forward.leave(bound.unit, output)
+    # Called with nothing, and inside of an exception's way up: the module's forward raised.
+    failed = output is None and sys.exc_info()[1] is not None
+    return bound.forward.leave(bound.unit, output, failed=failed)

@@ -261,7 +261,8 @@ class Join:
                 f"rank {self._absent()} has no data left and does not know this {type(optimizer).__name__}, so it "
                 "cannot step the pieces it holds",
                 where=f"rank {self.world.rank}, inside join_uneven_inputs",
-                fix="prepare the optimizer before the block: optimizer = accelerator.prepare(optimizer)",
+                fix="prepare the optimizer before the block: optimizer = accelerator.prepare(optimizer), or "
+                "shardwise.attach(optimizer) in a loop of your own",
             )
         engines = [k for k, e in enumerate(self.engines) if follower.holds(e, optimizer)]
         masks = [(k, mask(self.engines[k].units)) for k in engines]

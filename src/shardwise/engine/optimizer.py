@@ -91,6 +91,17 @@ def attach(optimizer: Optimizer) -> bool:
     return True
 
 
+def attached_to(engine: Any) -> list[Optimizer]:
+    """The attached optimizers that hold parameters of an engine's units, in the order in which they were attached."""
+    return [
+        optimizer
+        for optimizer in _attached
+        if any(
+            (u := unit_of(p)) is not None and u.upward is engine for g in optimizer.param_groups for p in g["params"]
+        )
+    ]
+
+
 def needs_whole_tensors(optimizer: Optimizer) -> bool:
     """Does an update mix elements of a tensor, as far as we know? Unknown classes: yes."""
     return not any(

@@ -13,13 +13,27 @@ from typing import Any
 
 import torch
 
+from shardwise.engine import norms
 from shardwise.engine.commands import Command
 from shardwise.engine.flat import FlatParameters
 from shardwise.engine.gradients import Gradients, GradState
+from shardwise.engine.norms import Spread
 from shardwise.errors import GradientError
 from shardwise.trees import leaves, map_tensors
 
 aten = torch.ops.aten
+
+
+def spread_of(grads: Gradients, index: int) -> Spread:
+    """What this rank holds of the reduced gradient of parameter ``index``.
+
+    Raises:
+        GradientError: it has not been reduced yet, or an update has used it up.
+    """
+    bucket = grads.bucket
+    grads.require_reduced(index)
+    pieces = grads.pieces(index)
+    return Spread(bucket.mesh, bucket.op("norm"), bucket.master_dtype, bucket.device, bucket.held_shards(index), pieces)
 
 
 class ShardedGrad(torch.Tensor):
@@ -56,30 +70,54 @@ class ShardedGrad(torch.Tensor):
         return found
 
     @property
+    def is_split(self) -> bool:
+        """Does each rank hold a part of it only?"""
+        return self.bucket.placement.split_state
+
+    @property
+    def waits(self) -> bool:
+        """Has it arrived on this rank, and was not reduced over the ranks yet? So it is inside ``no_sync()``."""
+        return self.grads.states[self.slot] is GradState.LOCAL
+
+    @property
+    def spread(self) -> Spread:
+        return spread_of(self.grads, self.slot)
+
+    @property
     def local(self) -> list[torch.Tensor]:
         """This rank's pieces, 1-D (whole-shaped under ``layout=tensor``)."""
         return self.grads.pieces(self.slot)
 
+    @property
+    def _name(self) -> str:
+        return self.bucket.layout.slots[self.slot].name
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        name = self.bucket.layout.slots[self.slot].name
         if self.grads.states[self.slot] is GradState.SPENT:
-            return f"ShardedGrad({name}, shape={tuple(self.shape)}, used up by an update in the backward)"
-        return f"ShardedGrad({name}, shape={tuple(self.shape)}, local={sum(t.numel() for t in self.local)} elements)"
+            return f"ShardedGrad({self._name}, shape={tuple(self.shape)}, used up by an update in the backward)"
+        if self.waits:
+            return f"ShardedGrad({self._name}, shape={tuple(self.shape)}, of this rank, not reduced yet)"
+        local = sum(t.numel() for t in self.local)
+        return f"ShardedGrad({self._name}, shape={tuple(self.shape)}, local={local} elements)"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         rule = _RULES.get(func)
-        whole = [a for a in leaves(args) if isinstance(a, ShardedGrad) and not a.bucket.placement.split_state]
+        handles = [a for a in leaves((args, kwargs or {})) if isinstance(a, ShardedGrad)]
+        if rule is None and not func._schema.is_mutable and any(h.waits for h in handles):
+            plain = map_tensors((args, kwargs or {}), _readable)  # of no_sync(): this rank's own, as DDP shows it
+            return func(*plain[0], **plain[1])
+        whole = [a for a in leaves(args) if isinstance(a, ShardedGrad) and not a.is_split]
         if whole and (rule is None or func in _LOOKS):
             for handle in whole:
                 handle.grads.require_reduced(handle.slot)
             plain = map_tensors((args, kwargs or {}), _unwrapped)
             return func(*plain[0], **plain[1])
         if rule is None:
-            grad = next((a for a in args if isinstance(a, ShardedGrad)), None)
+            grad = next((a for a in leaves(args) if isinstance(a, ShardedGrad)), None)
             raise GradientError(
                 f"'{func.__name__}' has no right answer on a gradient that is split over the ranks",
-                where=f"gradient of '{grad.bucket.layout.slots[grad.slot].name}'" if grad is not None else "",
+                where=f"gradient of '{grad._name}'" if grad is not None else "",
                 fix="use shardwise.clip_grad_norm_ / clip_grad_value_, or read it inside "
                 "'with shardwise.gathered(module, grads=True):'",
             )
@@ -97,32 +135,38 @@ class ShardedGrad(torch.Tensor):
             return rule(*args, **kwargs)
 
 
+def _readable(t: torch.Tensor) -> torch.Tensor:
+    return t.grads.unreduced(t.slot) if isinstance(t, ShardedGrad) and t.waits else _unwrapped(t)
+
+
 def _unwrapped(t: torch.Tensor) -> torch.Tensor:
-    return t.grads.whole(t.slot) if isinstance(t, ShardedGrad) and not t.bucket.placement.split_state else t
+    return t.grads.whole(t.slot) if isinstance(t, ShardedGrad) and not t.is_split else t
 
 
-def _local(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    out: list[torch.Tensor] = []
+def _spreads(grads: Sequence[torch.Tensor]) -> list[Spread]:
+    return [g.spread for g in grads if isinstance(g, ShardedGrad)]
+
+
+def _places(grads: Sequence[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:
+    """The held pieces, and plain gradients, by where they are: the home of some may be the host."""
+    places: dict[torch.device, list[torch.Tensor]] = {}
     for g in grads:
-        if isinstance(g, ShardedGrad):
-            g.grads.require_reduced(g.slot)
-            out += g.local
-        else:
-            out.append(g)
-    return out
+        for piece in g.spread.pieces if isinstance(g, ShardedGrad) else [g]:
+            places.setdefault(piece.device, []).append(piece)
+    return places
 
 
-def _beside(pieces: Sequence[torch.Tensor], args: Any) -> Any:
-    """The other operands where the pieces are, which may be the host."""
-    return map_tensors(args, lambda t: t.to(pieces[0].device)) if pieces else args
+def _beside(device: torch.device, args: Any) -> Any:
+    """The other operands where the pieces are."""
+    return map_tensors(args, lambda t: t.to(device))
 
 
 def _each(inplace: Callable[..., Any]) -> Callable[..., Any]:
     def one(grad: ShardedGrad, *args: Any, **kwargs: Any) -> ShardedGrad:
-        pieces = _local([grad])
-        args = _beside(pieces, args)
-        for piece in pieces:
-            inplace(piece, *args, **kwargs)
+        for device, pieces in _places([grad]).items():
+            beside = _beside(device, args)
+            for piece in pieces:
+                inplace(piece, *beside, **kwargs)
         return grad
 
     return one
@@ -130,11 +174,21 @@ def _each(inplace: Callable[..., Any]) -> Callable[..., Any]:
 
 def _many(inplace: Callable[..., Any]) -> Callable[..., None]:
     def all_(grads: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> None:
-        pieces = _local(grads)
-        if pieces:
-            inplace(pieces, *_beside(pieces, args), **kwargs)
+        for device, pieces in _places(grads).items():
+            inplace(pieces, *_beside(device, args), **kwargs)
 
     return all_
+
+
+def _real_only(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """All ranks raise, also those that hold nothing of it."""
+
+    def real(grads: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(g.is_complex() for g in leaves(grads)):
+            raise GradientError("complex gradients cannot be clamped", fix="clip their norm instead")
+        return rule(grads, *args, **kwargs)
+
+    return real
 
 
 def _zero(grad: ShardedGrad) -> ShardedGrad:
@@ -150,35 +204,34 @@ def _zero_all(grads: Sequence[torch.Tensor]) -> None:
             g.zero_()
 
 
+def _norms(grads: Sequence[torch.Tensor], norm_type: float) -> list[torch.Tensor]:
+    order = norms.order_of(norm_type)
+    found = iter(norms.per_tensor(_spreads(grads), order))
+    return [next(found) if isinstance(g, ShardedGrad) else torch.linalg.vector_norm(g, order) for g in grads]
+
+
 def _vector_norm(
     grad: ShardedGrad, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> torch.Tensor:
-    from shardwise.engine.clip import norms_of
-
     if dim is not None or keepdim or dtype is not None:
         raise GradientError("a norm along dims has no rank-local answer", fix="use shardwise.clip_grad_norm_")
-    return norms_of([grad], float(ord))[0]
+    return _norms([grad], ord)[0]
 
 
 def _foreach_norm(grads: Sequence[torch.Tensor], ord: float = 2, dtype: Any = None) -> list[torch.Tensor]:
-    from shardwise.engine.clip import norms_of
-
-    return norms_of(grads, float(ord))
+    found = _norms(grads, ord)
+    return found if dtype is None else [n.to(dtype.to_real()) for n in found]
 
 
 def _unscale(grads: Sequence[torch.Tensor], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
     """GradScaler's check: every rank must see an overflow that any rank's pieces have."""
-    pieces = _local(grads)
-    if pieces:
-        found, inverse = _beside(pieces, (found_inf, inv_scale))
-        torch._amp_foreach_non_finite_check_and_unscale_(pieces, found, inverse)
+    spreads = _spreads(grads)
+    for device, pieces in _places(grads).items():
+        found, inverse = found_inf.to(device), inv_scale.to(device)
+        real = [torch.view_as_real(p) if p.is_complex() else p for p in pieces]
+        torch._amp_foreach_non_finite_check_and_unscale_(real, found, inverse)
         found_inf.copy_(found)
-    first = next(g for g in grads if isinstance(g, ShardedGrad))
-    mesh = first.bucket.mesh
-    votes = torch.zeros(mesh.shard.size, dtype=torch.float32, device=found_inf.device)
-    votes[mesh.shard.rank] = found_inf
-    mesh.shard.all_gather(votes, first.bucket.op("norm")).wait()
-    found_inf.copy_(votes.max())
+    norms.agree(found_inf, spreads)
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
@@ -187,7 +240,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.mul_.Scalar: _each(torch.Tensor.mul_),
     aten.div_.Tensor: _each(torch.Tensor.div_),
     aten.div_.Scalar: _each(torch.Tensor.div_),
-    aten.clamp_.default: _each(torch.Tensor.clamp_),
+    aten.clamp_.default: _real_only(_each(torch.Tensor.clamp_)),
     aten.nan_to_num_.default: _each(torch.Tensor.nan_to_num_),
     aten.zero_.default: _zero,
     aten._foreach_zero_.default: _zero_all,
@@ -195,8 +248,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten._foreach_mul_.Scalar: _many(torch._foreach_mul_),
     aten._foreach_div_.Tensor: _many(torch._foreach_div_),
     aten._foreach_div_.Scalar: _many(torch._foreach_div_),
-    aten._foreach_clamp_min_.Scalar: _many(torch._foreach_clamp_min_),
-    aten._foreach_clamp_max_.Scalar: _many(torch._foreach_clamp_max_),
+    aten._foreach_clamp_min_.Scalar: _real_only(_many(torch._foreach_clamp_min_)),
+    aten._foreach_clamp_max_.Scalar: _real_only(_many(torch._foreach_clamp_max_)),
     aten.linalg_vector_norm.default: _vector_norm,
     aten._foreach_norm.Scalar: _foreach_norm,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,

@@ -166,5 +166,3 @@ def let_follow(unit: Unit) -> None:
         if bucket.values is not None and bucket.values.resident:
             TransferGroup(bucket.follow_master()).wait()
             bucket.values.write_back()
-
-

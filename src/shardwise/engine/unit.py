@@ -110,6 +110,7 @@ class Unit:
         residence: where the values are, and who needs them.
         failure: why they are those of no step, in state FAILED.
         calls_made: forwards under autograd since the last backward.
+        lingers: values are released, and the script has a view of them that keeps their bytes.
     """
 
     def __init__(
@@ -148,7 +149,8 @@ class Unit:
         self.residence = Residence(self.label, released=self.released)
         self.failure: BaseException | None = None
         self.calls_made = 0  # forwards with gradients since the last backward
-        self._updates: list[PendingUpdate] = []  # asked for, and not waited for; this rank may have none of them
+        self.lingers = False  # released, and the bytes are still there for whoever has a view of them
+        self.updates: list[PendingUpdate] = []  # asked for, and not waited for; this rank may have none of them
         self._follow: list[Bucket] = []  # whose values follow when these have taken place
         self._gathering: list[Transfer] = []  # under way
         self._taking_handles = False
@@ -167,8 +169,8 @@ class Unit:
         new.__dict__.update(self.__dict__)
         new.module, new.upward = of(self.module), upward
         new.residence = Residence(self.label, released=self.released)
-        new.calls_made = 0
-        new._updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
+        new.calls_made, new.lingers = 0, False
+        new.updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
         twins = {
             id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers)
             for b in self.buckets
@@ -270,8 +272,13 @@ class Unit:
             self.residence.to(Residency.RELEASED)
             for b in self.buckets:
                 if b.placement.released:
-                    b.flat.release()
+                    self.lingers |= not b.release()
                     guard(b.params)
+
+    def free(self) -> None:
+        """Free the bytes of released values that the script had a view of, if it has none any more."""
+        if self.lingers and self.residence.state is Residency.RELEASED:
+            self.lingers = not all([b.release() for b in self.buckets if b.placement.released])
 
     def take_writes(self) -> None:
         """What the script wrote to values that come and go is taken to the master values, before they go.
@@ -340,14 +347,14 @@ class Unit:
             self._drop_passes()
             self.release()
         if self.residence.here and self.residence.pinned():  # somebody looks at the values: let them follow now
-            self._updates, self._follow = list(updates), list(buckets)
+            self.updates, self._follow = list(updates), list(buckets)
             self.residence.to(Residency.UPDATING)
             self.finish_update()
             return
         self.residence.to(Residency.UPDATING)
         if not self.released:
             guard(self.params)
-        self._updates, self._follow = list(updates), list(buckets)
+        self.updates, self._follow = list(updates), list(buckets)
 
     def finish_update(self) -> None:
         """Wait for updates that were asked for; then values follow.
@@ -359,7 +366,7 @@ class Unit:
             self._refuse_failed()
         if self.residence.state is not Residency.UPDATING:
             return
-        updates, self._updates = self._updates, []
+        updates, self.updates = self.updates, []
         follow, self._follow = self._follow, []
         try:
             for one in updates:

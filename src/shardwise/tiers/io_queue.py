@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from time import perf_counter
 
+import numpy as np
+
 from shardwise.errors import OffloadError
 from shardwise.tiers.block_io import BlockIO, Bytes, Extent, Kind
 from shardwise.tiers.disk_errors import again, explain
@@ -42,6 +44,9 @@ class DiskStats:
     def hidden(self) -> float:
         """The part of ``busy_s`` in which nobody waited, 0 to 1."""
         return 0.0 if self.busy_s == 0 else max(0.0, 1 - self.wait_s / self.busy_s)
+
+
+_NONE: Bytes = np.empty(0, np.uint8)
 
 
 class DiskTransfer:
@@ -219,8 +224,8 @@ class IOQueue:
                 # If something unforeseen ends this thread, the transfer ends with an error all the same.
                 error = OffloadError("an I/O thread ended", where=self.io.where, fix="see its traceback on stderr")
                 try:
-                    data = transfer.data[start - transfer.start : end - transfer.start]
-                    scratch = io.move(transfer.kind, transfer.extent, start, data, scratch)
+                    part = slice(start - transfer.start, end - transfer.start)
+                    scratch = io.move(transfer.kind, transfer.extent, start, transfer.data[part], scratch)
                     error = None
                 except OffloadError as found:
                     error = found
@@ -277,5 +282,5 @@ class IOQueue:
                 elif other.blockers == 0:  # what has not begun when the store fails never will
                     other.error = self.error
                     over.append(other)
-            ended.data = ended.data[:0]  # the transfer may outlive the buffer
+            ended.data = _NONE  # the transfer may outlive the buffer, and a view of it would keep its bytes
             ended.ended.set()

@@ -109,7 +109,8 @@ class _BounceBufferRead:
     """Values on their way from a disk into a host buffer and from there to the device."""
 
     def __init__(self, link: Link, lease: BufferLease, reads: Sequence[Transfer], target: torch.Tensor) -> None:
-        self.link, self.lease, self.reads, self.target = link, lease, reads, target
+        self.link, self.lease, self.reads = link, lease, reads
+        self.target: torch.Tensor | None = target  # until the copy has begun: a view of it would keep its bytes
         self._copy: Copy | None = None
 
     def send(self) -> Copy:
@@ -117,8 +118,9 @@ class _BounceBufferRead:
         if self._copy is None:
             for read in self.reads:
                 read.wait()
-            n = self.target.nbytes
-            self._copy = self.link.to_device(self.lease.buffer[:n].view(self.target.dtype), self.target)
+            target, self.target = self.target, None
+            assert target is not None
+            self._copy = self.link.to_device(self.lease.buffer[: target.nbytes].view(target.dtype), target)
             self.lease.release([self._copy])
         return self._copy
 

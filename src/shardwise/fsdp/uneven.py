@@ -1,0 +1,47 @@
+"""Uneven inputs in a loop that nobody counts: a rank has data as long as it calls the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from shardwise.comm import World
+from shardwise.engine.engine import Engine
+from shardwise.engine.join import Join
+from shardwise.engine.optimizer import attached_to
+
+
+@contextmanager
+def uneven_inputs(engine: Engine) -> Iterator[None]:
+    """Inside, ranks may run out of data at different times; see :mod:`shardwise.engine.join`.
+
+    Args:
+        engine: the model's. Optimizers that are attached to it step on all ranks.
+    """
+    world = World.current()
+    if world.size == 1 or world.fake:
+        yield
+    elif world.join is not None:
+        world.join.include([engine])
+        yield
+    else:
+        with Join(world, [engine], attached_to(engine), _Uncounted()):
+            yield
+
+
+class _Uncounted:
+    """A loop without dataloaders, windows and scales of ours."""
+
+    steps: Any = None
+    depth = 0
+    at_end = False
+
+    def shared(self) -> Any:
+        return None
+
+    def take(self, state: Any) -> None:
+        """There is nothing to take."""
+
+    def rules(self) -> dict[str, Callable[..., None]]:
+        return {}
