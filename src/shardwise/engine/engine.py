@@ -106,8 +106,8 @@ class Engine:
         """Is the whole model being copied, given ``copy.deepcopy``'s memo?"""
         return id(self.module) in memo
 
-    def _begins(self, unit: Unit, call: Call) -> None:
-        self.backward.enter(unit, call)
+    def _begins(self, unit: Unit, call: Call, number: int) -> None:
+        self.backward.enter(unit, call, number)
 
     def pin_for_access(self) -> Pin | None:
         """See :class:`~shardwise.engine.unit.Upward`, of which this is one."""
