@@ -380,6 +380,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             else:
                 unit.publish(buckets)
         later.start(list(updates.values()))
+        for unit, _ in touched.values():
+            unit.finish_if_pinned()
 
 
 def _count_state(optimizer: Optimizer, record: _Attachment) -> None:

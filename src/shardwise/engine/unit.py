@@ -278,7 +278,8 @@ class Unit:
     def free(self) -> None:
         """Free the bytes of released values that the script had a view of, if it has none any more."""
         if self.lingers and self.residence.state is Residency.RELEASED:
-            self.lingers = not all([b.release() for b in self.buckets if b.placement.released])
+            freed = [b.release() for b in self.buckets if b.placement.released]
+            self.lingers = not all(freed)
 
     def take_writes(self) -> None:
         """What the script wrote to values that come and go is taken to the master values, before they go.
@@ -291,8 +292,8 @@ class Unit:
         for b in self.buckets:
             if not b.placement.released or not (written := b.written()):
                 continue
+            b.note()  # first: taking the values looks at master values, which asks here
             if b.mesh.shard.size > 1:
-                b.note()
                 raise UnitError(
                     f"parameter '{b.names[written[0]]}' was written to while its values were gathered: each rank would "
                     "keep what it wrote to its own shard, and lose the rest",
@@ -346,15 +347,15 @@ class Unit:
         if self.released:
             self._drop_passes()
             self.release()
-        if self.residence.here and self.residence.pinned():  # somebody looks at the values: let them follow now
-            self.updates, self._follow = list(updates), list(buckets)
-            self.residence.to(Residency.UPDATING)
-            self.finish_update()
-            return
         self.residence.to(Residency.UPDATING)
         if not self.released:
             guard(self.params)
         self.updates, self._follow = list(updates), list(buckets)
+
+    def finish_if_pinned(self) -> None:
+        """After the updates of :meth:`defer_update` have been started: if somebody looks at the values, they follow now."""
+        if self.updating and self.residence.pinned():
+            self.finish_update()
 
     def finish_update(self) -> None:
         """Wait for updates that were asked for; then values follow.
@@ -433,7 +434,7 @@ class Unit:
         for b in self.buckets:
             if not b.placement.released and b.written():
                 self.finish_transfers()
-                b.note()  # first: taking the values looks at master values, which asks here
+                b.note()  # first, for the same reason
                 b.take_values()
 
     def rest(self) -> None:
