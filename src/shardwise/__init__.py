@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shardwise.data_loader import skip_first_batches
     from shardwise.engine.build import gathered, no_sync
     from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
+    from shardwise.engine.elementwise import ELEMENTWISE
     from shardwise.engine.optimizer import attach, optimizer_state
     from shardwise.errors import ShardwiseError
     from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel, fully_shard
@@ -52,6 +53,7 @@ _HOME = {
     "DistributedDataParallel": "fsdp",
     "DistributedDataParallelKwargs": "utils.dataclasses",
     "DistributedType": "utils.dataclasses",
+    "ELEMENTWISE": "engine.elementwise",
     "FullyShardedDataParallel": "fsdp",
     "FullyShardedDataParallelPlugin": "utils.plugins",
     "GradScalerKwargs": "utils.dataclasses",

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from shardwise import operations
 from shardwise.comm import World
+from shardwise.engine.attachment import unit_of
 from shardwise.engine.clip import clip_grad_norm_
-from shardwise.engine.optimizer import unit_of
 from shardwise.errors import OptimizerError
 from shardwise.stepping import Steps
 

@@ -18,8 +18,8 @@ from torch import nn
 from shardwise import operations
 from shardwise.comm import World
 from shardwise.data_loader import PreparedLoader
+from shardwise.engine.attachment import unit_of
 from shardwise.engine.build import engine_of
-from shardwise.engine.optimizer import unit_of
 from shardwise.engine.schedule import Engine
 from shardwise.errors import GradientError
 

@@ -15,7 +15,8 @@ from shardwise.accelerator.base import HALVES, Base
 from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_first_batches
 from shardwise.engine.build import engine_of, shard
 from shardwise.engine.deferred import Deferred, has_meta
-from shardwise.engine.optimizer import attach, check, needs_whole_tensors
+from shardwise.engine.elementwise import check, needs_whole_tensors
+from shardwise.engine.optimizer import attach
 from shardwise.errors import DataError, UnitError
 from shardwise.optimizer import AcceleratedOptimizer
 from shardwise.scheduler import AcceleratedScheduler

@@ -18,7 +18,7 @@ from shardwise.checkpoint.checking import whole
 from shardwise.checkpoint.files import BLOCK, MANIFEST
 from shardwise.checkpoint.models import ModelState, model_states
 from shardwise.checkpoint.naming import Fit, fit
-from shardwise.checkpoint.partly import loading
+from shardwise.checkpoint.partly import loading, recovery
 from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Together, from_first, share
 from shardwise.checkpoint.reading import Reader
@@ -83,6 +83,15 @@ def load_model(
     read whole. Checksums of Shardwise's own checkpoints are read first.
     """
     settle_saves()
+    with recovery([model]) as recovered:
+        loaded = _load_model(model, path, strict, part, progress)
+        recovered.complete = not loaded.missing_keys and not loaded.mismatched_keys
+    return loaded
+
+
+def _load_model(
+    model: nn.Module, path: str | os.PathLike[str], strict: bool, part: str | None, progress: bool
+) -> LoadedModel:
     given = Path(os.path.realpath(path))
     doing = f"loading the model from {given}"
     with Together(doing):

@@ -20,7 +20,7 @@ from shardwise.checkpoint.files import Manifest
 from shardwise.checkpoint.filling import Fill
 from shardwise.checkpoint.models import ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizers import OptimizerState
-from shardwise.checkpoint.partly import loading
+from shardwise.checkpoint.partly import loading, recovery
 from shardwise.checkpoint.portions import Portions
 from shardwise.checkpoint.progress import Progress
 from shardwise.checkpoint.ranks import Together
@@ -84,6 +84,20 @@ def load(
     memory one unit at a time.
     """
     settle_saves()
+    with recovery(models, optimizers) as recovered:
+        loaded = _load(directory, models, optimizers, strict, verify, progress)
+        recovered.complete = not loaded.differences
+    return loaded
+
+
+def _load(
+    directory: str | os.PathLike[str],
+    models: Sequence[nn.Module],
+    optimizers: Sequence[Optimizer],
+    strict: bool,
+    verify: bool,
+    progress: bool,
+) -> Loaded:
     world = World.current()
     path, manifest = whole(directory, progress) if verify else found(directory)
     doing = f"loading checkpoint {path}"

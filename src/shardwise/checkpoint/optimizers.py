@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 from shardwise.checkpoint.portions import Portion, Portions
 from shardwise.checkpoint.slices import Slices
 from shardwise.comm import World
-from shardwise.engine.optimizer import PER_PARAMETER, attach, bare_state_dict, part, put_state
+from shardwise.engine.attachment import unwrapped
+from shardwise.engine.optimizer import attach, optimizer_shard
+from shardwise.engine.optimizer_state import PER_PARAMETER, bare_state_dict, put_state
 from shardwise.engine.state_dict import Held, held
 from shardwise.errors import CheckpointError
 from shardwise.tiers.staged import Staged, fetch
@@ -66,6 +68,7 @@ class OptimizerState:
     """
 
     def __init__(self, index: int, optimizer: Optimizer, names: Mapping[int, tuple[str, str]]) -> None:
+        optimizer = unwrapped(optimizer)
         attach(optimizer)
         self.label, self.optimizer = ("optimizer" if index == 0 else f"optimizer_{index}"), optimizer
         self.groups: list[list[Slot]] = []
@@ -191,7 +194,7 @@ class OptimizerState:
                 if slot.mine is not None and slot.mine.bucket.home is not None:
                     offloaded[id(slot.mine.bucket)] = slot.mine
         for mine in offloaded.values():
-            state_of = part(self.optimizer, mine.bucket)
+            state_of = optimizer_shard(self.optimizer, mine.bucket)
             portions.of(mine).after.append(partial(state_of.flush, self.optimizer.state))
         if saved["named"]:
             portions.rest.after.append(lambda: self.optimizer.state.update(saved["named"]))

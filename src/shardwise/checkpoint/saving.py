@@ -26,7 +26,7 @@ from shardwise.checkpoint.ranks import Together, share
 from shardwise.checkpoint.storage import Copy, Tensors
 from shardwise.checkpoint.writing import Files, Save
 from shardwise.comm import World
-from shardwise.engine.readers import read_beside
+from shardwise.engine.optimizer_state import add_reader
 from shardwise.errors import CheckpointError
 
 
@@ -117,7 +117,7 @@ def async_save(
     save_.begin_copy()
     background.last = handle = AsyncSave(save_.final, partial(save_.in_background, background.share))
     for optimizer in optimizers:
-        read_beside(optimizer, handle.wait_for_copy)
+        add_reader(optimizer, handle.wait_for_copy)
     return handle
 
 

@@ -76,6 +76,7 @@ class Bucket:
             [(n, tuple(p.shape)) for n, p in zip(names, params, strict=True)], mesh.parts, strategy.layout
         )
         self.granularity = strategy.layout
+        self.whole_tensors = strategy.layout == "tensor" or mesh.parts == 1  # a piece is a whole parameter
         self.share = 1.0 / mesh.parts
         steps = floating and any(p.requires_grad for p in params)
         params_home = place_of(strategy.offload_params, home)
@@ -280,7 +281,7 @@ class Bucket:
         base = self.master if base is None else base
         at = piece.offset - (self.held.start if origin is None else origin)
         view = base.detach()[at : at + piece.numel]
-        view = view.view(self.layout.slots[piece.slot].shape) if self.granularity == "tensor" else view
+        view = view.view(self.layout.slots[piece.slot].shape) if self.whole_tensors else view
         return view.data  # not a view to autograd: its base would keep the bytes of values that are away
 
     def ranges(self, index: int) -> list[tuple[int, int]]:

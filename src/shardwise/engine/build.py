@@ -22,7 +22,7 @@ from shardwise.engine.in_backward import InBackward
 from shardwise.engine.schedule import Engine
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit
-from shardwise.errors import CommError, OffloadError, UnitError
+from shardwise.errors import CommError, OffloadError, UnitError, UpdateFailed
 from shardwise.strategy import Strategy
 from shardwise.tiers.home import Home
 
@@ -51,7 +51,7 @@ def shard(
     world = init(device, timeout=chosen.timeout)
     engine = Engine(module, chosen, _mesh(world, device, chosen, mesh))
     if chosen.optimizer_in_backward:
-        engine.in_backward = InBackward(_optimizer.part)
+        engine.in_backward = InBackward(_optimizer.optimizer_shard)
     adopted = [
         (name, child, sub)
         for name, child in module.named_modules()
@@ -127,8 +127,9 @@ def _finish_transfers() -> None:
         try:
             with suppress(CommError):  # the rank we owed it to has ended itself
                 for unit in engine.units:
-                    unit.settle()
-        except OffloadError as error:
+                    if unit.failure is None:  # otherwise somebody has heard of it
+                        unit.settle()
+        except (OffloadError, UpdateFailed) as error:
             print(f"shardwise: the last update did not take place: {error}", file=sys.stderr, flush=True)
 
 

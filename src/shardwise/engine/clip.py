@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from shardwise.comm import World
+from shardwise.engine.attachment import unit_of
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.grads import ShardedGrad
-from shardwise.engine.optimizer import unit_of
 from shardwise.errors import GradientError
 
 

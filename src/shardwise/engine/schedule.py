@@ -419,7 +419,7 @@ class Engine:
         self._inflight.clear()
         self.backward_active = False
         if self.in_backward is not None:
-            self.in_backward.abandon()
+            self.in_backward.abandon(self.units)
 
     def _reduce_rest(self) -> set[int]:
         with torch.no_grad():

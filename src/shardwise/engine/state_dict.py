@@ -6,16 +6,17 @@ every rank must join; each rank ends with the whole model, so it is for models t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from shardwise.engine.attachment import unit_of
 from shardwise.engine.bucket import Bucket
-from shardwise.engine.optimizer import unit_of
 from shardwise.engine.unit import Unit
-from shardwise.errors import UnitError
+from shardwise.errors import UnitError, UpdateFailed
 from shardwise.tiers.home import All
 
 
@@ -52,6 +53,10 @@ def install(unit: Unit) -> None:
                 where=f"unit {unit.label}",
                 fix="call it without assign, or load before sharding",
             )
+        if all(_fits(state, key_of(prefix, name), p) for _, _, p in unit.slots for name in unit.names[id(p)][:1]):
+            with suppress(UpdateFailed):
+                unit.catch_up()
+            unit.failure = None  # all of it is replaced
         unit.settle()
         for bucket, index, p in unit.slots:
             shape = bucket.layout.slots[index].shape
@@ -76,6 +81,11 @@ def install(unit: Unit) -> None:
     module.register_load_state_dict_post_hook(after_load)
 
 
+def _fits(state: Any, key: str, param: nn.Parameter) -> bool:
+    value = state.get(key)
+    return isinstance(value, torch.Tensor) and value.shape == param.shape
+
+
 @dataclass(frozen=True)
 class Held:
     """What this rank holds of one parameter: slices of its master values, none to all of it.
@@ -90,7 +100,7 @@ class Held:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    whole: bool  # pieces are cut between parameters only (layout=tensor)
+    whole: bool  # pieces are cut between parameters only (layout=tensor, or one rank)
     pieces: list[tuple[int, int, torch.Tensor]]
 
 
@@ -103,7 +113,7 @@ def held(param: nn.Parameter) -> Held | None:
     bucket, index = unit.places[id(param)]
     pieces = [(lo, hi, t) for (lo, hi), t in zip(bucket.ranges(index), bucket.piece_params[index], strict=True)]
     shape = bucket.layout.slots[index].shape
-    return Held(unit, bucket, shape, bucket.master_dtype, bucket.master.device, bucket.granularity == "tensor", pieces)
+    return Held(unit, bucket, shape, bucket.master_dtype, bucket.master.device, bucket.whole_tensors, pieces)
 
 
 def units_of(module: nn.Module) -> list[Unit]:

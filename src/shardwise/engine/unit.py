@@ -12,6 +12,7 @@ from torch import nn
 
 from shardwise.comm.mesh import Mesh
 from shardwise.engine.bucket import Bucket
+from shardwise.engine.failure import Failure, require_valid
 from shardwise.engine.guard import guard, mark, refuse, unguard
 from shardwise.errors import UnitError
 from shardwise.strategy import Strategy
@@ -20,7 +21,7 @@ from shardwise.tiers.home import Home
 from shardwise.tiers.transfer import Transfer
 
 if TYPE_CHECKING:
-    from shardwise.engine.later import Update
+    from shardwise.engine.deferred_update import DeferredUpdate
     from shardwise.engine.schedule import Engine
 
 
@@ -93,9 +94,10 @@ class Unit:
         self._hooked = [False] * len(self.slots)
         self.has_frozen = False
         self.watch_trainable()
+        self.failure: Failure | None = None  # an update of it failed, or a load into it: every use raises
         self.gathered = True
         self.staged = False
-        self.updates: list[Update] = []  # asked for, and not waited for
+        self.updates: list[DeferredUpdate] = []  # asked for, and not waited for
         # Its next gather begins behind the computation of the unit before it. On all ranks alike, since they gather in
         # one order; ``updates`` are not: a rank that holds nothing of what is updated has none.
         self.behind = False
@@ -135,6 +137,7 @@ class Unit:
 
     def gather(self) -> None:
         """Have the values here."""
+        require_valid(self)
         if self.gathered:
             return
         self.start_gather()
@@ -180,7 +183,7 @@ class Unit:
             self.gathered = False
             guard(self.params)
 
-    def postpone(self, updates: Sequence[Update], buckets: Sequence[Bucket]) -> None:
+    def postpone(self, updates: Sequence[DeferredUpdate], buckets: Sequence[Bucket]) -> None:
         """As :meth:`publish`, of updates that are under way: :meth:`catch_up` does the rest."""
         if self.gathering is not None:
             self.gather()
@@ -193,7 +196,12 @@ class Unit:
         self.updates, self._owed = list(updates), list(buckets)
 
     def catch_up(self) -> None:
-        """Wait for updates that were asked for; then values follow."""
+        """Wait for updates that were asked for; then values follow.
+
+        Raises:
+            UpdateFailed: one of them failed, or one before.
+        """
+        require_valid(self)
         if not self.updates:
             return
         updates, self.updates = self.updates, []
@@ -206,6 +214,11 @@ class Unit:
         with torch.no_grad():
             self.publish(owed)
 
+    def fail(self, failure: Failure) -> None:
+        """Its values are those of no step: nothing uses them before a load is complete."""
+        self.failure = self.failure or failure
+        self.updates, self._owed = [], []
+
     def settle(self) -> None:
         """Before values are read or written past the engine: wait for what is under way since the last step."""
         self.catch_up()
@@ -214,6 +227,7 @@ class Unit:
 
     def touch(self, param: nn.Parameter, operation: str) -> None:
         """Somebody uses a guarded parameter: bring the values, if all ranks are here for the same reason."""
+        require_valid(self)
         if self.gathering is not None or (self.updates and not self.split):
             self.gather()
         elif self.engine.forward_active or self.engine.backward_active:
