@@ -292,7 +292,7 @@ def test_a_backward_that_fails_half_way_is_not_passed_over_in_silence(tmp_path):
     with pytest.raises(ValueError, match="boom"):
         loss_of(model, batch(0, 0)).backward()
     hook.remove()
-    for use in (lambda: model(batch(0, 0)), model.state_dict, opt.step, opt.state_dict):
+    for use in (model.state_dict, lambda: model(batch(0, 0)), opt.step, opt.state_dict):
         with pytest.raises(UpdateFailed, match="updates by AdamW had taken place"):
             use()
     model.load_state_dict(make(layers=6).state_dict())

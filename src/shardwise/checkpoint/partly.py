@@ -45,14 +45,17 @@ def recovery(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer] = ())
 
     Marks come back if it ends in an exception, or without having said that it is ``complete``.
     """
-    units = [unit for module in modules for unit in units_of(module)]
+    units = [unit for module in modules if isinstance(module, nn.Module) for unit in units_of(module)]
+    for engine in {unit.engine for unit in units}:
+        engine.forget_failed_backward()
     for unit in units:
         with suppress(UpdateFailed):
             unit.catch_up()
-    records = [record for optimizer in optimizers if (record := attachment_of(optimizer)) is not None]
+    found = [attachment_of(optimizer) for optimizer in optimizers if isinstance(optimizer, Optimizer)]
+    records = [record for record in found if record is not None]
     holders: list[Fallible] = [*units, *records]
-    with recovering(holders) as found:
-        yield found
+    with recovering(holders) as recovered:
+        yield recovered
 
 
 @contextmanager

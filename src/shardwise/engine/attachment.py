@@ -95,7 +95,10 @@ class Attachment:
 
     def catch_up(self) -> None:
         """Wait for updates that were asked for."""
-        for unit in self.units:
+        units = self.units
+        for engine in {unit.engine for unit in units}:
+            engine.forget_failed_backward()
+        for unit in units:
             unit.catch_up()
 
     def exchange(self, *, grads: bool = False, loading: bool = False) -> None:

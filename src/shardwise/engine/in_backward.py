@@ -129,17 +129,18 @@ class InBackward:
                             piece.grad = grad
             whole = [group["params"] for group in job.optimizer.param_groups]
             try:
-                with job.shard.owner.depth.nested():
-                    update(job.optimizer, job.shard, pieces, remote)
+                try:
+                    with job.shard.owner.depth.nested():
+                        update(job.optimizer, job.shard, pieces, remote)
+                finally:
+                    job.shard.cancel()
+                    for group, params in zip(job.optimizer.param_groups, whole, strict=True):
+                        group["params"] = params
+                    for piece in (p for ps in pieces for p in ps):
+                        piece.grad = None
             except BaseException as error:
                 job.shard.fail(error)
                 raise
-            finally:
-                job.shard.cancel()
-                for group, params in zip(job.optimizer.param_groups, whole, strict=True):
-                    group["params"] = params
-                for piece in (p for ps in pieces for p in ps):
-                    piece.grad = None
         bucket.grads.spend()
 
     def _read_ahead(self, bucket: Bucket) -> None:

@@ -264,12 +264,14 @@ def _before_step(record: Attachment, optimizer: Optimizer, args: Any, kwargs: An
     if depth.value >= _levels(optimizer):  # no step of this class goes as deep: an earlier one ended in an exception
         record.look()
         depth.value = 0
-    if depth.value:
-        depth.value += 1
+    depth.value += 1
+    if depth.value > 1:
         return None
-    out = _begin_step(record, optimizer, args, kwargs)
-    depth.value = 1
-    return out
+    try:
+        return _begin_step(record, optimizer, args, kwargs)
+    except BaseException:
+        depth.value = 0
+        raise
 
 
 def _begin_step(record: Attachment, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:

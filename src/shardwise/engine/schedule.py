@@ -159,8 +159,7 @@ class Engine:
 
     # --- forward ---------------------------------------------------------------------------
     def _root_pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.backward_active and torch._C._current_graph_task_id() == -1:
-            self._abandon_backward()
+        self.forget_failed_backward()
         if self.world.join is not None:
             self.world.join.forward()
         self.forward_active = True
@@ -403,6 +402,11 @@ class Engine:
             for b, i, p in unit.slots:
                 if id(p) in used or b.grads.shown[i]:
                     b.grads.show(i, p)
+
+    def forget_failed_backward(self) -> None:
+        """If the last backward ended in an exception that the caller survived, abandon it. Not called by followers."""
+        if self.backward_active and torch._C._current_graph_task_id() == -1:
+            self._abandon_backward()
 
     def _abandon_backward(self) -> None:
         """The last backward ended in an exception that the caller survived: forget what it left half done."""

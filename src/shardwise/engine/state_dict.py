@@ -28,6 +28,7 @@ def install(unit: Unit) -> None:
         return prefix + name[len(unit.name) + 1 if unit.name else 0 :]  # the unit is renamed when a parent adopts it
 
     def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        unit.engine.forget_failed_backward()
         unit.settle()
         unit.reading_state = True
 
@@ -53,6 +54,7 @@ def install(unit: Unit) -> None:
                 where=f"unit {unit.label}",
                 fix="call it without assign, or load before sharding",
             )
+        unit.engine.forget_failed_backward()
         if all(_fits(state, key_of(prefix, name), p) for _, _, p in unit.slots for name in unit.names[id(p)][:1]):
             with suppress(UpdateFailed):
                 unit.catch_up()
@@ -109,6 +111,7 @@ def held(param: nn.Parameter) -> Held | None:
     unit = unit_of(param)
     if unit is None:
         return None
+    unit.engine.forget_failed_backward()
     unit.catch_up()
     bucket, index = unit.places[id(param)]
     pieces = [(lo, hi, t) for (lo, hi), t in zip(bucket.ranges(index), bucket.piece_params[index], strict=True)]

@@ -141,6 +141,9 @@ class Unit:
         if self.gathered:
             return
         self.start_gather()
+        self._end_gather()
+
+    def _end_gather(self) -> None:
         transfers, self.gathering = self.gathering, None
         if transfers is None:
             return  # they were here, as soon as an update had taken place
@@ -154,7 +157,7 @@ class Unit:
         if not self.split or self.kept_for:
             return
         if self.gathering is not None:
-            self.gather()
+            self._end_gather()
         if self.staged:
             self.staged = False
             for b in self.buckets:
