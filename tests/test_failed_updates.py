@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -199,6 +200,33 @@ def partly(path: str) -> None:
             loss_of(model, batch(0, 0))
         checkpoint.load_model(model, Path(path) / "whole.pt")
         assert_same(whole(model), saved)
+
+
+def by_state_dicts(path: str, strategy: str, kind: str) -> None:
+    with mock.patch.object(elementwise, "ELEMENTWISE", {*elementwise.ELEMENTWISE, "Breaks"}):
+        plain, opt = build(strategy, kind)
+        for k in range(4):
+            step(plain, opt, k)
+        model, opt = build(strategy, kind)
+        for k in range(2):
+            step(model, opt, k)
+        values, state = whole(model), copy.deepcopy(opt.state_dict())
+        fail(model, opt, kind)
+        model.load_state_dict(values)
+        with pytest.raises(UpdateFailed):
+            step(model, opt, 2)
+        opt.zero_grad()
+        opt.load_state_dict(state)
+        for k in range(2, 4):
+            step(model, opt, k)
+        assert_same(whole(model), whole(plain))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind"), [("zero2", "step"), ("zero3" + NVME, "disk"), ("zero3" + BACKWARD, "backward")]
+)
+def test_state_dicts_of_both_are_a_load_too(strategy, kind, tmp_path):
+    run(2, by_state_dicts, str(tmp_path), f"{strategy},nvme_path={tmp_path}" if kind == "disk" else strategy, kind)
 
 
 def test_a_load_in_part_is_not_enough(tmp_path):

@@ -300,3 +300,76 @@ def forgotten_mode(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", PRESETS)
 def test_a_step_that_raises_before_it_changes_anything_is_no_failure(strategy):
     run(2, forgotten_mode, strategy)
+
+
+# --- optimizers around others ----------------------------------------------------------------------------
+class Ascent(torch.optim.Optimizer):
+    """Sharpness-aware minimisation (Foret et al. 2021) as usual: two methods, a base that shares the groups."""
+
+    def __init__(self, params: Any, base: Any, rho: float = 0.05) -> None:
+        super().__init__(params, {"rho": rho})
+        self.base = base(self.param_groups)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None and p.numel()]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        for p in params:
+            self.state[p]["old"] = p.clone()
+            p.add_(p.grad, alpha=float(0.05 / norm))
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in (p for g in self.param_groups for p in g["params"]):
+            if "old" in self.state[p]:
+                p.copy_(self.state[p]["old"])
+        self.base.step()
+
+
+class Slow(torch.optim.Optimizer):
+    """Lookahead (Zhang et al. 2019): every second step moves slow weights towards those of the optimizer inside."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.param_groups, self.taken = inner, inner.param_groups, 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss, self.taken = self.inner.step(closure), self.taken + 1
+        for p in (p for g in self.param_groups for p in g["params"]):
+            slow = self.state[p].setdefault("slow", p.clone())
+            if self.taken % 2 == 0:
+                p.copy_(slow.lerp_(p, 0.5))
+        return loss
+
+
+def around_others(strategy: str, size: int, early: bool) -> None:
+    models = [make(), make()]
+    shardwise.fully_shard(models[0], strategy=strategy)
+    slow = [Slow(torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)) for m in models]
+    ascents = [Ascent(m.parameters(), lambda groups: torch.optim.SGD(groups, lr=0.1)) for m in models]
+    if early:
+        shardwise.attach(slow[0].inner)
+        shardwise.attach(ascents[0])
+    for step in range(4):
+        ids = [batch(step, rank()), torch.cat([batch(step, r) for r in range(size)])]
+        for m, o, mine in zip(models, slow, ids, strict=True):
+            loss_of(m, mine).backward()
+            o.step()
+            o.zero_grad()
+    for step in range(2 if "ddp" in strategy or size == 1 else 0):  # its norm is one over all parameters
+        ids = [batch(step, rank()), torch.cat([batch(step, r) for r in range(size)])]
+        for m, o, mine in zip(models, ascents, ids, strict=True):
+            for method in (o.first_step, o.second_step):
+                loss_of(m, mine).backward()
+                method()
+                o.zero_grad()
+    assert_close(whole(models[0]), whole(models[1]), 5e-4)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("strategy", PRESETS)
+def test_optimizers_around_others(strategy, early):
+    run(1, around_others, strategy, 1, early)
+    run(2, around_others, strategy + ",layout=tensor", 2, early)

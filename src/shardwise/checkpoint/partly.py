@@ -7,7 +7,7 @@ other modules, a hook before the forward.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from shardwise.engine.attachment import attachment_of
 from shardwise.engine.failure import Failure, Fallible, Recovery, recovering, require_valid
 from shardwise.engine.state_dict import units_of
-from shardwise.errors import CheckpointError, UpdateFailed
+from shardwise.errors import CheckpointError
 
 _MARK = "_shardwise_partly_loaded"
 
@@ -49,8 +49,7 @@ def recovery(modules: Sequence[nn.Module], optimizers: Sequence[Optimizer] = ())
     for engine in {unit.engine for unit in units}:
         engine.forget_failed_backward()
     for unit in units:
-        with suppress(UpdateFailed):
-            unit.catch_up()
+        unit.drain()
     found = [attachment_of(optimizer) for optimizer in optimizers if isinstance(optimizer, Optimizer)]
     records = [record for record in found if record is not None]
     holders: list[Fallible] = [*units, *records]

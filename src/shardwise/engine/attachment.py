@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -17,7 +16,7 @@ from shardwise.engine.deferred_update import DeferredStep
 from shardwise.engine.failure import Failure, require_valid
 from shardwise.engine.offload import CallDepth, OptimizerShard
 from shardwise.engine.unit import Unit
-from shardwise.errors import OptimizerError, UpdateFailed
+from shardwise.errors import OptimizerError
 
 
 class Phase(Enum):
@@ -114,8 +113,8 @@ class Attachment:
         """
         self.restore()  # what a call left open that ended in an exception
         if loading:
-            with suppress(UpdateFailed):
-                self.catch_up()
+            for unit in self.units:
+                unit.drain()
         else:
             require_valid(self)
             self.catch_up()
@@ -229,8 +228,11 @@ class Attachment:
 
 
 def _where(units: list[Unit]) -> str:
+    """Empty: the optimizer steps inside another one, which has exchanged the parameters they share."""
     labels = [unit.label for unit in units]
-    return f"unit {labels[0]}" if len(labels) == 1 else f"units {labels[0]} to {labels[-1]}"
+    if len(labels) < 2:
+        return f"unit {labels[0]}" if labels else ""
+    return f"units {labels[0]} to {labels[-1]}"
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

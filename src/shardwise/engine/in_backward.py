@@ -18,7 +18,7 @@ import torch
 from torch.optim import Optimizer
 
 from shardwise.engine.bucket import Bucket
-from shardwise.engine.failure import Failure, Fallible
+from shardwise.engine.failure import Failure, Fallible, require_valid
 from shardwise.engine.offload import OptimizerShard, update
 from shardwise.engine.optimizer_state import wait_for_readers
 from shardwise.engine.unit import Unit
@@ -55,6 +55,7 @@ class InBackward:
 
         Raises:
             OptimizerError: no optimizer is known that holds this model's parameters.
+            UpdateFailed: an update of one that is known failed, and its state was not loaded since.
         """
         self._jobs.clear()
         self._order, self._done = self._done, []
@@ -68,7 +69,9 @@ class InBackward:
                         mine = found.setdefault(id(bucket), (bucket, [[] for _ in optimizer.param_groups]))
                         mine[1][g].append(index)
             for key, (bucket, per_group) in found.items():
-                self._jobs.setdefault(key, []).append(_Job(optimizer, self._shard_of(optimizer, bucket), per_group))
+                shard = self._shard_of(optimizer, bucket)
+                require_valid(shard.owner)
+                self._jobs.setdefault(key, []).append(_Job(optimizer, shard, per_group))
         if not self._jobs:
             raise OptimizerError(
                 "optimizer_in_backward needs to know the optimizer before the first backward",

@@ -124,7 +124,7 @@ class OptimizerShard:
         return self.bucket.grads_cross
 
     def fail(self, error: BaseException) -> Failure:
-        """Its update failed. Nothing stays in a buffer that others will use, and the next update lays its state out."""
+        """Its update failed: the optimizer and its parameters are marked."""
         return self.owner.fail(error, f"unit {self.bucket.label}")
 
     # --- one update --------------------------------------------------------------------------

@@ -15,11 +15,12 @@ A step may call its base's, so hooks are counted. What ends in an exception is m
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -143,8 +144,7 @@ def _after_load(record: Attachment) -> None:
 def _wrap(optimizer: Optimizer, record: Attachment) -> None:
     """Put a ``step`` of its own into the instance, and the methods that its class adds to torch's.
 
-    They are bound methods: torch's schedulers take ``optimizer.step.__func__``. One that a scheduler put there before
-    goes on to be called, and its marks stay visible.
+    A ``step`` that a scheduler put there before goes on to be called, and its marks stay visible.
     """
     own: Callable[..., Any] | None = vars(optimizer).get("step")
     shown: Callable[..., Any] = type(optimizer).step if own is None else own
@@ -164,9 +164,27 @@ def _wrap(optimizer: Optimizer, record: Attachment) -> None:
         finally:
             record.depth.value, record.calls = depth, record.calls - 1
 
-    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+    optimizer.step = _bind(optimizer, step)  # type: ignore[method-assign]
     for name in _added_methods(optimizer):
-        setattr(optimizer, name, MethodType(_method(name, getattr(type(optimizer), name), record), optimizer))
+        setattr(optimizer, name, _bind(optimizer, _method(name, getattr(type(optimizer), name), record)))
+
+
+def _bind(optimizer: Optimizer, function: Callable[..., Any]) -> Any:
+    """As a bound method, but the optimizer that has it as an attribute is still freed as soon as it is dropped.
+
+    Torch's schedulers ask for ``optimizer.step.__func__``.
+    """
+    me, name = weakref.ref(optimizer), type(optimizer).__name__
+
+    @wraps(function)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        found = me()
+        if found is None:
+            raise OptimizerError(f"this {name} is gone", fix="keep the optimizer, not a method of it")
+        return function(found, *args, **kwargs)
+
+    bound.__func__ = function  # type: ignore[attr-defined]
+    return bound
 
 
 def _added_methods(optimizer: Optimizer) -> list[str]:
@@ -269,7 +287,8 @@ def _before_step(record: Attachment, optimizer: Optimizer, args: Any, kwargs: An
         return None
     try:
         return _begin_step(record, optimizer, args, kwargs)
-    except BaseException:
+    except BaseException as error:
+        record.interrupted(error)
         depth.value = 0
         raise
 

@@ -6,7 +6,6 @@ every rank must join; each rank ends with the whole model, so it is for models t
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from shardwise.engine.attachment import unit_of
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.unit import Unit
-from shardwise.errors import UnitError, UpdateFailed
+from shardwise.errors import UnitError
 from shardwise.tiers.home import All
 
 
@@ -56,8 +55,7 @@ def install(unit: Unit) -> None:
             )
         unit.engine.forget_failed_backward()
         if all(_fits(state, key_of(prefix, name), p) for _, _, p in unit.slots for name in unit.names[id(p)][:1]):
-            with suppress(UpdateFailed):
-                unit.catch_up()
+            unit.drain()
             unit.failure = None  # all of it is replaced
         unit.settle()
         for bucket, index, p in unit.slots:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from shardwise.comm.mesh import Mesh
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.failure import Failure, require_valid
 from shardwise.engine.guard import guard, mark, refuse, unguard
-from shardwise.errors import UnitError
+from shardwise.errors import CheckpointError, UnitError, UpdateFailed
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 from shardwise.tiers.home import Home
@@ -221,6 +222,11 @@ class Unit:
         """Its values are those of no step: nothing uses them before a load is complete."""
         self.failure = self.failure or failure
         self.updates, self._owed = [], []
+
+    def drain(self) -> None:
+        """Before a load: no update is under way any more. ``failure`` says whether one failed."""
+        with suppress(UpdateFailed, CheckpointError):
+            self.catch_up()
 
     def settle(self) -> None:
         """Before values are read or written past the engine: wait for what is under way since the last step."""

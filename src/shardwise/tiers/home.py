@@ -5,8 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -90,7 +88,6 @@ class Home:
         self.ahead = ahead
         self.under_way: deque[Any] = deque()  # values that are being read ahead
         self.landing: deque[Callable[[], None]] = deque()  # waits for gradients on their way here
-        self.failed: Exception | None = None  # why an update that nobody has waited for did not take place
         self._trimmed = 0.0
         self._pools: dict[str, BufferPool] = {}
         self._dropped: list[Extent] = []
@@ -101,11 +98,6 @@ class Home:
     def store(self) -> DiskStore:
         assert self.disk is not None, "only a disk has a store"
         return self.disk
-
-    @cached_property
-    def thread(self) -> ThreadPoolExecutor:
-        """Where updates take place that nobody waits for yet. One, so that they keep their order."""
-        return ThreadPoolExecutor(1, thread_name_prefix="shardwise-updates")
 
     @property
     def stats(self) -> DiskStats:
