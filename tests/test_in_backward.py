@@ -296,6 +296,9 @@ def test_a_backward_that_fails_half_way_is_not_passed_over_in_silence(tmp_path):
         with pytest.raises(UpdateFailed, match="updates by AdamW had taken place"):
             use()
     model.load_state_dict(make(layers=6).state_dict())
+    with pytest.raises(UpdateFailed):  # its optimizer is as it was
+        loss_of(model, batch(0, 0)).backward()
+    del use, opt
     opt = attached(adamw, model.parameters())
     loss_of(model, batch(0, 0)).backward()
     opt.step()
