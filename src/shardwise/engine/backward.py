@@ -406,7 +406,7 @@ class Backward:
                 unit.release()
                 unit.calls_made = 0
         if self.in_backward is not None:
-            self.in_backward.abandon()
+            self.in_backward.abandon(self.units)
 
 
 class _End:

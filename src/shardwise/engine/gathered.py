@@ -124,7 +124,7 @@ def _gather_again(unit: Unit) -> None:
 def _refuse_writes(units: Sequence[Unit]) -> None:
     """Values were here to be read. Those that stay may be written to at any time; the others would be lost.
 
-    A write past the counter of writes (``p.data.fill_()``) is seen by the rank that holds the shard: it tells the others.
+    A write past the counter of writes (``p.data.fill_()``) is seen by the rank that holds the shard. It tells the rest.
     """
     # Inside of a block that writes, that one takes over what is written.
     reads = [u for u in units if u.released and u.here and not u.residence.pinned(Pin.WRITING)]
