@@ -23,9 +23,10 @@ FLOORS = [
     ["rng"],
     ["data_loader", "checkpoint", "logging"],
     ["stepping", "optimizer", "scheduler"],
-    ["compat"],  # from here on: the doors
+    ["fsdp"],
+    ["compat"],  # from here on: the door that looks like Accelerate's
     ["utils", "state", "tracking"],
-    ["accelerator", "joining", "local_sgd", "fsdp"],
+    ["accelerator", "joining", "local_sgd"],
     ["__init__"],
     ["cli", "launchers", "__main__"],
 ]

@@ -46,7 +46,7 @@ class Base(nn.Module):
 class Detached(Base):
     """A weight used detached beside itself."""
 
-    class block(nn.Module):  # noqa: N801
+    class block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.randn(D, D) / 3)
@@ -58,7 +58,7 @@ class Detached(Base):
 class Auxiliary(Base):
     """Each block leaves a loss of its own on the module."""
 
-    class block(nn.Module):  # noqa: N801
+    class block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.h = nn.Linear(D, D), nn.Linear(D, D)
@@ -75,7 +75,7 @@ class Auxiliary(Base):
 class Fed(Base):
     """Frozen layers whose input comes by an attribute, from a part of the model outside of the block."""
 
-    class block(nn.Module):  # noqa: N801
+    class block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.frozen, self.a = nn.Linear(D, D).requires_grad_(False), nn.Parameter(torch.ones(D))
@@ -95,7 +95,7 @@ class Fed(Base):
 class Kept(Base):
     """The loss comes from what an earlier block keeps, and never passes through what the model returns."""
 
-    class block(nn.Module):  # noqa: N801
+    class block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.eye(D))
@@ -112,7 +112,7 @@ class Kept(Base):
 class Table(Base):
     """A unit that returns a view of its parameter, and one that returns the parameter."""
 
-    class block(nn.Module):  # noqa: N801
+    class block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.t, self.n = nn.Parameter(torch.randn(16, D)), nn.Linear(D, D)
@@ -131,7 +131,7 @@ class Table(Base):
 class Cached(Base):
     """A view of a weight is kept as a plain tensor and used by later blocks, as tables of positions are."""
 
-    class block(nn.Module):  # noqa: N801
+    class block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.randn(D, D) / 3)
@@ -152,7 +152,7 @@ class Cached(Base):
 class Weights(Base):
     """A penalty on weights, inside of gathered() where values are split."""
 
-    class block(nn.Module):  # noqa: N801
+    class block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.l = nn.Linear(D, D)
@@ -171,7 +171,7 @@ class Weights(Base):
 class Idle(Base):
     """One layer of a block is idle now and then, on some ranks only (an expert without tokens)."""
 
-    class block(nn.Module):  # noqa: N801
+    class block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.idle = nn.Linear(D, D), nn.Linear(D, D), False
@@ -211,7 +211,7 @@ class Recomputed(Auxiliary):
 class Passing(Base):
     """A block that returns its input beside what it computed."""
 
-    class block(nn.Module):  # noqa: N801
+    class block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.l = nn.Linear(D, D)
@@ -228,7 +228,15 @@ class Passing(Base):
 
 
 CASES = [Detached, Auxiliary, Fed, Kept, Table, Cached, Weights, Idle, Frozen, Recomputed, Passing]
-STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "hsdp,shard_size=2", "zero3,offload_params=nvme", "ddp,offload_params=nvme"]
+STRATEGIES = [
+    "ddp",
+    "zero1",
+    "zero2",
+    "zero3",
+    "hsdp,shard_size=2",
+    "zero3,offload_params=nvme",
+    "ddp,offload_params=nvme",
+]
 
 
 def rows(index: int, of: int) -> torch.Tensor:
@@ -240,7 +248,9 @@ def gradients(case: type[Base], strategy: str, steps: int) -> list[Any]:
     torch.manual_seed(0)
     plain = case()
     torch.manual_seed(0)
-    model = shardwise.fully_shard(case(), strategy=strategy, units=(case.block, nn.Linear) if case is Fed else case.block)
+    model = shardwise.fully_shard(
+        case(), strategy=strategy, units=(case.block, nn.Linear) if case is Fed else case.block
+    )
     theirs = torch.optim.SGD(plain.parameters(), lr=0.1)
     ours = torch.optim.SGD(model.parameters(), lr=0.1)
     for index in range(steps):

@@ -329,6 +329,7 @@ class Backward:
             self.tracker.phase = self.tracker.unit = ""
             for unit in self.units:
                 unit.calls_made = 0
+                unit.watch()
 
     def _reduce_rest(self, run: _Run, log: int) -> Agreed:
         # 1. What was reduced last time, on any rank, is reduced now, with zeros where nothing arrived.
@@ -412,7 +413,7 @@ class Backward:
                 unit.release()
                 unit.calls_made = 0
         if self.in_backward is not None:
-            self.in_backward.abandon()
+            self.in_backward.abandon(self.units)
 
 
 class _End:

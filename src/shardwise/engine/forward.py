@@ -91,6 +91,8 @@ class Forward:
             self._hooks.pop().__exit__(None, None, None)
         self._after_update.clear()
         self.drop(Pin.FORWARD)
+        for unit in self.units:
+            unit.watch()
         if not failed:  # where it was is what the report of a failure says
             self.tracker.phase = self.tracker.unit = ""
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from shardwise.comm import World
-from shardwise.compat.plugins import FullyShardedDataParallelPlugin
 from shardwise.engine.gathered import gathered
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.select import UnitRule
