@@ -482,7 +482,7 @@ def test_muon_gets_whole_tensors(size, preset):
         assert_close(weights, whole(oracle), 1e-4)
 
 
-def test_impossible_optimizers_are_refused_before_anything_changes():
+def misfits():
     accelerator = Accelerator(strategy="zero3", cpu=True)
     for kind in (torch.optim.LBFGS, torch.optim.SparseAdam):
         model = Weight()
@@ -490,8 +490,16 @@ def test_impossible_optimizers_are_refused_before_anything_changes():
             accelerator.prepare(kind(model.parameters()), model)
         assert not hasattr(model.w, "_shardwise_unit")
     model = accelerator.prepare(Matrices())
-    with pytest.raises(OptimizerError, match="layout=tensor"):
+    if world() > 1:
+        with pytest.raises(OptimizerError, match="layout=tensor"):
+            accelerator.prepare(torch.optim.Muon(model.parameters()))
+    else:  # one rank holds whole parameters
         accelerator.prepare(torch.optim.Muon(model.parameters()))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_impossible_optimizers_are_refused_before_anything_changes(size):
+    run(size, misfits)
 
 
 # --- numbers -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, train, whole
 from ranks import run
-from shardwise.errors import GradientError, OptimizerError, UnitError
+from shardwise.errors import GradientError, OptimizerError, UnitError, UpdateFailed
 from test_offload import at, separate_memory
 
 HOMES = ("device", "cpu", "nvme")
@@ -292,7 +292,13 @@ def test_a_backward_that_fails_half_way_is_not_passed_over_in_silence(tmp_path):
     with pytest.raises(ValueError, match="boom"):
         loss_of(model, batch(0, 0)).backward()
     hook.remove()
-    with pytest.raises(UnitError, match="updates had taken place"):
-        model(batch(0, 0))
+    for use in (model.state_dict, lambda: model(batch(0, 0)), opt.step, opt.state_dict):
+        with pytest.raises(UpdateFailed, match="updates by AdamW had taken place"):
+            use()
+    model.load_state_dict(make(layers=6).state_dict())
+    with pytest.raises(UpdateFailed):  # its optimizer is as it was
+        loss_of(model, batch(0, 0)).backward()
+    del use, opt
+    opt = attached(adamw, model.parameters())
     loss_of(model, batch(0, 0)).backward()
     opt.step()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shardwise.engine.averaging import ema_update_
     from shardwise.engine.build import no_sync
     from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
+    from shardwise.engine.elementwise import ELEMENTWISE
     from shardwise.engine.gathered import gathered
     from shardwise.engine.optimizer import attach, optimizer_state
     from shardwise.errors import ShardwiseError
@@ -55,6 +56,7 @@ _HOME = {
     "DistributedDataParallel": "fsdp",
     "DistributedDataParallelKwargs": "compat.dataclasses",
     "DistributedType": "compat.dataclasses",
+    "ELEMENTWISE": "engine.elementwise",
     "FullyShardedDataParallel": "fsdp",
     "FullyShardedDataParallelPlugin": "compat.plugins",
     "GradScalerKwargs": "compat.dataclasses",
@@ -91,6 +93,7 @@ _HOME = {
 _MODULES = ("checkpoint", "errors")
 # Spelled out: type checkers take nothing else for the list of what is public.
 __all__ = [
+    "ELEMENTWISE",
     "Accelerator",
     "AutocastKwargs",
     "DDPCommunicationHookType",

@@ -58,6 +58,10 @@ class OptimizerError(ShardwiseError, ValueError):
     """An optimizer that cannot step on shards, or not with this layout."""
 
 
+class UpdateFailed(ShardwiseError, RuntimeError):
+    """An update that failed, so that the model is between two steps. Nothing uses it until a checkpoint is loaded."""
+
+
 class DataError(ShardwiseError, ValueError):
     """A dataloader that cannot be split over the ranks the way it was asked for."""
 

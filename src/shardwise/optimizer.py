@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from shardwise import operations
 from shardwise.comm import World
 from shardwise.engine.clip import clip_grad_norm_
-from shardwise.engine.optimizer import unit_of
+from shardwise.engine.unit import unit_of
 from shardwise.errors import OptimizerError
 from shardwise.stepping import Steps
 

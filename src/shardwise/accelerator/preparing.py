@@ -17,8 +17,9 @@ from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_first_batches
 from shardwise.engine.build import shard
 from shardwise.engine.deferred import Deferred, has_meta
+from shardwise.engine.elementwise import check, needs_whole_tensors
 from shardwise.engine.hooks import engine_of
-from shardwise.engine.optimizer import attach, check, needs_whole_tensors
+from shardwise.engine.optimizer import attach
 from shardwise.errors import DataError, UnitError
 from shardwise.optimizer import AcceleratedOptimizer
 from shardwise.scheduler import AcceleratedScheduler

@@ -23,11 +23,11 @@ from shardwise.checkpoint import small_state
 from shardwise.checkpoint.coordination import CollectiveBlock, Progress
 from shardwise.checkpoint.directory import locate, locate_verified, read_whole
 from shardwise.checkpoint.formats import parse_metadata
+from shardwise.checkpoint.incomplete_load import incomplete_on_error, recovery
 from shardwise.checkpoint.manifest import METADATA, Manifest, entries_at
 from shardwise.checkpoint.model_state import (
     LoadBatches,
     ModelState,
-    incomplete_on_error,
     model_states,
     parameter_labels,
 )
@@ -254,6 +254,20 @@ def load(
     memory one unit at a time.
     """
     settle_saves()
+    with recovery(models, optimizers) as recovered:
+        loaded = _load(directory, models, optimizers, strict, verify, progress)
+        recovered.complete = not loaded.differences
+    return loaded
+
+
+def _load(
+    directory: str | os.PathLike[str],
+    models: Sequence[nn.Module],
+    optimizers: Sequence[Optimizer],
+    strict: bool,
+    verify: bool,
+    progress: bool,
+) -> Loaded:
     world = World.current()
     path, manifest = locate_verified(directory, progress) if verify else locate(directory)
     doing = f"loading checkpoint {path}"

@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from shardwise.checkpoint.coordination import CollectiveBlock, Progress, all_gather_bytes, broadcast_text
 from shardwise.checkpoint.directory import locate_verified
 from shardwise.checkpoint.formats import open_source
+from shardwise.checkpoint.incomplete_load import incomplete_on_error, recovery
 from shardwise.checkpoint.manifest import BLOCK, MANIFEST
-from shardwise.checkpoint.model_state import ModelState, incomplete_on_error, model_states
+from shardwise.checkpoint.model_state import ModelState, model_states
 from shardwise.checkpoint.saving import settle_saves
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.checkpoint.stored_tensor import KINDS, Section, Source, Stored
@@ -249,6 +250,15 @@ def load_model(
     read whole. Checksums of Shardwise's own checkpoints are read first.
     """
     settle_saves()
+    with recovery([model]) as recovered:
+        loaded = _load_model(model, path, strict, part, progress)
+        recovered.complete = not loaded.missing_keys and not loaded.mismatched_keys
+    return loaded
+
+
+def _load_model(
+    model: nn.Module, path: str | os.PathLike[str], strict: bool, part: str | None, progress: bool
+) -> LoadedModel:
     given = Path(os.path.realpath(path))
     doing = f"loading the model from {given}"
     with CollectiveBlock(doing):

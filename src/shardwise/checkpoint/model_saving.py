@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.checkpoint.coordination import CollectiveBlock, Progress, broadcast_text
 from shardwise.checkpoint.directory import sync_directory
-from shardwise.checkpoint.model_state import ModelState, entries, model_states, refuse_incomplete
+from shardwise.checkpoint.incomplete_load import refuse_incomplete
+from shardwise.checkpoint.model_state import ModelState, entries, model_states
 from shardwise.checkpoint.stored_tensor import SAFETENSORS_DTYPES
 from shardwise.comm import World
 from shardwise.engine.state_dict import held, units_of

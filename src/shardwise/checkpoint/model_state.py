@@ -1,18 +1,16 @@
 """What a model has to save, under which names, and how it is put back.
 
-A rank's slices of a parameter are shown to ``torch.distributed.checkpoint`` as the row-major boxes that it stores. A
-model that was loaded in part is marked: it neither runs nor is saved before a load is complete.
+A rank's slices of a parameter are shown to ``torch.distributed.checkpoint`` as the row-major boxes that it stores.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -335,44 +333,3 @@ class LoadBatches:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: tensor for batch in self for name, tensor in batch.tensors.items()}
-
-
-# --- incomplete loads ----------------------------------------------------------------------------
-_MARK = "_shardwise_partly_loaded"
-
-
-class _Refuse:
-    """A hook before the forward."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        raise CheckpointError(
-            f"{type(module).__name__} has values of a checkpoint that could not be loaded to its end",
-            where=str(self.path),
-            fix="load a whole one into it, or build it anew",
-        )
-
-
-def refuse_incomplete(module: nn.Module) -> None:
-    """Raise if a model was loaded in part."""
-    if _MARK in vars(module):
-        vars(module)[_MARK][0](module, ())
-
-
-@contextmanager
-def incomplete_on_error(modules: Sequence[nn.Module], path: Path) -> Iterator[None]:
-    """Values of models change inside the block: all of them, or they are marked. All ranks leave it alike."""
-    try:
-        yield
-    except BaseException:
-        for module in modules:
-            if _MARK not in vars(module):
-                hook = _Refuse(path)
-                object.__setattr__(module, _MARK, (hook, module.register_forward_pre_hook(hook, prepend=True)))
-        raise
-    for module in modules:
-        if _MARK in vars(module):
-            vars(module)[_MARK][1].remove()
-            object.__delattr__(module, _MARK)

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 
 from shardwise.checkpoint.model_state import LoadBatch, LoadBatches, Slices
 from shardwise.comm import World
-from shardwise.engine.optimizer import PER_PARAMETER, attach, bare_state_dict, part, put_state
+from shardwise.engine.attachment import unwrapped
+from shardwise.engine.optimizer import attach, optimizer_shard
+from shardwise.engine.optimizer_state import PER_PARAMETER, bare_state_dict, put_state
 from shardwise.engine.state_dict import Held, held
 from shardwise.errors import CheckpointError
 from shardwise.tiers.swapped_tensor import SwappedTensor, fetch
@@ -65,6 +67,7 @@ class OptimizerState:
     """
 
     def __init__(self, index: int, optimizer: Optimizer, names: Mapping[int, tuple[str, str]]) -> None:
+        optimizer = unwrapped(optimizer)
         attach(optimizer)
         self.label, self.optimizer = ("optimizer" if index == 0 else f"optimizer_{index}"), optimizer
         self.groups: list[list[OptimizerEntry]] = []
@@ -192,7 +195,7 @@ class OptimizerState:
                 if entry.mine is not None and entry.mine.bucket.home is not None:
                     offloaded[id(entry.mine.bucket)] = entry.mine
         for mine in offloaded.values():
-            state_of = part(self.optimizer, mine.bucket)
+            state_of = optimizer_shard(self.optimizer, mine.bucket)
             batches.of(mine).after.append(partial(state_of.flush, self.optimizer.state))
         if saved["named"]:
             batches.rest.after.append(lambda: self.optimizer.state.update(saved["named"]))

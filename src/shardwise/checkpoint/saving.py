@@ -21,13 +21,14 @@ from torch.optim import Optimizer
 
 from shardwise.checkpoint import directory as directories
 from shardwise.checkpoint.coordination import BackgroundGather, CollectiveBlock, Progress, all_gather_bytes
+from shardwise.checkpoint.incomplete_load import refuse_incomplete
 from shardwise.checkpoint.manifest import Manifest
-from shardwise.checkpoint.model_state import ModelState, model_states, parameter_labels, refuse_incomplete
+from shardwise.checkpoint.model_state import ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizer_state import OptimizerState
 from shardwise.checkpoint.storage_writer import BlockBuffers, WorkerThreads
 from shardwise.checkpoint.writing import CachedPlan, OutputFiles, PendingSave, PlannedTensors, TensorCopy
 from shardwise.comm import World
-from shardwise.engine.readers import read_beside
+from shardwise.engine.optimizer_state import add_reader
 from shardwise.errors import CheckpointError, ShardwiseError
 
 
@@ -282,7 +283,7 @@ def async_save(
     pending.begin_copy()
     background.last = handle = AsyncSave(pending.final, partial(pending.in_background, background.gather))
     for optimizer in optimizers:
-        read_beside(optimizer, handle.wait_for_copy)
+        add_reader(optimizer, handle.wait_for_copy)
     return handle
 
 

@@ -371,10 +371,19 @@ class Backward:
 
     # --- a backward that failed ------------------------------------------------------------------------------
     def lost(self) -> None:
-        """Autograd has let go of the backward without ending it."""
-        if self._run is not None:
-            self._lost = True
-            self.passes.backward = False
+        """Autograd has let go of the backward without ending it: ``p.grad`` shows what it showed before.
+
+        What waits for other ranks is left to :meth:`abandon`: an exception is on its way up.
+        """
+        run = self._run
+        if run is None or self._lost:
+            return
+        self._lost, self.passes.backward = True, False
+        with torch.no_grad():
+            for unit in self.units:
+                for b in unit.buckets:
+                    b.grads.forget()
+            self._show(run.had)
 
     def recover(self) -> None:
         """If the last backward ended in an exception that the caller survived: forget what it left half done."""
@@ -387,20 +396,18 @@ class Backward:
         Raises:
             UnitError: some units were updated in it already.
         """
-        run, self._run, self._lost = self._run, None, False
-        self.passes.backward = False
+        self.lost()
+        self._run, self._lost = None, False
         with torch.no_grad(), self.upward.announce(Command.ABANDON):
             for unit in self.units:
                 for b in unit.buckets:
-                    b.grads.abandon()
+                    b.grads.drop_reduce()
                 unit.residence.drop(Pin.FORWARD)
                 unit.residence.drop(Pin.BACKWARD)
                 unit.release()
                 unit.calls_made = 0
-            if run is not None:
-                self._show(run.had)
         if self.in_backward is not None:
-            self.in_backward.abandon()
+            self.in_backward.abandon(self.units)
 
 
 class _End:

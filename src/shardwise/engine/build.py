@@ -26,7 +26,7 @@ from shardwise.engine.integrity import Integrity
 from shardwise.engine.overlaps import refuse_overlaps
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit, unit_of
-from shardwise.errors import CommError, OffloadError, UnitError
+from shardwise.errors import CommError, OffloadError, UnitError, UpdateFailed
 from shardwise.strategy import Strategy
 from shardwise.tiers.home import Home
 
@@ -61,7 +61,7 @@ def shard(
     world = init(device, timeout=chosen.timeout)
     engine = Engine(module, chosen, _mesh(world, device, chosen, mesh))
     if chosen.optimizer_in_backward:
-        engine.backward.in_backward = InBackward(_optimizer.part)
+        engine.backward.in_backward = InBackward(_optimizer.optimizer_shard)
     adopted = [
         (name, child, sub)
         for name, child in module.named_modules()
@@ -155,7 +155,7 @@ def _finish_transfers() -> None:
                 for unit in engine.units:
                     if unit.failure is None:
                         unit.finish_transfers()
-        except OffloadError as error:
+        except (OffloadError, UpdateFailed) as error:
             print(f"shardwise: the last update did not take place: {error}", file=sys.stderr, flush=True)
 
 

@@ -6,12 +6,14 @@ one comes next, and gives it to :meth:`Engine.execute`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from shardwise.comm.mesh import Mesh
 from shardwise.comm.process import Process
@@ -75,6 +77,7 @@ class Engine:
         self.forward.saved = self.saved
         self.host_activations: SavedOnHost | None = None
         self.integrity: Integrity | None = None
+        self._optimizers: list[weakref.ref[Optimizer]] = []
         self.refuse_training: UnitError | None = None
         self.installed: list[Installed] = []
         self.on_copy: list[Callable[[Engine, Engine, Any], None]] = []
@@ -108,6 +111,15 @@ class Engine:
 
     def _begins(self, unit: Unit, call: Call) -> None:
         self.backward.enter(unit, call)
+
+    def remember(self, optimizer: Optimizer) -> None:
+        """An optimizer that holds parameters of the model was attached. It is not kept alive."""
+        self._optimizers.append(weakref.ref(optimizer))
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that were attached and live, in that order, which all ranks share."""
+        return [found for ref in self._optimizers if (found := ref()) is not None]
 
     def pin_for_access(self) -> Pin | None:
         """See :class:`~shardwise.engine.unit.Upward`, of which this is one."""

@@ -92,6 +92,7 @@ class FlatParameters:
             [(n, tuple(p.shape)) for n, p in zip(names, params, strict=True)], mesh.parts, strategy.layout
         )
         self.granularity = strategy.layout
+        self.whole_tensors = strategy.layout == "tensor" or mesh.parts == 1  # a piece is a whole parameter
         self._by_start = sorted(
             (i for i, slot in enumerate(self.layout.slots) if slot.numel), key=lambda i: self.layout.slots[i].offset
         )
@@ -298,6 +299,16 @@ class FlatParameters:
                 self.flat.tensor[self.held].copy_(self.master)
         return self.mesh.gather(self.flat.tensor, self.op("gather"))
 
+    def release(self) -> bool:
+        """Free the values' bytes, unless the script has a view of them. Were they freed?"""
+        if self.flat.nbytes and not self.flat.resizable and not self.flat.aliased:
+            self.flat.replace()
+            with torch._C.DisableTorchFunctionSubclass():
+                for i, p in enumerate(self.params):
+                    self.attach(i, p)
+            self.note()
+        return self.flat.release()
+
     @property
     def gathers_after_step(self) -> bool:
         """Do values that stay follow the master values by a copy or a gather after each step?"""
@@ -408,7 +419,7 @@ class FlatParameters:
         base = self.master if base is None else base
         at = piece.offset - (self.held.start if origin is None else origin)
         view = base.detach()[at : at + piece.numel]
-        view = view.view(self.layout.slots[piece.slot].shape) if self.granularity == "tensor" else view
+        view = view.view(self.layout.slots[piece.slot].shape) if self.whole_tensors else view
         return view.data  # not a view to autograd: its base would keep the bytes of values that are elsewhere
 
     def ranges(self, index: int) -> list[tuple[int, int]]:

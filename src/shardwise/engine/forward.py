@@ -101,6 +101,7 @@ class Forward:
             if unit.residence.pinned(reason) or unit.residence.staging:
                 unit.residence.drop(reason)
                 unit.release()
+            unit.free()
 
     def _order(self) -> UnitOrder:
         return self.training if torch.is_grad_enabled() else self.evaluation

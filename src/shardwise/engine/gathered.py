@@ -8,9 +8,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from shardwise.comm.stats import Op
 from shardwise.engine.residency import Pin
 from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import UnitError
+
+_VOTE = 4  # below the tags of units; see operations and data_loader for the others
 
 
 @contextmanager
@@ -120,21 +123,40 @@ def _gather_again(unit: Unit) -> None:
 
 @torch.no_grad()
 def _refuse_writes(units: Sequence[Unit]) -> None:
-    """Values were here to be read. Those that stay may be written to at any time; the others would be lost."""
-    for unit in units:
-        if not unit.here or unit.residence.pinned(Pin.WRITING):
-            continue  # a block around this one takes over what is written
-        for b in unit.buckets:
-            if not b.placement.released:
-                continue
+    """Values were here to be read. Those that stay may be written to at any time; the others would be lost.
+
+    A write past the counter of writes (``p.data.fill_()``) is seen by the rank that holds the shard. It tells the rest.
+    """
+    # Inside of a block that writes, that one takes over what is written.
+    reads = [u for u in units if u.released and u.here and not u.residence.pinned(Pin.WRITING)]
+    found = ""
+    for unit in reads:
+        for b in (b for b in unit.buckets if b.placement.released):
             written = b.written()
             if written or b.differs():
-                b.note()
-                name = f"parameter '{b.names[written[0]]}'" if written else "a parameter"
-                if unit.residence.pinned() > 1:
-                    _gather_again(unit)
-                raise UnitError(
-                    f"{name} was written to inside gathered(), which only reads: what was written is lost",
-                    where=f"unit {unit.label}",
-                    fix="with shardwise.gathered(module, write=True): rank 0's values then count, on every rank",
+                found = found or f"unit {unit.label}, parameter '{b.names[written[0] if written else 0]}'" + (
+                    "" if written else " or one beside it"
                 )
+    if not reads or not _any_rank(reads[0], bool(found)):
+        return
+    for unit in reads:
+        for b in unit.buckets:
+            b.note()
+        if unit.residence.pinned() > 1:
+            _gather_again(unit)
+    raise UnitError(
+        "values were written to inside gathered(), which only reads: what was written is lost",
+        where=found or "on another rank",
+        fix="with shardwise.gathered(module, write=True): rank 0's values then count, on every rank",
+    )
+
+
+def _any_rank(unit: Unit, flag: bool) -> bool:
+    """Does any rank say so?"""
+    world, group = unit.mesh.world, unit.mesh.control
+    if group.size == 1 or world.fake or world.join is not None:
+        return flag
+    votes = torch.zeros(group.size, dtype=torch.uint8)
+    votes[group.rank] = flag
+    group.all_gather(votes, Op("control", "the end of gathered()", _VOTE)).wait()
+    return bool(votes.any())

@@ -187,7 +187,7 @@ class Gradients:
         return self.open()[slot.offset : slot.stop].view(slot.shape)
 
     def unreduced(self, index: int) -> torch.Tensor:
-        """A copy of the gradient of parameter ``index`` that this rank alone has made, not divided by the ranks.
+        """A copy of the gradient of parameter ``index`` that this rank has made, not divided by the number of ranks.
 
         For those in state LOCAL, as ``no_sync()`` keeps them.
         """
@@ -366,14 +366,17 @@ class Gradients:
         self.raw = None
         self.states.reduced()
 
-    def abandon(self) -> None:
+    def forget(self) -> None:
         """Drop gradients that arrived in a backward that failed. Reduced ones of earlier backwards stay."""
-        self._end_reduce()
-        self._drop_merge()
         if self.raw is not None:
             self._close(self.raw)
             self.raw = None
         self.states.taken()
+
+    def drop_reduce(self) -> None:
+        """Wait for the reduce that such a backward has started, and drop its result."""
+        self._end_reduce()
+        self._drop_merge()
 
     def spend(self) -> None:
         """An update has used the gradients up: free them, and let ``p.grad`` say so."""

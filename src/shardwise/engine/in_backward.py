@@ -18,8 +18,9 @@ import torch
 from torch.optim import Optimizer
 
 from shardwise.engine.bucket import Bucket
-from shardwise.engine.offload import Part, update
-from shardwise.engine.readers import wait_for_readers
+from shardwise.engine.failure import Failure, Fallible, require_valid
+from shardwise.engine.offload import OptimizerShard, update
+from shardwise.engine.optimizer_state import wait_for_readers
 from shardwise.engine.unit import Unit
 from shardwise.errors import OptimizerError, UnitError
 
@@ -28,7 +29,7 @@ class _Job(NamedTuple):
     """A bucket's update by one optimizer: the places of its parameters, per group."""
 
     optimizer: Optimizer
-    part: Part
+    shard: OptimizerShard
     places: list[list[int]]
 
 
@@ -36,28 +37,29 @@ class InBackward:
     """The updates of one model's backwards.
 
     Args:
-        parts: gives the part of an optimizer that belongs to a bucket.
+        shard_of: gives what an optimizer keeps of a bucket.
 
     Attributes:
         optimizers: those that were attached.
     """
 
-    def __init__(self, parts: Callable[[Optimizer, Bucket], Part]) -> None:
+    def __init__(self, shard_of: Callable[[Optimizer, Bucket], OptimizerShard]) -> None:
         self.optimizers: WeakSet[Optimizer] = WeakSet()
-        self._part = parts
+        self._shard_of = shard_of
         self._jobs: dict[int, list[_Job]] = {}
         self._order: list[Bucket] = []  # of the last backward, to read ahead
         self._done: list[Bucket] = []
 
     def for_copy(self) -> InBackward:
         """The same for a copy of the model, whose optimizers are its own."""
-        return InBackward(self._part)
+        return InBackward(self._shard_of)
 
     def begin(self, units: Sequence[Unit]) -> None:
         """A backward begins.
 
         Raises:
             OptimizerError: no optimizer is known that holds this model's parameters.
+            UpdateFailed: an update of one that is known failed, and its state was not loaded since.
         """
         self._jobs.clear()
         self._order, self._done = self._done, []
@@ -71,7 +73,9 @@ class InBackward:
                         mine = found.setdefault(id(bucket), (bucket, [[] for _ in optimizer.param_groups]))
                         mine[1][g].append(index)
             for key, (bucket, per_group) in found.items():
-                self._jobs.setdefault(key, []).append(_Job(optimizer, self._part(optimizer, bucket), per_group))
+                shard = self._shard_of(optimizer, bucket)
+                require_valid(shard.owner)
+                self._jobs.setdefault(key, []).append(_Job(optimizer, shard, per_group))
         if not self._jobs:
             raise OptimizerError(
                 "optimizer_in_backward needs to know the optimizer before the first backward",
@@ -113,7 +117,7 @@ class InBackward:
         for job in self._jobs.get(id(bucket), ()):
             wait_for_readers(job.optimizer)
             pieces: list[list[torch.Tensor]] = []
-            crossing: list[torch.Tensor] = []
+            remote: list[torch.Tensor] = []
             for places in job.places:
                 pieces.append([])
                 for index in places:
@@ -122,19 +126,24 @@ class InBackward:
                     if index not in used:
                         continue
                     if bucket.placement.grads_cross:
-                        crossing += held
+                        remote += held
                     else:
                         for piece, grad in zip(held, bucket.grads.pieces(index), strict=True):
                             piece.grad = grad
             whole = [group["params"] for group in job.optimizer.param_groups]
             try:
-                update(job.optimizer, job.part, pieces, crossing)
-            finally:
-                job.part.cancel()
-                for group, params in zip(job.optimizer.param_groups, whole, strict=True):
-                    group["params"] = params
-                for piece in (p for ps in pieces for p in ps):
-                    piece.grad = None
+                try:
+                    with job.shard.owner.depth.nested():
+                        update(job.optimizer, job.shard, pieces, remote)
+                finally:
+                    job.shard.cancel()
+                    for group, params in zip(job.optimizer.param_groups, whole, strict=True):
+                        group["params"] = params
+                    for piece in (p for ps in pieces for p in ps):
+                        piece.grad = None
+            except BaseException as error:
+                job.shard.fail(error)
+                raise
         bucket.grads.spend()
 
     def _read_ahead(self, bucket: Bucket) -> None:
@@ -142,30 +151,39 @@ class InBackward:
         at = self._order.index(bucket) if bucket in self._order else -1
         if 0 <= at < len(self._order) - 1 and (bucket.home is None or bucket.home.buffers > 1):
             for job in self._jobs.get(id(self._order[at + 1]), ())[:1]:
-                if job.part.bucket not in self._done:
-                    job.part.begin(grads=False)
+                if job.shard.bucket not in self._done:
+                    job.shard.begin(grads=False)
 
     def end(self, units: Sequence[Unit]) -> None:
         """The backward is over: what was read ahead in vain is forgotten, and values follow. Collective."""
-        for jobs in self._jobs.values():
-            for job in jobs:
-                job.part.cancel()
+        self._cancel()
         for unit in units:
             if buckets := [b for b in unit.buckets if b in self._done]:
                 unit.publish(buckets)
 
-    def abandon(self) -> None:
-        """The backward failed.
+    def abandon(self, units: Sequence[Unit]) -> None:
+        """The backward failed. If some units had been updated, the model is neither that of this step nor of the next.
 
-        Raises:
-            UnitError: when some units had been updated: the model is neither that of this step nor of the next.
+        Args:
+            units: the model's, which are marked then.
         """
-        for jobs in self._jobs.values():
-            for job in jobs:
-                job.part.cancel()
+        self._cancel()
         done, self._done = self._done, []
         if done:
-            raise UnitError(
-                f"the last backward failed when {len(done)} of its updates had taken place (optimizer_in_backward)",
-                fix="load the last checkpoint before going on",
+            names = {type(job.optimizer).__name__ for jobs in self._jobs.values() for job in jobs}
+            failure = Failure(
+                f"the last backward failed when {len(done)} of its updates by {' and '.join(sorted(names))} had taken "
+                "place (optimizer_in_backward), so the values are those of no step",
+                f"units {units[0].label} to {units[-1].label}",
+                "load a checkpoint into the model and its optimizer: "
+                "shardwise.checkpoint.load(path, models=[model], optimizers=[optimizer])",
             )
+            owners = {id(job.shard.owner): job.shard.owner for jobs in self._jobs.values() for job in jobs}
+            holders: list[Fallible] = [*units, *owners.values()]
+            for holder in holders:
+                holder.failure = holder.failure or failure
+
+    def _cancel(self) -> None:
+        for jobs in self._jobs.values():
+            for job in jobs:
+                job.shard.cancel()

@@ -1,24 +1,27 @@
-"""Optimizer state with another home than the device: stepped part by part, while its neighbours move.
+"""Optimizer state with another home than the device: stepped shard by shard, while its neighbours move.
 
-A *part* is what one optimizer keeps of one unit's parameters of one dtype. The optimizer's own step runs once per part
-that has gradients, and sees that part's pieces only, in the order of the units::
+An *optimizer shard* is what one optimizer keeps of this rank's part of one bucket. The optimizer's own step runs once
+per optimizer shard that has gradients, and sees that one's pieces only, in the order of the units::
 
     read i+1  |  update i  |  write i-1
 
-State tensors stay the same objects. While a part is updated they are views of one host buffer; in between their bytes
-are in the part's extent on the disk, all of them in one run, and a look at them raises. The first update of a part
-makes its state as ever; it is laid out when that is done. Numbers of no dimension (step counters) stay in memory.
+State tensors stay the same objects. While an optimizer shard is updated they are views of one host buffer; in between
+their bytes are in its extent on the disk, all of them in one run, and a look at them raises. The first update makes the
+state as ever; it is laid out when that is done. Numbers of no dimension (step counters) stay in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 from shardwise.engine.bucket import Bucket
+from shardwise.engine.elementwise import unhooked
+from shardwise.engine.failure import Failure
 from shardwise.errors import OptimizerError
 from shardwise.tiers.aligned import padded
 from shardwise.tiers.home import TENSOR_ALIGN, BufferLease, Home, StateExtent
@@ -33,7 +36,7 @@ Found = list[tuple[torch.Tensor, str, torch.Tensor]]
 
 
 class StateSlot(NamedTuple):
-    """One state tensor: of which piece (by ``id``), and ``start:stop`` bytes into the part."""
+    """Where one state tensor lies: of which piece (by ``id``), and ``start:stop`` bytes into the optimizer shard."""
 
     piece: int
     key: str
@@ -43,7 +46,7 @@ class StateSlot(NamedTuple):
     stop: int
 
 
-def moves(bucket: Bucket, value: Any) -> bool:
+def is_offloaded(bucket: Bucket, value: Any) -> bool:
     """Do this state's bytes leave the memory between steps?"""
     if not bucket.placement.state_on_disk or not isinstance(value, torch.Tensor):
         return False
@@ -61,16 +64,43 @@ def _slots(found: Found) -> tuple[list[StateSlot], int]:
     return out, padded(end)
 
 
-class Part:
-    """What one optimizer keeps of one bucket.
+class CallDepth:
+    """How many calls of one optimizer's step are under way, one inside the other: a step may call its base's."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    @contextmanager
+    def nested(self) -> Iterator[None]:
+        """The optimizer's own step runs inside the block, on pieces that are there already."""
+        before, self.value = self.value, self.value + 1
+        try:
+            yield
+        finally:
+            self.value = before
+
+
+class Owner(Protocol):
+    """Whoever knows the optimizer of an optimizer shard."""
+
+    depth: CallDepth
+    failure: Failure | None
+
+    def fail(self, error: BaseException, where: str) -> Failure:
+        """An update failed: nobody uses the optimizer and its parameters before a checkpoint is loaded."""
+
+
+class OptimizerShard:
+    """What one optimizer keeps of this rank's part of one bucket.
 
     Args:
         bucket: if it has no home, an update is the optimizer's own and nothing moves.
         optimizer: its class's name, for reports.
+        owner: hears of failures.
     """
 
-    def __init__(self, bucket: Bucket, optimizer: str) -> None:
-        self.bucket, self.optimizer = bucket, optimizer
+    def __init__(self, bucket: Bucket, optimizer: str, owner: Owner) -> None:
+        self.bucket, self.optimizer, self.owner = bucket, optimizer, owner
         self.slots: list[StateSlot] = []
         self.nbytes = 0  # of the state tensors; master values lie before them in a buffer
         self._values_bytes = 0 if bucket.values is None else bucket.values.nbytes
@@ -84,15 +114,19 @@ class Part:
         self._device_grad: torch.Tensor | None = None
         self._state_extent: StateExtent | None = None
         self._lease: BufferLease | None = None
-        self._crossed = False
+        self._grads_sent = False
         self._grads: torch.Tensor | None = None  # of an update to come
         self._coming: list[Transfer] = []
-        self.known = False  # has there been an update, which made and laid out its state?
+        self.laid_out = False  # has there been an update, which made its state and gave it its place?
 
     @property
-    def crosses(self) -> bool:
+    def remote_grads(self) -> bool:
         """Do gradients come from the other side of the link?"""
         return self.bucket.placement.grads_cross
+
+    def fail(self, error: BaseException) -> Failure:
+        """Its update failed: the optimizer and its parameters are marked."""
+        return self.owner.fail(error, f"unit {self.bucket.label}")
 
     # --- one update --------------------------------------------------------------------------
     @property
@@ -106,12 +140,12 @@ class Part:
         Args:
             grads: they are reduced. Otherwise a second call, or :meth:`enter`, brings them.
         """
-        crossing = values and grads and self.crosses and not self._crossed
-        if crossing and not self.bucket.placement.step_on_host:
+        send = values and grads and self.remote_grads and not self._grads_sent
+        if send and not self.bucket.placement.step_on_host:
             held = self._held_grads()
             self._device_grad = torch.empty_like(held, device=self.bucket.device)
             self._coming.append(StreamOrdered(self.home.step_link.to_device(held, self._device_grad)))
-            self._crossed = True
+            self._grads_sent = True
         if not (self._state_extent is not None or (values and (self._values_bytes > 0 or self._low_bytes > 0))):
             return
         if self._lease is None:
@@ -121,13 +155,13 @@ class Part:
                 self._coming += self.bucket.values.read(self._lease.buffer)
             if self._state_extent is not None:
                 self._coming += self._state_extent.read(self._mine)
-        if crossing and self.bucket.placement.step_on_host:
-            self._crossed = True
+        if send and self.bucket.placement.step_on_host:
+            self._grads_sent = True
             self._coming.append(self.home.step_link.to_host(self._held_grads(), self._low))
 
     def take_grads(self) -> None:
         """Look for the gradients now: the update takes place in another thread."""
-        self._grads = self.bucket.grads.held() if self.crosses else None
+        self._grads = self.bucket.grads.held() if self.remote_grads else None
 
     def _held_grads(self) -> torch.Tensor:
         return self.bucket.grads.held() if self._grads is None else self._grads
@@ -169,9 +203,9 @@ class Part:
             OptimizerError: state of a kind that cannot be moved.
         """
         writes: list[Transfer] = []
-        self.known = self.known or values
+        self.laid_out = self.laid_out or values
         if values:
-            if self.crosses:
+            if self.remote_grads:
                 for piece in self._pieces:
                     piece.grad = None
             writes += self.bucket.follow_master(self._low if self._low_bytes else None)
@@ -181,8 +215,8 @@ class Part:
         values = values and self._values_bytes > 0
         found = self._found(state)
         slots, nbytes = _slots(found)
-        laid_out = slots != self.slots
-        if laid_out:
+        moved = slots != self.slots
+        if moved:
             for transfer in writes:
                 transfer.wait()
             writes.clear()
@@ -203,10 +237,10 @@ class Part:
                 what = f"state '{key}' of {self.optimizer}, unit {self.bucket.label},"
                 swap_out(value, SwapLocation(self._state_extent, slot.start, what))
         self._release(writes)
-        self.home.trim(now=laid_out)
+        self.home.trim(now=moved)
 
     def _release(self, after: Sequence[Transfer] = ()) -> None:
-        self._crossed, self._device_grad, self._grads = False, None, None
+        self._grads_sent, self._device_grad, self._grads = False, None, None
         if self._lease is not None:
             lease, self._lease = self._lease, None
             lease.release(after)
@@ -215,6 +249,20 @@ class Part:
         """Forget what was begun; nothing, if the update took place."""
         coming, self._coming = self._coming, []
         self._release(coming)
+
+    def abandon(self, state: State) -> None:
+        """An update failed half way: no tensor stays in a buffer that is lent again, and nothing is laid out any more.
+
+        What they hold is of no use; a load replaces it.
+        """
+        self.cancel()
+        for _, _, value in self._found(state):
+            if not isinstance(value, SwappedTensor):
+                value.data = value.clone()
+        values = self.bucket.values
+        if values is not None and values.on_disk and values.resident:
+            values.swap_in(values.tensor.clone().view(torch.uint8))
+        self.slots, self.nbytes, self._state_extent, self.laid_out = [], 0, None, False
 
     # --- outside of updates --------------------------------------------------------------------
     def materialise(self, state: State) -> None:
@@ -260,7 +308,7 @@ class Part:
         out: Found = []
         for piece in self._pieces:
             for key, value in state.get(piece, {}).items():
-                if moves(self.bucket, value):
+                if is_offloaded(self.bucket, value):
                     out.append((piece, key, value))
                 elif not self.bucket.placement.state_on_disk:
                     continue
@@ -308,91 +356,96 @@ Pieces = Sequence[Sequence[tuple[torch.Tensor, Bucket | None]]]
 """Per parameter group, what it holds for the length of a step; ``None``: a plain parameter."""
 
 
-def part_of(parts: dict[int, Part], optimizer: Optimizer, bucket: Bucket) -> Part:
-    """The part of an optimizer that belongs to a bucket with a home; made when first asked for."""
-    part = parts.get(id(bucket))
-    if part is None:
-        part = parts[id(bucket)] = Part(bucket, type(optimizer).__name__)
-    return part
-
-
-def to_update(optimizer: Optimizer, pieces: Pieces, parts: dict[int, Part], crossing: Set[int]) -> list[Part]:
-    """The parts that have gradients, in the order of the units.
+def shards_to_update(
+    pieces: Pieces, remote: Set[int], shard_of: Callable[[Bucket], OptimizerShard]
+) -> list[OptimizerShard]:
+    """The optimizer shards with another home that have gradients, in the order of the units.
 
     Args:
         pieces: with their gradients set.
-        parts: the optimizer's, by ``id`` of the bucket.
-        crossing: pieces, by ``id``, whose gradients are on the other side of the link.
+        remote: pieces, by ``id``, whose gradients are on the other side of the link.
+        shard_of: gives the optimizer's shard of a bucket.
     """
     offloaded = [(p, b) for group in pieces for p, b in group if b is not None and b.home is not None]
-    buckets = {id(b): b for p, b in offloaded if p.grad is not None or id(p) in crossing}
-    return [part_of(parts, optimizer, b) for b in sorted(buckets.values(), key=_place)]
+    buckets = {id(b): b for p, b in offloaded if p.grad is not None or id(p) in remote}
+    return [shard_of(b) for b in sorted(buckets.values(), key=_place)]
 
 
-def step(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: Set[int]) -> None:
-    """Update parts now, and leave what has no home in ``param_groups`` for the step that is about to run.
+def step(optimizer: Optimizer, todo: Sequence[OptimizerShard], pieces: Pieces, remote: Set[int]) -> None:
+    """Update now, and leave what has no home in ``param_groups`` for the step that is about to run.
 
     Args:
-        pieces, crossing: see :func:`to_update`.
+        todo: what is updated.
+        pieces, remote: see :func:`shards_to_update`.
     """
     try:
-        _each(optimizer, todo, pieces, crossing)
+        _each(optimizer, todo, pieces, remote)
     finally:
-        for part in todo:
-            part.cancel()
+        for shard in todo:
+            shard.cancel()
     for group, held in zip(optimizer.param_groups, pieces, strict=True):
         group["params"] = [p for p, b in held if b is None or b.home is None]
 
 
-def pieces_of(part: Part, pieces: Pieces, crossing: Set[int]) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
-    """A part's pieces per group, and those of them whose gradients are on the other side of the link."""
-    mine = [[p for p, b in held if b is part.bucket] for held in pieces]
-    return mine, [p for held in mine for p in held if id(p) in crossing]
+def pieces_of(
+    shard: OptimizerShard, pieces: Pieces, remote: Set[int]
+) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
+    """An optimizer shard's pieces per group, and those of them whose gradients are on the other side of the link."""
+    mine = [[p for p, b in held if b is shard.bucket] for held in pieces]
+    return mine, [p for held in mine for p in held if id(p) in remote]
 
 
-def _each(optimizer: Optimizer, todo: Sequence[Part], pieces: Pieces, crossing: Set[int]) -> None:
-    """Update part by part; what a step changes in the optimizer's groups is as if it had not."""
+def _each(optimizer: Optimizer, todo: Sequence[OptimizerShard], pieces: Pieces, remote: Set[int]) -> None:
+    """One after the other; what a step changes in the optimizer's groups is as if it had not."""
     after: list[dict[str, Any]] | None = None
-    for k, part in enumerate(todo):
-        part.begin()
-        if k + 1 < len(todo) and part.home.buffers > 1:
-            todo[k + 1].begin()
-        part.bucket.finish_transfers()
-        mine, on_the_way = pieces_of(part, pieces, crossing)
-        changed = update(optimizer, part, mine, on_the_way)
-        if after is not None and not _equal(after, changed):
-            raise OptimizerError(
-                f"{type(optimizer).__name__} keeps numbers in its groups that depend on all parameters together",
-                fix="it cannot be stepped unit by unit: leave offloading and optimizer_in_backward out",
-            )
+    for k, shard in enumerate(todo):
+        try:
+            shard.begin()
+            if k + 1 < len(todo) and shard.home.buffers > 1:
+                todo[k + 1].begin()
+            shard.bucket.finish_transfers()
+            mine, on_the_way = pieces_of(shard, pieces, remote)
+            changed = update(optimizer, shard, mine, on_the_way)
+            if after is not None and not _equal(after, changed):
+                raise OptimizerError(
+                    f"{type(optimizer).__name__} keeps numbers in its groups that depend on all parameters together",
+                    fix="it cannot be stepped unit by unit: leave offloading and optimizer_in_backward out",
+                )
+        except BaseException as error:
+            shard.fail(error)
+            raise
         after = changed
 
 
 def update(
-    optimizer: Optimizer, part: Part, pieces: Sequence[list[torch.Tensor]], crossing: Sequence[torch.Tensor]
+    optimizer: Optimizer, shard: OptimizerShard, pieces: Sequence[list[torch.Tensor]], remote: Sequence[torch.Tensor]
 ) -> list[dict[str, Any]]:
-    """Run the optimizer's own step on the pieces of one part.
+    """Run the optimizer's own step on the pieces of one optimizer shard.
 
     Args:
         pieces: per parameter group, with their gradients set; left in ``param_groups``.
-        crossing: those whose gradients are on the other side of the link.
+        remote: those whose gradients are on the other side of the link.
 
     Returns:
         The groups' settings as the step left them. They are put back: what a step changes in its groups (some count
-        there) it changes once, not once per part.
+        there) it changes once, not once per optimizer shard.
     """
     groups = optimizer.param_groups
     before = [settings_of(group) for group in groups]
-    step: Callable[[Optimizer], Any] = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
-    part.enter(optimizer.state)
+    step = unhooked(type(optimizer).step)
     try:
-        if part.crosses:
-            part.give_grads(crossing)
-        for group, mine in zip(groups, pieces, strict=True):
-            group["params"] = mine
-        step(optimizer)
-    finally:
-        part.leave(optimizer.state)
+        shard.enter(optimizer.state)
+        try:
+            if shard.remote_grads:
+                shard.give_grads(remote)
+            for group, mine in zip(groups, pieces, strict=True):
+                group["params"] = mine
+            step(optimizer)
+        finally:
+            shard.leave(optimizer.state)
+    except BaseException:
+        shard.abandon(optimizer.state)
+        raise
     changed = [settings_of(group) for group in groups]
     for group, values in zip(groups, before, strict=True):
         for key in [key for key in group if key != "params" and key not in values]:

@@ -73,12 +73,17 @@ class SavedTensors:
     def __init__(self, bring: Callable[[Unit, Call | None], None], calls: Callable[[], Iterable[Call]]) -> None:
         self._bring, self._calls = bring, calls
         self._flats: dict[int, tuple[Unit, Bucket]] = {}
+        self._units: list[Unit] = []
         self._needed = False  # do any values come and go?
 
     def follow(self, units: Iterable[Unit]) -> None:
         """From here on, look for these units' flat buffers."""
-        self._flats = {b.flat.key: (unit, b) for unit in units for b in unit.buckets if b.flat.nbytes}
-        self._needed = any(b.placement.released for _, b in self._flats.values())
+        self._units = list(units)
+        self._needed = any(b.placement.released for unit in self._units for b in unit.buckets)
+        self._look()
+
+    def _look(self) -> None:
+        self._flats = {b.flat.key: (unit, b) for unit in self._units for b in unit.buckets if b.flat.nbytes}
 
     def hooks(self) -> AbstractContextManager[Any]:
         """A context manager: what autograd saves inside goes through here.
@@ -89,6 +94,7 @@ class SavedTensors:
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if not self._needed:
             return nullcontext()
+        self._look()  # a buffer may have got another storage
         outer = None if top is None else top[0]
         if outer is not None and not isinstance(outer, _Pack):
             return nullcontext()

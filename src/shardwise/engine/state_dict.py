@@ -46,6 +46,7 @@ def _unit(module: nn.Module) -> Unit:
 
 def _before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     unit = _unit(module)
+    unit.upward.check()
     unit.reconcile()
     unit.finish_transfers()
     unit.take_handles(True)
@@ -82,12 +83,14 @@ def _begin_load(module: nn.Module, state: Any, prefix: str, meta: Any, *_rest: A
             where=f"unit {unit.label}",
             fix="call it without assign, or load before sharding",
         )
-    if unit.failure is None:
-        unit.reconcile()
-        unit.finish_transfers()
-        # The copies that Module.load_state_dict makes itself need somewhere to go, in the compute dtype.
-        unit.gather()
-        unit.residence.pin(Pin.STATE_DICT)
+    unit.upward.recover()
+    unit.drain()
+    unit.begin_load()
+    unit.reconcile()
+    unit.finish_transfers()
+    # The copies that Module.load_state_dict makes itself need somewhere to go, in the compute dtype.
+    unit.gather()
+    unit.residence.pin(Pin.STATE_DICT)
 
 
 @torch.no_grad()
@@ -102,6 +105,7 @@ def _before_load(module: nn.Module, state: Any, prefix: str, *_rest: Any) -> Non
         flat = value.detach().reshape(-1)
         for piece, (lo, hi) in zip(bucket.piece_params[slot.index], bucket.ranges(slot.index), strict=True):
             piece.copy_(flat[lo:hi].view(piece.shape))
+        slot.unit.loaded(slot)
 
 
 @torch.no_grad()
@@ -112,6 +116,7 @@ def _after_load(module: nn.Module, _keys: Any) -> None:
         bucket.note()  # torch's own copies into values are not the script's
     if unit.residence.pinned(Pin.STATE_DICT):
         unit.residence.unpin(Pin.STATE_DICT)
+    unit.end_load()
     unit.release()
     if not unit.released:
         unit.publish(unit.buckets)
@@ -131,7 +136,7 @@ class Held:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    whole: bool  # pieces are cut between parameters only (layout=tensor)
+    whole: bool  # pieces are cut between parameters only (layout=tensor, or one rank)
     pieces: list[tuple[int, int, torch.Tensor]]
 
 
@@ -144,7 +149,7 @@ def held(param: nn.Parameter) -> Held | None:
     bucket, index = unit.places[id(param)]
     pieces = [(lo, hi, t) for (lo, hi), t in zip(bucket.ranges(index), bucket.piece_params[index], strict=True)]
     shape = bucket.layout.slots[index].shape
-    return Held(unit, bucket, shape, bucket.master_dtype, bucket.master.device, bucket.granularity == "tensor", pieces)
+    return Held(unit, bucket, shape, bucket.master_dtype, bucket.master.device, bucket.whole_tensors, pieces)
 
 
 def units_of(module: nn.Module) -> list[Unit]:

@@ -8,18 +8,20 @@ announces what needs all ranks, and says whether values may be brought for someb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from shardwise.comm.mesh import Mesh
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.commands import Command
+from shardwise.engine.failure import Failure, require_valid
 from shardwise.engine.guard import guard, mark, refuse, unguard
 from shardwise.engine.residency import Pin, Residence, Residency
-from shardwise.errors import ShardwiseError, UnitError
+from shardwise.errors import CheckpointError, UnitError, UpdateFailed
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 from shardwise.tiers.home import Home
@@ -32,6 +34,9 @@ class Upward(Protocol):
     @property
     def in_backward(self) -> Any:
         """What updates units during the backward; ``None``: ``step()`` does."""
+
+    def remember(self, optimizer: Optimizer) -> None:
+        """An optimizer that holds parameters of the model was attached."""
 
     def announce(self, command: Command, *args: Any) -> AbstractContextManager[None]:
         """Around what needs all ranks, so that those without data do it too."""
@@ -108,8 +113,8 @@ class Unit:
         released: values of some bucket come and go.
         offloaded: what gathers read is at another home.
         residence: where the values are, and who needs them.
-        failure: why they are those of no step, in state FAILED.
         calls_made: forwards under autograd since the last backward.
+        lingers: values are released, and the script has a view of them that keeps their bytes.
     """
 
     def __init__(
@@ -146,13 +151,16 @@ class Unit:
         self.released = any(b.placement.released for b in self.buckets)
         self.offloaded = any(b.placement.params_offloaded for b in self.buckets)
         self.residence = Residence(self.label, released=self.released)
-        self.failure: BaseException | None = None
+        self._failure: Failure | None = None
         self.calls_made = 0  # forwards with gradients since the last backward
+        self.lingers = False  # released, and the bytes are still there for whoever has a view of them
         self.updates: list[PendingUpdate] = []  # asked for, and not waited for; this rank may have none of them
         self._follow: list[Bucket] = []  # whose values follow when these have taken place
         self._gathering: list[Transfer] = []  # under way
         self._taking_handles = False
         self._watched = False  # values are here, and parameters are guarded all the same: see :meth:`watch`
+        self._not_loaded: set[int] = set()  # slots (by ``id``) that a load has not replaced yet
+        self._failed_before: Failure | None = None  # when that load began
         self.release()
 
     def copied(self, of: Callable[[Any], Any], ledger: Ledger, upward: Upward) -> Unit:
@@ -168,7 +176,7 @@ class Unit:
         new.__dict__.update(self.__dict__)
         new.module, new.upward = of(self.module), upward
         new.residence = Residence(self.label, released=self.released)
-        new.calls_made = 0
+        new.calls_made, new.lingers, new._failure, new._failed_before = 0, False, None, None
         new.updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
         twins = {
             id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers)
@@ -231,7 +239,7 @@ class Unit:
         """Begin to bring the values here, unless they are here or on their way.
 
         Raises:
-            UnitError: they are those of no step, because an update failed or they were loaded in part.
+            UpdateFailed, CheckpointError: they are those of no step: an update failed, or they were loaded in part.
         """
         self.finish_update()
         if self.residence.state in (Residency.GATHERED, Residency.GATHERING):
@@ -242,6 +250,7 @@ class Unit:
 
     def gather(self) -> None:
         """Have the values here."""
+        require_valid(self)
         if self.residence.here:
             if self._watched:
                 self._watched = False
@@ -291,8 +300,14 @@ class Unit:
             self._watched = False
             for b in self.buckets:
                 if b.placement.released:
-                    b.flat.release()
+                    self.lingers |= not b.release()
                     guard(b.params)
+
+    def free(self) -> None:
+        """Free the bytes of released values that the script had a view of, if it has none any more."""
+        if self.lingers and self.residence.state is Residency.RELEASED:
+            freed = [b.release() for b in self.buckets if b.placement.released]
+            self.lingers = not all(freed)
 
     def take_writes(self) -> None:
         """What the script wrote to values that come and go is taken to the master values, before they go.
@@ -305,8 +320,8 @@ class Unit:
         for b in self.buckets:
             if not b.placement.released or not (written := b.written()):
                 continue
+            b.note()  # first: taking the values looks at master values, which asks here
             if b.mesh.shard.size > 1:
-                b.note()
                 raise UnitError(
                     f"parameter '{b.names[written[0]]}' was written to while its values were gathered: each rank would "
                     "keep what it wrote to its own shard, and lose the rest",
@@ -361,34 +376,29 @@ class Unit:
         if self.released:
             self._drop_passes()
             self.release()
-        if self.residence.here and self.residence.pinned():  # somebody looks at the values: let them follow now
-            self.updates, self._follow = list(updates), list(buckets)
-            self.residence.to(Residency.UPDATING)
-            self.finish_update()
-            return
         self.residence.to(Residency.UPDATING)
         if not self.released:
             guard(self.params)
         self.updates, self._follow = list(updates), list(buckets)
 
+    def finish_if_pinned(self) -> None:
+        """The updates of :meth:`defer_update` have been started: if somebody looks at the values, they follow now."""
+        if self.updating and self.residence.pinned():
+            self.finish_update()
+
     def finish_update(self) -> None:
         """Wait for updates that were asked for; then values follow.
 
         Raises:
-            UnitError: one of them failed, now or earlier: the values are those of no step.
+            UpdateFailed: one of them failed, or one before: the values are those of no step.
         """
-        if self.residence.state is Residency.FAILED:
-            self._refuse_failed()
+        require_valid(self)
         if self.residence.state is not Residency.UPDATING:
             return
         updates, self.updates = self.updates, []
         follow, self._follow = self._follow, []
-        try:
-            for one in updates:
-                one.wait()
-        except Exception as error:
-            self.fail(error)
-            raise
+        for one in updates:
+            one.wait()  # if it failed, it marks what it was to change
         pinned = self.released and self.residence.pinned()
         self.residence.to(Residency.RELEASED if self.released and not pinned else Residency.GATHERED)
         if not self.released:
@@ -396,37 +406,59 @@ class Unit:
         with torch.no_grad():
             self.publish(follow)
 
-    def fail(self, error: BaseException) -> None:
-        """Its values are those of no step from here on: an update of it failed."""
-        if self.residence.state is Residency.GATHERING:
-            self.gather()
-        if self.residence.state is Residency.STAGING:
-            self.release()
-        if self.residence.state is not Residency.FAILED:
-            self.residence.to(Residency.FAILED)
-        self.failure = error
-        guard(self.params)
+    # --- failures ------------------------------------------------------------------------------------
+    @property
+    def failure(self) -> Failure | None:
+        """Why the values are those of no step: an update failed, or a load ended half way. Every use raises."""
+        return self._failure
 
-    def mend(self) -> None:
-        """Its master values were replaced as a whole (loaded): it is usable again."""
-        if self.residence.state is Residency.FAILED:
-            self.failure = None
-            self.residence.to(Residency.RELEASED if self.released else Residency.GATHERED)
+    @failure.setter
+    def failure(self, failure: Failure | None) -> None:
+        self._failure = failure
+        settled = failure is not None and failure.look is None  # otherwise an update is under way in this call
+        if settled and self.residence.state is not Residency.FAILED:
+            if self.residence.staging:
+                self.release()
+            self.residence.to(Residency.FAILED)
+            guard(self.params)
+        elif failure is None and self.residence.state is Residency.FAILED:
+            for transfer in self._gathering:
+                transfer.wait()
+            self._gathering = []
             if self.released:
+                self.residence.to(Residency.RELEASED)
                 for b in self.buckets:
                     if b.placement.released:
-                        b.flat.release()
+                        self.lingers |= not b.release()
             else:
+                self.residence.to(Residency.GATHERED)
                 unguard(self.params)
 
-    def _refuse_failed(self) -> None:
-        error = self.failure
-        cause = error.what if isinstance(error, ShardwiseError) else f"{type(error).__name__}: {error}"
-        raise UnitError(
-            f"an update of it failed, so its values are those of no step: {cause}",
-            where=f"unit {self.label}",
-            fix="load the last checkpoint before going on",
-        ) from error
+    def fail(self, failure: Failure) -> None:
+        """Its values are those of no step: nothing uses them before a load is complete. The first cause stays."""
+        self.failure = self.failure if self.failure is not None and self.failure.look is None else failure
+        self.updates, self._follow = [], []
+
+    def drain(self) -> None:
+        """Before a load: no update is under way any more. ``failure`` says whether one failed."""
+        with suppress(UpdateFailed, CheckpointError):
+            self.finish_update()
+
+    # --- a load through the module -----------------------------------------------------------------------
+    def begin_load(self) -> None:
+        """``load_state_dict()`` begins: a failure does not stand in the way of it."""
+        self._not_loaded = {id(s) for s in self.slots}
+        self._failed_before, self.failure = self.failure, None
+
+    def loaded(self, slot: Slot) -> None:
+        """The master values of a parameter were replaced."""
+        self._not_loaded.discard(id(slot))
+
+    def end_load(self) -> None:
+        """It has ended: unless it replaced all of the unit, a failure is what it was."""
+        before, self._failed_before = self._failed_before, None
+        if self._not_loaded and before is not None:
+            self.fail(before)
 
     def finish_transfers(self) -> None:
         """Before values are read or written past the engine: wait for what is under way since the last step."""
@@ -448,7 +480,7 @@ class Unit:
         for b in self.buckets:
             if not b.placement.released and b.written():
                 self.finish_transfers()
-                b.note()  # first: taking the values looks at master values, which asks here
+                b.note()  # first, for the same reason
                 b.take_values()
 
     def rest(self) -> None:
@@ -462,11 +494,10 @@ class Unit:
 
         Raises:
             ReleasedParameterError: they may not be.
-            UnitError: an update failed.
+            UpdateFailed: an update failed.
         """
         state = self.residence.state
-        if state is Residency.FAILED:
-            self._refuse_failed()
+        require_valid(self)
         if self.residence.here:
             return
         if state is Residency.GATHERING or (state is Residency.UPDATING and not self.released):

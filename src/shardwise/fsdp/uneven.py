@@ -9,7 +9,6 @@ from typing import Any
 from shardwise.comm import World
 from shardwise.engine.engine import Engine
 from shardwise.engine.join import Join
-from shardwise.engine.optimizer import attached_to
 
 
 @contextmanager
@@ -26,7 +25,7 @@ def uneven_inputs(engine: Engine) -> Iterator[None]:
         world.join.include([engine])
         yield
     else:
-        with Join(world, [engine], attached_to(engine), _Uncounted()):
+        with Join(world, [engine], engine.optimizers, _Uncounted()):
             yield
 
 

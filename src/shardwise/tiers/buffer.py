@@ -51,6 +51,16 @@ class Buffer:
             self.tensor.untyped_storage().resize_(self.nbytes)
             self.ledger.add(self.state, self.nbytes)
 
+    @property
+    def resizable(self) -> bool:
+        """May the storage be resized? Not any more once somebody has taken a NumPy array of a view of it."""
+        return self.tensor.untyped_storage().resizable()
+
+    def replace(self) -> None:
+        """Be another tensor, and leave the old one to whoever has a view of it. Values are undefined."""
+        self.fill()
+        self.tensor = torch.empty_like(self.tensor)
+
     def release(self) -> bool:
         """Free the bytes, unless somebody has a view of them. Were they freed?"""
         if not self.nbytes or not self.filled:

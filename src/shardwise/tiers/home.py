@@ -5,8 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -62,7 +60,6 @@ class Home:
         step_link: copies of updates, which values on their way do not wait for.
         prefetches: values that are being read ahead, the first to be needed in front.
         landing: waits for gradients that are on their way to the host, in order.
-        failed: why an update that nobody has waited for did not take place.
 
     Raises:
         OffloadError: see :class:`~shardwise.tiers.disk.DiskStore`.
@@ -93,7 +90,6 @@ class Home:
         self.ahead = ahead
         self.prefetches: deque[Prefetch] = deque()
         self.landing: deque[Callable[[], None]] = deque()
-        self.failed: Exception | None = None
         self._trimmed = 0.0
         self._pools: dict[str, BufferPool] = {}
         self._dropped: list[Extent] = []
@@ -104,11 +100,6 @@ class Home:
     def store(self) -> DiskStore:
         assert self.disk is not None, "only a disk has a store"
         return self.disk
-
-    @cached_property
-    def thread(self) -> ThreadPoolExecutor:
-        """Where updates take place that nobody waits for yet. One, so that they keep their order."""
-        return ThreadPoolExecutor(1, thread_name_prefix="shardwise-updates")
 
     @property
     def stats(self) -> DiskStats:
