@@ -187,7 +187,7 @@ class Gradients:
         return self.open()[slot.offset : slot.stop].view(slot.shape)
 
     def unreduced(self, index: int) -> torch.Tensor:
-        """A copy of the gradient of parameter ``index`` that this rank has made, not divided by the number of ranks.
+        """A copy of the gradient of parameter ``index`` that this rank alone has made, not divided by the ranks.
 
         For those in state LOCAL, as ``no_sync()`` keeps them.
         """

@@ -28,13 +28,13 @@ def install(unit: Unit) -> None:
     parameters so that what is loaded there reaches the master values."""
     unit.module.register_state_dict_pre_hook(_before_save)
     unit.module.register_state_dict_post_hook(_after_save)
+    unit.module.register_load_state_dict_pre_hook(_begin_load)  # before those of what is in it
     for slot in unit.slots:
         for module, name in slot.holders:
             owned = owned_by(module)
             if not owned:
                 module.register_load_state_dict_pre_hook(_before_load)
             owned[name] = slot
-    unit.module.register_load_state_dict_pre_hook(_begin_load)
     unit.module.register_load_state_dict_post_hook(_after_load)
 
 

@@ -158,9 +158,9 @@ class Unit:
         self._follow: list[Bucket] = []  # whose values follow when these have taken place
         self._gathering: list[Transfer] = []  # under way
         self._taking_handles = False
-        self._watched = False  # values are here, and parameters are guarded all the same: see :meth:`watch`
         self._not_loaded: set[int] = set()  # slots (by ``id``) that a load has not replaced yet
         self._failed_before: Failure | None = None  # when that load began
+        self._watched = False  # values are here, and parameters are guarded all the same: see :meth:`watch`
         self.release()
 
     def copied(self, of: Callable[[Any], Any], ledger: Ledger, upward: Upward) -> Unit:
