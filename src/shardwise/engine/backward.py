@@ -201,13 +201,17 @@ class Backward:
                 run.had.update(id(p) for p, was in zip(b.params, had, strict=True) if was)
 
     # --- unit by unit ------------------------------------------------------------------------------------
-    def enter(self, unit: Unit, call: Call | None) -> None:
-        """The backward of ``unit`` begins: the first gradient of an output of ``call``, or what it saved, is needed."""
+    def enter(self, unit: Unit, call: Call | None, number: int | None = None) -> None:
+        """The backward of ``unit`` begins: the gradient of an output of ``call`` is here, or what it saved is needed.
+
+        Args:
+            number: autograd's sequence number of that output.
+        """
         self.begin()
         run = self._run
         assert run is not None
         if call is not None:
-            self._see_over(run, call)
+            self._see_over(run, call, number)
         self._launch_next(run)
         self.tracker.phase, self.tracker.unit = "backward", unit.label
         if unit.index not in run.entered or not unit.here:
@@ -235,12 +239,14 @@ class Backward:
         self.enter(unit, call)
         unit.gather()
 
-    def _see_over(self, run: _Run, now: Call) -> None:
+    def _see_over(self, run: _Run, now: Call, number: int | None) -> None:
         """The backward of ``now`` begins: what came after it in the forward is over."""
         if not run.open or run.open[-1] is now:
             return
         around = list(now.around())
         for call in [c for c in run.open if c not in around]:
+            if number is not None and number >= call.since and now in call.around():
+                continue  # its output is returned by the one that it is inside of, and has this gradient, too
             run.open.remove(call)
             index = call.unit.index
             run.over[index] = run.over.get(index, 0) + 1

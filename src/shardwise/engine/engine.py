@@ -109,8 +109,8 @@ class Engine:
         """Is the whole model being copied, given ``copy.deepcopy``'s memo?"""
         return id(self.module) in memo
 
-    def _begins(self, unit: Unit, call: Call) -> None:
-        self.backward.enter(unit, call)
+    def _begins(self, unit: Unit, call: Call, number: int) -> None:
+        self.backward.enter(unit, call, number)
 
     def remember(self, optimizer: Optimizer) -> None:
         """An optimizer that holds parameters of the model was attached. It is not kept alive."""

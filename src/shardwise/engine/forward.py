@@ -25,8 +25,8 @@ from shardwise.engine.saved_tensors import SavedTensors
 from shardwise.engine.unit import Unit
 from shardwise.trees import map_tensors, tensors_in
 
-Hook = Callable[[Unit, Call], None]
-"""What to call when the first gradient of a call's outputs is there."""
+Hook = Callable[[Unit, Call, int], None]
+"""What to call when the gradient of one of a call's outputs is there, with autograd's sequence number of the output."""
 
 
 class Forward:
@@ -55,6 +55,7 @@ class Forward:
         self.gather_log = 0
         self.saved: SavedTensors | None = None
         self._calls: list[tuple[Unit, Call | None]] = []  # under way, outermost first
+        self._parents: dict[int, Call] = {}  # per unit (by index), what its last forward was inside of
         self._hooks: list[AbstractContextManager[Any]] = []  # entered
         self._after_update: list[Unit] = []  # to be gathered once the unit before them computes
 
@@ -121,6 +122,10 @@ class Forward:
         """``unit`` is about to compute. Returns new ``(args, kwargs)``, or ``None`` to leave them."""
         self._open()
         parent = next((call for _, call in reversed(self._calls) if call is not None), None)
+        if parent is None and self.passes.backward:  # recomputed by itself, of a forward that was inside of another
+            parent = self._parents.get(unit.index)
+        elif parent is not None:
+            self._parents[unit.index] = parent
         call = Call(unit, parent) if torch.is_grad_enabled() else None
         self._calls.append((unit, call))
         self.tracker.phase, self.tracker.unit = "forward", unit.label
@@ -169,12 +174,11 @@ class Forward:
     def _hook_outputs(self, call: Call, output: Any) -> bool:
         """Hear of the first gradient of what ``call`` computed. Is there anything that can get one?"""
         found = False
-        hook = _First(self.begins, call)
         for t in tensors_in(output):
             node = t.grad_fn if t.requires_grad and (t.is_floating_point() or t.is_complex()) else None
             # What passed through unchanged was computed by somebody else, and its gradient comes at another time.
             if node is not None and node._sequence_nr() >= call.since:
-                t.register_hook(hook)
+                t.register_hook(_Arrives(self.begins, call, node._sequence_nr()))
                 found = True
         return found
 
@@ -205,16 +209,16 @@ class Forward:
             self.gather_log = zlib.crc32(unit.name.encode(), self.gather_log)
 
 
-class _First:
+class _Arrives:
     """A tensor hook that says which call's output it is on."""
 
-    __slots__ = ("begins", "call")
+    __slots__ = ("begins", "call", "number")
 
-    def __init__(self, begins: Hook, call: Call) -> None:
-        self.begins, self.call = begins, call
+    def __init__(self, begins: Hook, call: Call, number: int) -> None:
+        self.begins, self.call, self.number = begins, call, number
 
     def __call__(self, grad: torch.Tensor) -> None:
-        self.begins(self.call.unit, self.call)
+        self.begins(self.call.unit, self.call, self.number)
 
 
 def _in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
