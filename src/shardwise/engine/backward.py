@@ -56,7 +56,7 @@ class _Run:
         done: units (by index) that are over, in that order.
         next: position in the common order of reduces.
         launched: units whose reduce was started; ``in_flight``: and not finished.
-        arrived: parameters (by ``id``) that got a gradient here.
+        arrived: parameters (by ``id``) that got a gradient here, or whose gradient waits here for its reduce.
         had: parameters (by ``id``) that had a gradient before.
         keep_graph: ``create_graph=True``: a second backward needs the values.
     """
@@ -199,6 +199,8 @@ class Backward:
             for b in unit.buckets:
                 had = b.grads.read_flags()
                 run.had.update(id(p) for p, was in zip(b.params, had, strict=True) if was)
+                # What no_sync() has kept on this rank is reduced with what arrives now.
+                run.arrived.update(id(p) for i, p in enumerate(b.params) if b.grads.states.waits(i))
 
     # --- unit by unit ------------------------------------------------------------------------------------
     def enter(self, unit: Unit, call: Call | None, number: int | None = None) -> None:

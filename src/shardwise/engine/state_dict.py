@@ -69,10 +69,13 @@ def _after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: An
                 and value.untyped_storage()._cdata == key
             }
         full = unit.full_values(bucket)
+        made: dict[object, torch.Tensor] = {}  # tied names have one tensor
         for name, value in found.items():
             with torch._C.DisableTorchFunctionSubclass():
-                size, stride, at = value.size(), value.stride(), int(value.storage_offset())
-            state[name] = full.as_strided(size, stride, at).clone()  # of its own, for whoever saves it
+                view = value.size(), value.stride(), int(value.storage_offset())
+            if view not in made:
+                made[view] = full.as_strided(*view).clone()  # of its own, for whoever saves it
+            state[name] = made[view]
 
 
 def _begin_load(module: nn.Module, state: Any, prefix: str, meta: Any, *_rest: Any) -> None:

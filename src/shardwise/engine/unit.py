@@ -177,6 +177,7 @@ class Unit:
         new.module, new.upward = of(self.module), upward
         new.residence = Residence(self.label, released=self.released)
         new.calls_made, new.lingers, new._failure, new._failed_before = 0, False, None, None
+        new._watched = False
         new.updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
         twins = {
             id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers)
