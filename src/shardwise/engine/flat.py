@@ -53,9 +53,10 @@ class FlatParameters:
         mesh, strategy: who holds what.
         ledger: counts the live bytes.
         home: of what the strategy offloads; ``None`` if that is nothing.
-        settle: called before master values or gradients are read or written past the schedule: an update that is
-            under way has to take place first.
-        finish_transfers: as ``settle``, and no gather is under way any more.
+        settle: called before master values are read or written past the schedule: an update that is under way has to
+            take place first, and what the script wrote to values has to reach them.
+        finish_transfers: waits for updates and for a gather that is under way.
+        finish_update: called before gradients are read or written: an update may be using them.
         compute_dtype: overrides the strategy's ``param_dtype``.
 
     Attributes:
@@ -83,11 +84,12 @@ class FlatParameters:
         home: Home | None = None,
         settle: Callable[[], None] = lambda: None,
         finish_transfers: Callable[[], None] = lambda: None,
+        finish_update: Callable[[], None] = lambda: None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         self.label, self.params, self.names, self.mesh, self.ledger = label, list(params), list(names), mesh, ledger
         self.device, self.master_dtype = params[0].device, params[0].dtype
-        self.settle, self.finish_transfers = settle, finish_transfers
+        self.settle, self.finish_transfers, self.finish_update = settle, finish_transfers, finish_update
         self.layout = Layout.plan(
             [(n, tuple(p.shape)) for n, p in zip(names, params, strict=True)], mesh.parts, strategy.layout
         )
@@ -196,18 +198,19 @@ class FlatParameters:
         ledger: Ledger,
         settle: Callable[[], None],
         finish_transfers: Callable[[], None],
+        finish_update: Callable[[], None],
     ) -> Self:
         """The same buffers once more, with values of their own, for other parameters. Nothing is sent.
 
         Args:
             params: the copies of the parameters, in the same order.
-            ledger, settle, finish_transfers: as for a new one.
+            ledger, settle, finish_transfers, finish_update: as for a new one.
         """
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         plan = self.placement
         new.params, new.ledger = list(params), ledger
-        new.settle, new.finish_transfers = settle, finish_transfers
+        new.settle, new.finish_transfers, new.finish_update = settle, finish_transfers, finish_update
         new.tag = self.mesh.new_copy_tag()
         new._ops = {kind: Op(kind, f"unit {self.label} (a copy)", 8 * new.tag + i) for i, kind in enumerate(_KINDS)}
         state = "gather_buffers" if plan.released else "parameters"
