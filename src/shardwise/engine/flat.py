@@ -57,10 +57,11 @@ class FlatParameters:
             take place first, and what the script wrote to values has to reach them.
         finish_transfers: waits for updates and for a gather that is under way.
         finish_update: called before gradients are read or written: an update may be using them.
-        compute_dtype: overrides the strategy's ``param_dtype``.
+        compute_dtype: overrides the strategy's ``param_dtype``; ``None`` does not.
 
     Attributes:
         placement: which buffers there are, where, and when.
+        compute_dtype: the name of the dtype that its values must have; ``None``: as the strategy says.
         layout: which element of which parameter is where in the flat buffer.
         held: the range of the flat buffer that this rank holds: ``copies * n`` elements.
         flat: values, ``(parts * n,)`` in ``dtype``. Empty while released.
@@ -101,7 +102,8 @@ class FlatParameters:
         self._starts = [self.layout.slots[i].offset for i in self._by_start]
         self.share = 1.0 / mesh.parts
         self.held = slice(mesh.held.start * self.layout.shard_numel, mesh.held.stop * self.layout.shard_numel)
-        self.placement = self._place(strategy, home, compute_dtype)
+        self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
+        self.placement = self._place(strategy, home)
         self.home = home if self.placement.steps_apart else None
         self.dtype: torch.dtype = getattr(torch, self.placement.values.dtype)
         self.reduce_dtype: torch.dtype = getattr(torch, self.placement.wire_dtype)
@@ -121,7 +123,7 @@ class FlatParameters:
         self._send_home()
         self._arriving: list[Transfer] | None = None  # shards that were staged, on their way into ``flat``
 
-    def _place(self, strategy: Strategy, home: Home | None, compute_dtype: torch.dtype | None) -> Placement:
+    def _place(self, strategy: Strategy, home: Home | None) -> Placement:
         mesh, trainable = self.mesh, any(p.requires_grad for p in self.params)
         floating = self.master_dtype.is_floating_point
         separate = home.separate if home is not None else self.device.type != "cpu"
@@ -137,7 +139,7 @@ class FlatParameters:
             floating=floating,
             separate=separate,
             takes_state=takes,
-            compute_dtype=None if compute_dtype is None else dtype_name(compute_dtype),
+            compute_dtype=self.compute_dtype,
         )
 
     def op(self, kind: str) -> Op:
