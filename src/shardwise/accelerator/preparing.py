@@ -19,6 +19,7 @@ from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_firs
 from shardwise.engine.build import shard
 from shardwise.engine.deferred import Deferred, has_meta
 from shardwise.engine.elementwise import check, needs_whole_tensors
+from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.mixed_precision import compute_in
 from shardwise.engine.optimizer import attach
@@ -62,7 +63,8 @@ class Preparing(Base):
         Raises:
             OptimizerError: an optimizer cannot train a sharded model (LBFGS, SparseAdam), or its model was
                 sharded earlier in a layout it cannot use.
-            UnitError: see :func:`shardwise.fully_shard`; or a model spread by ``device_map`` over several devices.
+            UnitError: see :func:`shardwise.fully_shard`; a model spread by ``device_map`` over several devices; or
+                ``strategy`` for one that is sharded under another.
             DataError: see ``split_batches``.
 
         Cost: sends each model's parameters once. A collective.
@@ -127,9 +129,11 @@ class Preparing(Base):
         optimizers: Sequence[Optimizer],
         strategy: str | Strategy | None,
     ) -> nn.Module:
+        engine = engine_of(model)
+        if engine is not None and strategy is not None:
+            self._check_strategy(model, engine, Strategy.parse(strategy))
         if any(model is known for known in self._steps.models):
             return model
-        engine = engine_of(model)
         if engine is None:
             self._check_device_map(model)
             own = {id(p) for p in model.parameters()}
@@ -156,6 +160,17 @@ class Preparing(Base):
         if strategy.param_dtype is None and self.mixed_precision in HALVES:
             strategy = strategy.in_precision(self.mixed_precision)
         return autocast_by_default(strategy)
+
+    def _check_strategy(self, model: nn.Module, engine: Engine, asked: Strategy) -> None:
+        """A model that is sharded already stays as it is: another strategy for it is a mistake."""
+        found = engine.strategy.replace(layout=asked.layout)  # its optimizer may have needed another
+        if found not in (asked, self._in_precision(asked)):
+            raise UnitError(
+                f"it is sharded under '{engine.strategy}' already, and this call asks for '{asked}'",
+                where=type(model).__name__,
+                fix="leave strategy= out for a model that is prepared or sharded; to change it, save, and load into a "
+                "new model that is prepared under the other one",
+            )
 
     def _check_device_map(self, model: nn.Module) -> None:
         if self.verify_device_map(model):
@@ -255,7 +270,7 @@ class Preparing(Base):
         return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
 
     def free_memory(self, *objects: Any) -> list[Any]:
-        """Forget every prepared object, and free what nobody else refers to.
+        """Forget every prepared object and the accumulation window, and free what nobody else refers to.
 
         Returns:
             As many ``None`` as ``objects``, to overwrite the caller's own names with:
@@ -268,6 +283,7 @@ class Preparing(Base):
         steps.schedulers.clear()
         self._schedulers.clear()
         self._dataloaders.clear()
+        steps.restart()
         self.step = 0
         return release_memory(*objects)
 
