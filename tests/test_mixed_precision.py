@@ -234,7 +234,7 @@ def evaluated() -> None:
         for more in ("", ",autocast=false") if name in ("convolutions", "lstm", "norm units") else ("",):
             accelerator = Accelerator(cpu=True, strategy="ddp,param_dtype=bf16" + more)
             prepared = accelerator.prepare_model(copy.deepcopy(model), evaluation_mode=True)
-            torch.testing.assert_close(prepared(rows(0, 0)), right, rtol=2e-2, atol=0.05)
+            torch.testing.assert_close(prepared(rows(0, 0)), right, rtol=2e-2, atol=0.1)
             assert {b.dtype for b in prepared.buffers()} == {b.dtype for b in model.buffers()}
 
 
