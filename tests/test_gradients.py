@@ -242,21 +242,22 @@ class Values(RuleBasedStateMachine):
         had = self.begin()
         if had is None:
             return
-        waited = [w is not None for w in self.waiting]
-        before = list(self.reduced)
+        waiting, before = list(self.waiting), list(self.reduced)
         self.arrive(values)
         if launched:
             self.grads.launch_reduce()
         self.grads.forget()
         self.grads.drop_reduce()
         self.waiting = [None] * 3
+        alone = self.grads._alone  # what arrives is added at once, as without us, and a reduce has nothing to do
         for i in range(3):
-            if waited[i]:
+            if waiting[i] is not None and alone and launched:
+                self.reduced[i] = waiting[i] if before[i] is None else before[i] + waiting[i]
+            elif waiting[i] is not None:
                 self.gone[i], self.reduced[i] = G.LOST, None
-        if self.grads._alone:  # alone, what arrives is added at once, as without us
-            for i, value in values:
-                if before[i] is not None and not waited[i]:
-                    self.reduced[i] += value
+        for i, value in values if alone else ():
+            if self.reduced[i] is not None and (waiting[i] is not None or before[i] is not None):
+                self.reduced[i] += value
         self.show(had, [])
 
     @precondition(lambda self: all(s is G.REDUCED for s in self.grads.states.states))

@@ -31,8 +31,12 @@ class AcceleratedOptimizer(Optimizer):
         # Optimizer.__init__ is left out on purpose: it would make groups, state and step hooks of its own.
         self.optimizer = optimizer
         self._steps = steps
-        self._skipped = False
         self.steps_taken = 0  # at boundaries, and not skipped
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """Nothing is known of gradients, nor of a step that was taken with them."""
+        self._skipped = False
         self.checked = False  # gradients are unscaled, and known to be finite or not
         self.stepped = False  # since the scale last changed
 

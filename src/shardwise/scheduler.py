@@ -42,6 +42,15 @@ class AcceleratedScheduler:
     def _index(self) -> int:
         return self._steps.schedulers.index(self)
 
+    @property
+    def _has_ended(self) -> bool:
+        """At its last rate. One step of several ranks may be more than what is left of a schedule with an end.
+
+        Such as OneCycleLR's, which raises beyond it, and one step before has a rate below the last one.
+        """
+        end = getattr(self.scheduler, "total_steps", None)
+        return isinstance(end, int) and self.scheduler.last_epoch >= end - 1
+
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step at a boundary, unless fp16 skipped the optimizer's step."""
         idle = not self._steps.sync_gradients or any(o.step_was_skipped for o in self.optimizers)
@@ -49,5 +58,7 @@ class AcceleratedScheduler:
             return
         join = self._steps.join
         for _ in range(self.times if self.step_with_optimizer else 1):
+            if self.times > 1 and self._has_ended:
+                return
             with nullcontext() if join is None else join.event("schedule", None, self._index, args, kwargs):
                 self.scheduler.step(*args, **kwargs)

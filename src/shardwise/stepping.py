@@ -8,7 +8,7 @@ The gradients are a sum until the boundary's backward, and become the mean right
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,6 @@ class Steps:
     def __init__(self, length: int, scaler: torch.amp.GradScaler | None, sync_with_dataloader: bool = True) -> None:
         self.length, self.scaler, self.sync_with_dataloader = length, scaler, sync_with_dataloader
         self.max_norm: float | None = None  # every optimizer step clips to it, where a DeepSpeed plugin says so
-        self.sync_gradients = True
         self.models: list[nn.Module] = []
         self.optimizers: list[AcceleratedOptimizer] = []
         self.loaders: list[PreparedLoader] = []  # being read, innermost last
@@ -50,6 +49,11 @@ class Steps:
         self._opened: WeakKeyDictionary[PreparedLoader, int] = WeakKeyDictionary()  # when its iterator was asked for
         self._gave: WeakKeyDictionary[PreparedLoader, int] = WeakKeyDictionary()  # when it gave the batch in hand
         self.schedulers: list[Any] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new window, as if nothing had been accumulated, and let go of what the present one knows."""
+        self.sync_gradients = True
         self.micro = 0  # micro-batches of this window so far; 0 until accumulate() was used
         self._batches = 0  # the same, of all ranks together
         self._fresh = True  # no backward yet in this window
@@ -57,11 +61,20 @@ class Steps:
         self._weighted: bool | None = None
         self._weight = 0.0  # this rank's sum of weights in this window
         self._unit = 1.0  # weights are counted in this many items, see _agree_on_unit
-        self._unit_known = scaler is None
+        self._unit_known = self.scaler is None
         self._took_part: set[Engine] = set()  # engines with gradients of this window
         self._complete: set[Engine] = set()  # those whose gradients were reduced at the boundary
         self._applied: dict[Engine, float] = {}  # the factor their gradients carry already
         self._loose_applied = 1.0
+        if self.scaler is not None:
+            self.scaler._per_optimizer_states.clear()  # whose gradients were unscaled
+        for optimizer in self.optimizers:
+            optimizer.forget_step()
+
+    def drop_gradients(self) -> None:
+        """Nobody wants the gradients there are: other values have taken the place of those they belong to."""
+        for parameter in self._parameters():
+            parameter.grad = None
 
     # --- dataloaders -----------------------------------------------------------------------
     # What a loader calls, in this order: loader_opens when an iterator is asked for, loader_begins, batch_comes(True)
@@ -130,9 +143,19 @@ class Steps:
         return all(a in gave and b in opened and gave[a] > opened[b] for a, b in ((one, other), (other, one)))
 
     # --- windows ---------------------------------------------------------------------------
-    def begin_micro_batch(self) -> None:
-        """Count one more; the last of ``length``, or of a dataloader, is a boundary."""
+    def begin_micro_batch(self, models: Sequence[nn.Module] = ()) -> None:
+        """Count one more; the last of ``length``, or of a dataloader, is a boundary.
+
+        Args:
+            models: those it is for; all by default.
+
+        Raises:
+            GradientError: it leaves out a model of an earlier micro-batch of the window: its gradients would not be
+                reduced at the boundary, and its optimizer might never step.
+        """
         fresh, micro = self.sync_gradients, self.micro + 1
+        if models and not fresh:
+            self._check_same_models(models)
         if fresh:
             micro = 1
         loader, join = self.loader, self.join
@@ -143,6 +166,18 @@ class Steps:
         sync = micro >= self.length or (self.sync_with_dataloader and last)
         with nullcontext() if join is None else join.event("micro_batch", None, fresh, micro, sync, ranks):
             self.count(fresh, micro, sync, ranks)
+
+    def _check_same_models(self, models: Sequence[nn.Module]) -> None:
+        now = [engine_of(m) for m in models]
+        missing = [engine.module for engine in self._took_part if engine not in now]
+        if missing:
+            names, others = (", ".join(dict.fromkeys(type(m).__name__ for m in some)) for some in (models, missing))
+            raise GradientError(
+                f"accumulate({names}) in the middle of a window, which has gradients of {others} already: they would "
+                f"not be what the optimizer expects when it ends, after {self.length} micro-batches of all models",
+                fix="name all models of one loop, 'with accelerator.accumulate(a, b):' around all their backwards; or "
+                "give each an Accelerator of its own",
+            )
 
     def count(self, fresh: bool, micro: int, sync: bool, ranks: int) -> None:
         """Begin micro-batch ``micro`` of a window, a ``fresh`` one or the present one, on so many ranks."""

@@ -12,13 +12,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from shardwise.accelerator.base import HALVES, Base
+from shardwise.accelerator.options import autocast_by_default
 from shardwise.compat.memory import release_memory
 from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_first_batches
 from shardwise.engine.build import shard
 from shardwise.engine.deferred import Deferred, has_meta
 from shardwise.engine.elementwise import check, needs_whole_tensors
+from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
+from shardwise.engine.mixed_precision import compute_in
 from shardwise.engine.optimizer import attach
 from shardwise.errors import DataError, UnitError
 from shardwise.optimizer import AcceleratedOptimizer
@@ -60,7 +63,8 @@ class Preparing(Base):
         Raises:
             OptimizerError: an optimizer cannot train a sharded model (LBFGS, SparseAdam), or its model was
                 sharded earlier in a layout it cannot use.
-            UnitError: see :func:`shardwise.fully_shard`; or a model spread by ``device_map`` over several devices.
+            UnitError: see :func:`shardwise.fully_shard`; a model spread by ``device_map`` over several devices; or
+                ``strategy`` for one that is sharded under another.
             DataError: see ``split_batches``.
 
         Cost: sends each model's parameters once. A collective.
@@ -106,15 +110,14 @@ class Preparing(Base):
         Raises:
             UnitError: see :meth:`prepare`.
         """
-        chosen = self.strategy if strategy is None else Strategy.parse(strategy)
+        chosen = self.strategy if strategy is None else self._in_precision(Strategy.parse(strategy))
         if evaluation_mode and not chosen.split_params and engine_of(model) is None:
             self._check_device_map(model)
             if self.device_placement if device_placement is None else device_placement:
                 _move(model, self.device)
             Deferred(model, self.device, self._param_init_fn).materialise_all()
             if chosen.param_dtype in HALVES:
-                model.to(HALVES[chosen.param_dtype])
-                model.register_forward_pre_hook(_inputs_in(HALVES[chosen.param_dtype]), with_kwargs=True)
+                compute_in(model, chosen)
                 model.register_forward_hook(_outputs_in_fp32)
             return model
         return self._prepare_model(model, device_placement, [], strategy)
@@ -126,9 +129,11 @@ class Preparing(Base):
         optimizers: Sequence[Optimizer],
         strategy: str | Strategy | None,
     ) -> nn.Module:
+        engine = engine_of(model)
+        if engine is not None and strategy is not None:
+            self._check_strategy(model, engine, Strategy.parse(strategy))
         if any(model is known for known in self._steps.models):
             return model
-        engine = engine_of(model)
         if engine is None:
             self._check_device_map(model)
             own = {id(p) for p in model.parameters()}
@@ -153,8 +158,19 @@ class Preparing(Base):
     def _in_precision(self, strategy: Strategy) -> Strategy:
         """A model's own strategy computes in the Accelerator's precision unless it names another."""
         if strategy.param_dtype is None and self.mixed_precision in HALVES:
-            return strategy.replace(param_dtype=self.mixed_precision)
-        return strategy
+            strategy = strategy.in_precision(self.mixed_precision)
+        return autocast_by_default(strategy)
+
+    def _check_strategy(self, model: nn.Module, engine: Engine, asked: Strategy) -> None:
+        """A model that is sharded already stays as it is: another strategy for it is a mistake."""
+        found = engine.strategy.replace(layout=asked.layout)  # its optimizer may have needed another
+        if found not in (asked, self._in_precision(asked)):
+            raise UnitError(
+                f"it is sharded under '{engine.strategy}' already, and this call asks for '{asked}'",
+                where=type(model).__name__,
+                fix="leave strategy= out for a model that is prepared or sharded; to change it, save, and load into a "
+                "new model that is prepared under the other one",
+            )
 
     def _check_device_map(self, model: nn.Module) -> None:
         if self.verify_device_map(model):
@@ -254,7 +270,7 @@ class Preparing(Base):
         return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
 
     def free_memory(self, *objects: Any) -> list[Any]:
-        """Forget every prepared object, and free what nobody else refers to.
+        """Forget every prepared object and the accumulation window, and free what nobody else refers to.
 
         Returns:
             As many ``None`` as ``objects``, to overwrite the caller's own names with:
@@ -267,6 +283,7 @@ class Preparing(Base):
         steps.schedulers.clear()
         self._schedulers.clear()
         self._dataloaders.clear()
+        steps.restart()
         self.step = 0
         return release_memory(*objects)
 
@@ -283,13 +300,6 @@ def _outputs_in_fp32(module: nn.Module, args: Any, output: Any) -> Any:
     """A forward hook: losses are computed in fp32 whatever the model computed in."""
     half = (torch.float16, torch.bfloat16)
     return map_tensors(output, lambda t: t.float() if t.dtype in half else t)
-
-
-def _inputs_in(dtype: torch.dtype) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return map_tensors((args, kwargs), lambda t: t.to(dtype) if t.is_floating_point() else t)
-
-    return hook
 
 
 def _state_to_parameters(optimizer: Optimizer) -> None:

@@ -188,7 +188,8 @@ class Saving(Base):
     ) -> bool:
         """Load what :meth:`save_state` saved, under this or another strategy and number of ranks.
 
-        Prepare and register the same things in the same order first. The next iteration of a dataloader goes on
+        Prepare and register the same things in the same order first. A new accumulation window begins, without the
+        gradients there are. The next iteration of a dataloader goes on
         with the batches that were left; :meth:`skip_first_batches` does it the explicit way.
 
         Args:
@@ -225,6 +226,8 @@ class Saving(Base):
         loaded = checkpoint.load(
             path, models=models, optimizers=[o.optimizer for o in self._optimizers], strict=strict, verify=verify
         )
+        self._steps.restart()
+        self._steps.drop_gradients()
         state = loaded.state
         for scheduler, values in zip(self._schedulers, state["schedulers"], strict=True):
             scheduler.scheduler.load_state_dict(values)

@@ -12,6 +12,7 @@ from torch import nn
 
 from shardwise.accelerator.base import HALVES, Base
 from shardwise.compat.dataclasses import AutocastKwargs, ProfileKwargs
+from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.engine.build import no_sync
 from shardwise.engine.clip import clip_grad_norm_, clip_grad_value_
 from shardwise.engine.hooks import engine_of
@@ -51,9 +52,14 @@ class Training(Base):
             models: those trained here; all prepared ones by default. Before the boundary, gradients that are
                 whole on every rank (ddp, zero1) wait and are sent once; split ones (zero2, zero3, hsdp) are
                 reduced each time, which keeps them split.
+
+        Raises:
+            GradientError: in the middle of a window, without a model that it has gradients of already. One Accelerator
+                counts one window: ``accumulate(a)`` and then ``accumulate(b)`` are two micro-batches of it.
         """
         steps = self._steps
-        steps.begin_micro_batch()
+        models = tuple(extract_model_from_parallel(model, keep_torch_compile=False) for model in models)
+        steps.begin_micro_batch(models)
         with ExitStack() as stack:
             if not steps.sync_gradients and not self._sync_each_batch:
                 for model in models or steps.models:
@@ -93,13 +99,14 @@ class Training(Base):
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """Backwards inside keep their gradients on this rank, whole; the first one outside reduces their sum."""
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
         return no_sync(model) if engine_of(model) is not None else nullcontext()
 
     @staticmethod
     @contextmanager
     def trigger_sync_in_backward(model: nn.Module) -> Iterator[None]:
         """Backwards inside reduce their gradients, also within :meth:`no_sync`."""
-        engine = engine_of(model)
+        engine = engine_of(extract_model_from_parallel(model, keep_torch_compile=False))
         if engine is None:
             yield
             return

@@ -53,13 +53,15 @@ class FlatParameters:
         mesh, strategy: who holds what.
         ledger: counts the live bytes.
         home: of what the strategy offloads; ``None`` if that is nothing.
-        settle: called before master values or gradients are read or written past the schedule: an update that is
-            under way has to take place first.
-        finish_transfers: as ``settle``, and no gather is under way any more.
-        compute_dtype: overrides the strategy's ``param_dtype``.
+        settle: called before master values are read or written past the schedule: an update that is under way has to
+            take place first, and what the script wrote to values has to reach them.
+        finish_transfers: waits for updates and for a gather that is under way.
+        finish_update: called before gradients are read or written: an update may be using them.
+        compute_dtype: overrides the strategy's ``param_dtype``; ``None`` does not.
 
     Attributes:
         placement: which buffers there are, where, and when.
+        compute_dtype: the name of the dtype that its values must have; ``None``: as the strategy says.
         layout: which element of which parameter is where in the flat buffer.
         held: the range of the flat buffer that this rank holds: ``copies * n`` elements.
         flat: values, ``(parts * n,)`` in ``dtype``. Empty while released.
@@ -83,11 +85,12 @@ class FlatParameters:
         home: Home | None = None,
         settle: Callable[[], None] = lambda: None,
         finish_transfers: Callable[[], None] = lambda: None,
+        finish_update: Callable[[], None] = lambda: None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         self.label, self.params, self.names, self.mesh, self.ledger = label, list(params), list(names), mesh, ledger
         self.device, self.master_dtype = params[0].device, params[0].dtype
-        self.settle, self.finish_transfers = settle, finish_transfers
+        self.settle, self.finish_transfers, self.finish_update = settle, finish_transfers, finish_update
         self.layout = Layout.plan(
             [(n, tuple(p.shape)) for n, p in zip(names, params, strict=True)], mesh.parts, strategy.layout
         )
@@ -99,7 +102,8 @@ class FlatParameters:
         self._starts = [self.layout.slots[i].offset for i in self._by_start]
         self.share = 1.0 / mesh.parts
         self.held = slice(mesh.held.start * self.layout.shard_numel, mesh.held.stop * self.layout.shard_numel)
-        self.placement = self._place(strategy, home, compute_dtype)
+        self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
+        self.placement = self._place(strategy, home)
         self.home = home if self.placement.steps_apart else None
         self.dtype: torch.dtype = getattr(torch, self.placement.values.dtype)
         self.reduce_dtype: torch.dtype = getattr(torch, self.placement.wire_dtype)
@@ -120,7 +124,7 @@ class FlatParameters:
         self._send_home()
         self._arriving: list[Transfer] | None = None  # shards that were staged, on their way into ``flat``
 
-    def _place(self, strategy: Strategy, home: Home | None, compute_dtype: torch.dtype | None) -> Placement:
+    def _place(self, strategy: Strategy, home: Home | None) -> Placement:
         mesh, trainable = self.mesh, any(p.requires_grad for p in self.params)
         floating = self.master_dtype.is_floating_point
         separate = home.separate if home is not None else self.device.type != "cpu"
@@ -136,7 +140,7 @@ class FlatParameters:
             floating=floating,
             separate=separate,
             takes_state=takes,
-            compute_dtype=None if compute_dtype is None else dtype_name(compute_dtype),
+            compute_dtype=self.compute_dtype,
         )
 
     def op(self, kind: str) -> Op:
@@ -202,18 +206,19 @@ class FlatParameters:
         ledger: Ledger,
         settle: Callable[[], None],
         finish_transfers: Callable[[], None],
+        finish_update: Callable[[], None],
     ) -> Self:
         """The same buffers once more, with values of their own, for other parameters. Nothing is sent.
 
         Args:
             params: the copies of the parameters, in the same order.
-            ledger, settle, finish_transfers: as for a new one.
+            ledger, settle, finish_transfers, finish_update: as for a new one.
         """
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         plan = self.placement
         new.params, new.ledger = list(params), ledger
-        new.settle, new.finish_transfers = settle, finish_transfers
+        new.settle, new.finish_transfers, new.finish_update = settle, finish_transfers, finish_update
         new._copy_tag = self.mesh.new_copy_tag()
         new._ops = {kind: Op(kind, f"unit {self.label} (a copy)", new.number(i)) for i, kind in enumerate(_KINDS)}
         state = "gather_buffers" if plan.released else "parameters"

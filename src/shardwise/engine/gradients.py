@@ -165,7 +165,7 @@ class Gradients:
     # --- where they are -------------------------------------------------------------------------
     def open(self) -> torch.Tensor:
         """The reduced gradients; zeros if there are none yet."""
-        self.bucket.settle()
+        self.bucket.finish_update()
         self._land()
         if self.reduced is None:
             b = self.bucket
@@ -269,10 +269,15 @@ class Gradients:
         self.finish_reduce()
         b = self.bucket
         raw = self.raw if self.raw is not None else self._open_raw()
-        self.raw, self._reducing = None, raw
+        self.raw = None
         for i, slot in enumerate(b.layout.slots):
             if not self.states.waits(i) and not (raw is self.reduced and self.states.is_reduced(i)):
                 raw[slot.offset : slot.stop].zero_()
+        if self._alone and raw is self.reduced:  # it is the sum, in its place
+            self._waited = []
+            self.states.reduced()
+            return
+        self._reducing = raw
         self.states.taken()
         if raw is self.reduced:
             out = raw[b.held]

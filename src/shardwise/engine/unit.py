@@ -141,7 +141,7 @@ class Unit:
         for (_, _, compute), mine in kinds.items():
             bucket = Bucket(
                 self.label, [p for p, _ in mine], [names[0] for _, names in mine], mesh, strategy, ledger, home,
-                self.reconcile, self.finish_transfers, compute,
+                self.reconcile, self.finish_transfers, self.finish_update, compute,
             )  # fmt: skip
             self.buckets.append(bucket)
             for i, (p, names) in enumerate(mine):
@@ -180,7 +180,7 @@ class Unit:
         new._watched = False
         new.updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
         twins = {
-            id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers)
+            id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers, new.finish_update)
             for b in self.buckets
         }
         new.buckets = [twins[id(b)] for b in self.buckets]
