@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from shardwise.comm.mesh import Mesh
-from shardwise.comm.stats import Op
+from shardwise.comm.mesh import CopyTag, Mesh
+from shardwise.comm.stats import Number, Op
 from shardwise.layout import Layout, Piece
 from shardwise.placement import DTYPE_NAMES, Placement, Ranks, Where, place
 from shardwise.strategy import Strategy
@@ -71,7 +71,7 @@ class FlatParameters:
         pieces: per parameter, its parts in the held shards; ``piece_params`` are views of ``master`` at them, and
             the optimizer's parameters; ``piece_starts`` where each begins in ``master``, in the same order.
         share: factor that makes a sum over ranks the mean.
-        tag: of its messages.
+        place: among all buckets, in the order in which they were made, equal on all ranks; a copy has its original's.
     """
 
     def __init__(
@@ -108,8 +108,9 @@ class FlatParameters:
         self.dtype: torch.dtype = getattr(torch, self.placement.values.dtype)
         self.reduce_dtype: torch.dtype = getattr(torch, self.placement.wire_dtype)
         self.overlap = strategy.offload_overlap
-        self.tag = mesh.new_tag()
-        self._ops = {kind: Op(kind, f"unit {label}", 8 * self.tag + i) for i, kind in enumerate(_KINDS)}
+        self.place = mesh.new_tag()
+        self._copy_tag: CopyTag | None = None
+        self._ops = {kind: Op(kind, f"unit {label}", self.number(i)) for i, kind in enumerate(_KINDS)}
         self._versions: list[int] = []  # of the parameters when master values and values last agreed
         self._take_values()
         self.pieces: list[list[Piece]] = [[] for _ in params]
@@ -144,6 +145,11 @@ class FlatParameters:
 
     def op(self, kind: str) -> Op:
         return self._ops[kind]
+
+    def number(self, which: int) -> Number:
+        """The tag of one kind of its messages; there are eight."""
+        copy = self._copy_tag
+        return 8 * self.place + which if copy is None else lambda: 8 * copy() + which
 
     # --- making it ---------------------------------------------------------------------------------
     @torch.no_grad()
@@ -213,8 +219,8 @@ class FlatParameters:
         plan = self.placement
         new.params, new.ledger = list(params), ledger
         new.settle, new.finish_transfers, new.finish_update = settle, finish_transfers, finish_update
-        new.tag = self.mesh.new_copy_tag()
-        new._ops = {kind: Op(kind, f"unit {self.label} (a copy)", 8 * new.tag + i) for i, kind in enumerate(_KINDS)}
+        new._copy_tag = self.mesh.new_copy_tag()
+        new._ops = {kind: Op(kind, f"unit {self.label} (a copy)", new.number(i)) for i, kind in enumerate(_KINDS)}
         state = "gather_buffers" if plan.released else "parameters"
         new.flat = Buffer(self.layout.numel, self.dtype, self.device, state, ledger)
         if not plan.released:
