@@ -1,5 +1,7 @@
-"""``state_dict()`` and ``load_state_dict()`` where wrappers and hooks name things their own way: the keys and the values
-that plain PyTorch gives, and what is loaded reaches the master values."""
+"""``state_dict()`` and ``load_state_dict()`` where wrappers and hooks name things their own way.
+
+The keys and the values are those of plain PyTorch, and what is loaded reaches the master values.
+"""
 
 from __future__ import annotations
 
