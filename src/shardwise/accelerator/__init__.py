@@ -30,6 +30,7 @@ import torch
 
 from shardwise.accelerator import options
 from shardwise.accelerator.base import HALVES
+from shardwise.accelerator.loader_positions import KnownLoaders
 from shardwise.accelerator.numbers import Numbers
 from shardwise.accelerator.preparing import Preparing
 from shardwise.accelerator.saving import Saving
@@ -162,7 +163,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         self._steps.max_norm = chosen.max_norm
         self._sync_each_batch = accumulation.sync_each_batch
         self.step = 0
-        self._schedulers, self._dataloaders, self._custom_objects = [], [], []
+        self._schedulers, self._loaders, self._custom_objects = [], KnownLoaders(), []
         self._save_hooks, self._load_hooks = OrderedDict(), OrderedDict()
         self.gradient_state = GradientState(self._steps)
         self.state = AcceleratorState(

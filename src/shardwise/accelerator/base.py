@@ -13,6 +13,7 @@ from shardwise.state import AcceleratorState, GradientState, ProcessControl
 from shardwise.strategy import Strategy
 
 if TYPE_CHECKING:
+    from shardwise.accelerator.loader_positions import KnownLoaders
     from shardwise.compat.dataclasses import (
         AutocastKwargs,
         DataLoaderConfiguration,
@@ -51,7 +52,7 @@ class Base(ProcessControl):
     _scheduler_per_process: bool
     _sync_each_batch: bool
     _schedulers: list[AcceleratedScheduler]
-    _dataloaders: list[PreparedLoader]
+    _loaders: KnownLoaders
     _custom_objects: list[Any]
     _save_hooks: OrderedDict[int, Callable[..., None]]
     _load_hooks: OrderedDict[int, Callable[..., None]]
@@ -59,6 +60,10 @@ class Base(ProcessControl):
     @property
     def _models(self) -> list[nn.Module]:
         return self._steps.models
+
+    @property
+    def _dataloaders(self) -> list[PreparedLoader]:
+        return list(self._loaders)
 
     @property
     def _optimizers(self) -> list[AcceleratedOptimizer]:

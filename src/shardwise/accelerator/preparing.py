@@ -212,8 +212,7 @@ class Preparing(Base):
             DataError: ``split_batches`` with a batch size that the ranks do not divide.
         """
         if isinstance(data_loader, PreparedLoader):
-            if not any(data_loader is known for known in self._dataloaders):
-                self._dataloaders.append(data_loader)
+            self._loaders.add(data_loader)
             return data_loader
         config = self.dataloader_config
         prepared = prepare_data_loader(
@@ -234,7 +233,7 @@ class Preparing(Base):
             watcher=self._steps,
         )
         if isinstance(prepared, PreparedLoader):  # a view of one by skip_first_batches stays what it is
-            self._dataloaders.append(prepared)
+            self._loaders.add(prepared)
         return prepared
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
@@ -282,7 +281,7 @@ class Preparing(Base):
         steps.loaders.clear()
         steps.schedulers.clear()
         self._schedulers.clear()
-        self._dataloaders.clear()
+        self._loaders.clear()
         steps.restart()
         self.step = 0
         return release_memory(*objects)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,20 @@ from torch.utils.hooks import RemovableHandle
 
 from shardwise import checkpoint, operations
 from shardwise.accelerator.base import Base
+from shardwise.accelerator.loader_positions import LoaderFacts, check_fit
+from shardwise.accelerator.state_hooks import run_load_hooks, run_save_hooks
+from shardwise.checkpoint.coordination import CollectiveBlock
 from shardwise.checkpoint.directory import newest
 from shardwise.comm import World
 from shardwise.compat.object_files import save as save_object
+from shardwise.data_loader import PreparedLoader
 from shardwise.engine.hooks import engine_of
 from shardwise.errors import CheckpointError
 
 
 class Saving(Base):
+    _said_what_is_ignored = False
+
     # --- where ---------------------------------------------------------------------------------
     @property
     def project_dir(self) -> str | None:
@@ -71,15 +77,16 @@ class Saving(Base):
     def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Call ``hook(models, weights, output_dir)`` on every rank at the beginning of :meth:`save_state`.
 
-        ``weights`` holds a whole state dict per model on rank 0 and an empty one elsewhere; a model whose entry the
-        hook removes is left out of the checkpoint. What the hook writes into ``output_dir`` becomes part of it.
+        ``weights`` holds a whole state dict per model on rank 0 and an empty one elsewhere. The values of a model
+        whose entry the hook removes, on rank 0 only or everywhere, are left out of the checkpoint; what optimizers
+        have of it is saved. What the hook writes into ``output_dir`` becomes part of it.
         """
         return _register(self._save_hooks, hook)
 
     def register_load_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Call ``hook(models, input_dir)`` on every rank at the beginning of :meth:`load_state`.
 
-        A model that the hook removes from ``models`` is its own to load.
+        A model that the hook removes from ``models``, on every rank, is its own to load.
         """
         return _register(self._load_hooks, hook)
 
@@ -94,7 +101,8 @@ class Saving(Base):
 
         Args:
             output_dir: with ``automatic_checkpoint_naming`` leave it out: the next free ``checkpoint_<n>`` in the
-                project's ``checkpoints`` is taken, and older ones beyond ``total_limit`` are deleted.
+                project's ``checkpoints`` is taken, and older ones beyond ``total_limit`` are deleted. Folders that are
+                given here are never deleted.
             safe_serialization: accepted for Accelerate's sake. Nothing in a checkpoint is a pickle either way.
 
         Returns:
@@ -131,12 +139,15 @@ class Saving(Base):
                 stacklevel=3,
             )
         named = output_dir is None or self.project_configuration.automatic_checkpoint_naming
+        self._say_what_is_ignored(output_dir, named)
         path = self._next_checkpoint() if named else Path(os.fspath(output_dir))  # type: ignore[arg-type]
-        models, beside = self._run_save_hooks(path)
-        positions = [loader.state_dict() for loader in self._dataloaders]
+        excluded, beside = run_save_hooks(self._save_hooks.values(), self._models, path)
+        loaders = self._dataloaders
+        positions = [loader.state_dict() for loader in loaders]
         saved = save(
             path,
-            models=models,
+            models=self._models,
+            excluded=excluded,
             optimizers=[o.optimizer for o in self._optimizers],
             state={
                 "schedulers": [s.scheduler.state_dict() for s in self._schedulers],
@@ -149,7 +160,7 @@ class Saving(Base):
             rank_state={"rng": checkpoint.rng_state(), "loaders": positions},
             info={
                 "step": max((o.steps_taken for o in self._optimizers), default=self.step),
-                "accelerator": self._counts(),
+                "accelerator": self._counts() | {"loaders": self._facts_of(loaders)},
             },
             files_from=None if beside is None else beside.move_into,
             total_limit=self.project_configuration.total_limit if named else None,
@@ -158,18 +169,29 @@ class Saving(Base):
             self.project_configuration.iteration = int(path.name.rpartition("_")[2]) + 1
         return saved
 
-    def _run_save_hooks(self, path: Path) -> tuple[list[nn.Module], _Beside | None]:
-        """The models that the hooks leave to us, and the folder with what they wrote."""
-        models = list(self._models)
-        if not self._save_hooks:
-            return models, None
-        weights = [checkpoint.full_state_dict(model, rank0_only=True) for model in models]
-        left = list(weights)
-        beside = _Beside(path)
-        for hook in list(self._save_hooks.values()):
-            hook(models, left, str(beside.folder))
-        self.wait_for_everyone()
-        return [m for m, w in zip(models, weights, strict=True) if any(w is one for one in left)], beside
+    def _say_what_is_ignored(self, output_dir: str | os.PathLike[str] | None, named: bool) -> None:
+        """Once: a folder beside automatic names, or a limit on folders that the script names itself."""
+        limit = self.project_configuration.total_limit
+        if output_dir is None or not (named or limit) or self._said_what_is_ignored:
+            return
+        self._said_what_is_ignored = True
+        if World.current().rank == 0:
+            warnings.warn(
+                f"save_state('{os.fspath(output_dir)}') goes to a checkpoint_<n> of {self._checkpoints()}, because of "
+                "automatic_checkpoint_naming=True; leave the folder out, or the automatic names"
+                if named
+                else f"total_limit={limit} does not count folders that save_state is given, and none of them is "
+                "deleted; leave the folder out, with automatic_checkpoint_naming=True, or delete old ones with "
+                "shardwise.checkpoint.prune",
+                stacklevel=4,
+            )
+
+    def _facts_of(self, loaders: Sequence[PreparedLoader]) -> list[dict[str, Any]]:
+        found = []
+        for loader in loaders:
+            reading = any(loader is one for one in self._steps.loaders)
+            found.append(asdict(LoaderFacts.of(loader, bool(loader.state_dict()["batches"]), reading)))
+        return found
 
     def _next_checkpoint(self) -> Path:
         """Numbered beyond everything there, also what ``total_limit`` has deleted since: the newest has the largest."""
@@ -188,9 +210,10 @@ class Saving(Base):
     ) -> bool:
         """Load what :meth:`save_state` saved, under this or another strategy and number of ranks.
 
-        Prepare and register the same things in the same order first. A new accumulation window begins, without the
-        gradients there are. The next iteration of a dataloader goes on
-        with the batches that were left; :meth:`skip_first_batches` does it the explicit way.
+        Prepare and register the same things in the same order first; dataloaders that were prepared last, for an
+        evaluation say, may come later. A new accumulation window begins, without the gradients there are. The next
+        iteration of a dataloader goes on with the batches that were left; :meth:`skip_first_batches` does it the
+        explicit way.
 
         Args:
             input_dir: a folder; without it, or with ``"latest"``, the newest complete one of the project's
@@ -219,12 +242,15 @@ class Saving(Base):
         path = self._checkpoint_at(input_dir, resume)
         if path is None:
             return False
-        models = list(self._models)
-        for hook in list(self._load_hooks.values()):
-            hook(models, str(path))
         self._check_same_things(path)
+        excluded = run_load_hooks(self._load_hooks.values(), self._models, path)
         loaded = checkpoint.load(
-            path, models=models, optimizers=[o.optimizer for o in self._optimizers], strict=strict, verify=verify
+            path,
+            models=self._models,
+            excluded=excluded,
+            optimizers=[o.optimizer for o in self._optimizers],
+            strict=strict,
+            verify=verify,
         )
         self._steps.restart()
         self._steps.drop_gradients()
@@ -236,7 +262,7 @@ class Saving(Base):
         for item, values in zip(self._custom_objects, state["objects"], strict=True):
             item.load_state_dict(values)
         own = loaded.rank_state["loaders"] if loaded.rank_state is not None else state["loaders"]
-        for loader, position in zip(self._dataloaders, own, strict=True):
+        for loader, position in zip(self._dataloaders, own, strict=False):
             loader.load_state_dict(position)
         self.step = state["step"]
         for optimizer, taken in zip(self._optimizers, state["optimizer_steps"], strict=False):
@@ -263,26 +289,34 @@ class Saving(Base):
     def _counts(self) -> dict[str, int]:
         return {
             "schedulers": len(self._schedulers),
-            "dataloaders": len(self._dataloaders),
             "registered objects": len(self._custom_objects),
         }
 
     def _check_same_things(self, path: Path) -> None:
-        """Raise before anything is loaded, if other things were saved than are prepared here."""
-        counted = checkpoint.read_manifest(path).info.get("accelerator")
-        if counted is None:
-            raise CheckpointError(
-                "this checkpoint was not saved by accelerator.save_state",
-                where=str(path),
-                fix="load it with shardwise.checkpoint.load",
-            )
-        for what, number in self._counts().items():
-            if counted.get(what) != number:
+        """Raise on every rank before anything is loaded, if other things were saved than are prepared here."""
+        with CollectiveBlock(f"load_state('{path}')"):
+            saved = checkpoint.read_manifest(path).info.get("accelerator")
+            if saved is None:
                 raise CheckpointError(
-                    f"it holds {counted.get(what)} {what}, and {number} are prepared here",
+                    "this checkpoint was not saved by accelerator.save_state",
                     where=str(path),
-                    fix="prepare and register the same things in the same order before loading",
+                    fix="load it with shardwise.checkpoint.load",
                 )
+            for what, number in self._counts().items():
+                if saved.get(what) != number:
+                    raise CheckpointError(
+                        f"it holds {saved.get(what)} {what}, and {number} are prepared here",
+                        where=str(path),
+                        fix="prepare and register the same things in the same order before loading",
+                    )
+            here = [LoaderFacts.of(loader) for loader in self._dataloaders]
+            lost = check_fit([LoaderFacts(**one) for one in saved.get("loaders", [])], here, str(path))
+        if lost and World.current().rank == 0:
+            warnings.warn(
+                f"{path} holds the position of dataloader {', '.join(lost)}, which is not prepared here: it begins "
+                "anew. Prepare it before load_state if it should go on",
+                stacklevel=3,
+            )
 
     # --- models and objects for others -----------------------------------------------------------
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
@@ -332,23 +366,6 @@ class Saving(Base):
         """
         each = self.project_configuration.save_on_each_node
         save_object(obj, f, save_on_each_node=each, safe_serialization=safe_serialization)
-
-
-class _Beside:
-    """A folder beside the checkpoint for what hooks write, until there is a place for it inside. A collective."""
-
-    def __init__(self, path: Path) -> None:
-        self.folder = path.parent / f"{path.name}.hooks"
-        if World.current().rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed here
-            self.folder.mkdir(parents=True)
-        operations.barrier()
-
-    def move_into(self, folder: Path) -> None:
-        if World.current().rank == 0:
-            for item in self.folder.iterdir():
-                shutil.move(str(item), str(folder / item.name))
-            self.folder.rmdir()
 
 
 def _register(hooks: OrderedDict[int, Callable[..., None]], hook: Callable[..., None]) -> RemovableHandle:

@@ -225,6 +225,7 @@ def load(
     directory: str | os.PathLike[str],
     *,
     models: Sequence[nn.Module] = (),
+    excluded: Collection[nn.Module] = (),
     optimizers: Sequence[Optimizer] = (),
     strict: bool = True,
     verify: bool = False,
@@ -235,6 +236,7 @@ def load(
     Args:
         directory: what :func:`save` returned, or ``folder/latest`` for the newest complete one in a folder.
         models, optimizers: in the order they were saved in.
+        excluded: those of ``models`` whose values somebody else loads. What optimizers have of them is loaded.
         strict: raise if names, shapes or groups differ. Otherwise load what fits and list the rest.
         verify: compare every byte with its checksum before anything changes. Otherwise each block is compared when it
             is its turn.
@@ -254,8 +256,9 @@ def load(
     memory one unit at a time.
     """
     settle_saves()
-    with recovery(models, optimizers) as recovered:
-        loaded = _load(directory, models, optimizers, strict, verify, progress)
+    mine = [model for model in models if not any(model is other for other in excluded)]
+    with recovery(mine, optimizers) as recovered:
+        loaded = _load(directory, models, excluded, optimizers, strict, verify, progress)
         recovered.complete = not loaded.differences
     return loaded
 
@@ -263,6 +266,7 @@ def load(
 def _load(
     directory: str | os.PathLike[str],
     models: Sequence[nn.Module],
+    excluded: Collection[nn.Module],
     optimizers: Sequence[Optimizer],
     strict: bool,
     verify: bool,
@@ -279,7 +283,7 @@ def _load(
         common = _needs(small["state.pt"], path / "state.pt", ("state", "extra", "optimizers"))
         own = _needs(small[own_name], path / own_name, ("rank_state", "buffers")) if own_name in small else None
         _clean(common, own)
-        states = model_states(models)
+        states = model_states(models, excluded)
         labels = parameter_labels(states)
         steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers)]
         differences = _differences(states, steppers, common, metadata, manifest)
@@ -294,13 +298,14 @@ def _load(
         for unit in (unit for s in states for unit in units_of(s.module)):
             unit.finish_transfers()
         batches = LoadBatches()
-        for s in states:
+        filled = [s for s in states if not s.excluded]
+        for s in filled:
             _plan(s, metadata, batches)
         for stepper, saved in zip(steppers, common["optimizers"], strict=False):
             stepper.plan(saved, metadata, batches)
         reader = StorageReader(entries_at(path, manifest.files))
         plan = LoadPlan(path, reader, metadata, batches.tensors)
-    with incomplete_on_error([s.module for s in states], path), Progress("loading", plan.nbytes, progress) as bar:
+    with incomplete_on_error([s.module for s in filled], path), Progress("loading", plan.nbytes, progress) as bar:
         reader.seen = bar.add
         with CollectiveBlock(doing, slow=True):
             for batch in batches:
@@ -308,9 +313,9 @@ def _load(
                     plan.read(batch.tensors)
                     for call in batch.after:
                         call()
-            for s in states:
+            for s in filled:
                 _put_rest(s, common["extra"].get(s.label, {}), own, world.size == manifest.world_size)
-        for s in states:
+        for s in filled:
             publish(s.module)
     return Loaded(common["state"], None if own is None else own["rank_state"], manifest, differences)
 
@@ -349,7 +354,13 @@ def _differences(
         if len(given) != len(saved):
             out.append(f"{len(given)} {what} were given, the checkpoint has {len(saved)}: {', '.join(saved)}")
     stored: dict[str, Any] = metadata.state_dict_metadata
+    labels = {s.label for s in states[: len(manifest.models)]}  # of those that the checkpoint has too
     for s in states:
+        if s.excluded:
+            continue
+        if s.label in labels and s.label not in common["extra"]:
+            out.append(f"{s.label}: its values are not in the checkpoint, for they were excluded when it was saved")
+            continue
         prefix = f"{s.label}."
         saved_names = {name[len(prefix) :] for name in stored if name.startswith(prefix)}
         mine = {**s.parameters, **s.buffers}

@@ -6,7 +6,7 @@ A rank's slices of a parameter are shown to ``torch.distributed.checkpoint`` as 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -196,10 +196,12 @@ class ModelState:
         aliases: the other names of tied parameters and buffers, and the first one of each.
         buffers: persistent ones by name.
         extra: owners of extra state by name.
+        excluded: only names count: somebody else saves and loads its values.
     """
 
     label: str
     module: nn.Module
+    excluded: bool = False
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -212,6 +214,8 @@ class ModelState:
             everything: also what is equal on all ranks because nothing shards it. To save, rank 0 is enough.
         """
         out: dict[str, torch.Tensor] = {}
+        if self.excluded:
+            return out
         for name, p in self.parameters.items():
             mine = held(p)
             if mine is not None and p.numel():
@@ -239,24 +243,31 @@ def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def model_states(models: Sequence[nn.Module]) -> list[ModelState]:
+def model_states(models: Sequence[nn.Module], excluded: Collection[nn.Module] = ()) -> list[ModelState]:
     """Name everything in ``models``.
+
+    Args:
+        excluded: those whose values are not ours. Their parameters have names, for the optimizers that hold them.
 
     Raises:
         CheckpointError: a parameter on the meta device; one model twice.
     """
     out: list[ModelState] = []
     for i, model in enumerate(models):
-        state = ModelState("model" if i == 0 else f"model_{i}", unwrapped(model))
+        out_of_it = any(model is other for other in excluded)
+        state = ModelState("model" if i == 0 else f"model_{i}", unwrapped(model), out_of_it)
         if any(state.module is other.module for other in out):
             raise CheckpointError(f"{type(state.module).__name__} was given twice", where=state.label)
         first: dict[int, str] = {}
         names: set[str] = set()
         for entry in entries(state.module):
             if entry.kind == "extra":
-                state.extra[entry.name] = entry.owner
+                if not out_of_it:
+                    state.extra[entry.name] = entry.owner
                 continue
-            if entry.value.is_meta:
+            if out_of_it and entry.kind == "buffer":
+                continue
+            if entry.value.is_meta and not out_of_it:
                 raise CheckpointError(
                     "is on the meta device and has no values",
                     where=f"{entry.kind} '{entry.name}' of {state.label}",

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -186,6 +186,7 @@ class _Contents:
     """What a checkpoint is to hold: the arguments of :func:`save`."""
 
     models: Sequence[nn.Module]
+    excluded: Collection[nn.Module]
     optimizers: Sequence[Optimizer]
     state: Mapping[str, Any] | None
     rank_state: Mapping[str, Any] | None
@@ -198,6 +199,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     models: Sequence[nn.Module] = (),
+    excluded: Collection[nn.Module] = (),
     optimizers: Sequence[Optimizer] = (),
     state: Mapping[str, Any] | None = None,
     rank_state: Mapping[str, Any] | None = None,
@@ -212,6 +214,7 @@ def save(
         directory: where the checkpoint will stand. An older checkpoint there is replaced when this one is
             complete; files that others put beside it there stay.
         models: sharded or not; parameters (master values), persistent buffers and extra state are saved.
+        excluded: those of ``models`` whose values somebody else saves. What optimizers have of them is saved.
         optimizers: their state and hyperparameters are saved under the names of their parameters.
         state: small state that all ranks have in common; rank 0's is written.
         rank_state: small state of this rank.
@@ -231,7 +234,7 @@ def save(
 
     Cost: each rank writes what it holds, once over all ranks, through buffers of some 40 MiB. Some small collectives.
     """
-    given = _Contents(models, optimizers, state, rank_state, info, files_from, total_limit)
+    given = _Contents(models, excluded, optimizers, state, rank_state, info, files_from, total_limit)
     settle_saves()
     workers = WorkerThreads()
     try:
@@ -248,6 +251,7 @@ def async_save(
     directory: str | os.PathLike[str],
     *,
     models: Sequence[nn.Module] = (),
+    excluded: Collection[nn.Module] = (),
     optimizers: Sequence[Optimizer] = (),
     state: Mapping[str, Any] | None = None,
     rank_state: Mapping[str, Any] | None = None,
@@ -275,7 +279,7 @@ def async_save(
     Cost: the copy of values, and of state that is not in host memory; state on a disk is read for it. Host memory for
     all that this rank writes, kept for the next time.
     """
-    given = _Contents(models, optimizers, state, rank_state, info, files_from, total_limit)
+    given = _Contents(models, excluded, optimizers, state, rank_state, info, files_from, total_limit)
     settle_saves()
     background = Background.of(World.current())
     files = OutputFiles(background.buffers, None, background.plan)
@@ -291,14 +295,15 @@ def _begin(directory: str | os.PathLike[str], out: OutputFiles, given: _Contents
     """Everything up to the copy. Collective."""
     world = World.current()
     with CollectiveBlock(f"writing checkpoint {directory}") as ranks:
-        states = model_states(given.models)
+        states = model_states(given.models, given.excluded)
         for s in states:
-            refuse_incomplete(s.module)
+            if not s.excluded:
+                refuse_incomplete(s.module)
         labels = parameter_labels(states)
         steppers = [OptimizerState(i, o, labels) for i, o in enumerate(given.optimizers)]
         collected = [stepper.collect() for stepper in steppers]
         tensors = PlannedTensors(*_nest(states, steppers, [found for found, _ in collected], world.rank == 0), out.plan)
-        names = [(s.label, sorted(s.parameters), sorted(s.buffers)) for s in states]
+        names = [(s.label, s.excluded, sorted(s.parameters), sorted(s.buffers)) for s in states]
         groups = [(o.label, [s.label for s in o.entries]) for o in steppers]
         _check_json(given.info)
         directories.check_limit(given.total_limit)
@@ -394,7 +399,9 @@ def _common(
 ) -> dict[str, Any]:
     return {
         "state": dict(state or {}),
-        "extra": {s.label: {k: owner.get_extra_state() for k, owner in s.extra.items()} for s in states},
+        "extra": {
+            s.label: {k: owner.get_extra_state() for k, owner in s.extra.items()} for s in states if not s.excluded
+        },
         "optimizers": [{**o.plain(), "state": k} for o, k in zip(steppers, kinds, strict=True)],
     }
 
@@ -409,5 +416,6 @@ def _nest(
     nest: dict[str, Any] = {s.label: s.tensors(everything=first) for s in states}
     for stepper, found in zip(steppers, collected, strict=True):
         nest[stepper.label] = {"state": found}
-    aliases = {(s.label, alias): (s.label, name) for s in states for alias, name in s.aliases.items()}
+    kept = [s for s in states if not s.excluded]
+    aliases = {(s.label, alias): (s.label, name) for s in kept for alias, name in s.aliases.items()}
     return nest, aliases

@@ -53,7 +53,7 @@ class FlatParameters:
         mesh, strategy: who holds what.
         ledger: counts the live bytes.
         home: of what the strategy offloads; ``None`` if that is nothing.
-        settle: called before master values are read or written past the schedule: an update that is under way has to
+        reconcile: called before master values are read or written past the schedule: an update that is under way has to
             take place first, and what the script wrote to values has to reach them.
         finish_transfers: waits for updates and for a gather that is under way.
         finish_update: called before gradients are read or written: an update may be using them.
@@ -83,14 +83,14 @@ class FlatParameters:
         strategy: Strategy,
         ledger: Ledger,
         home: Home | None = None,
-        settle: Callable[[], None] = lambda: None,
+        reconcile: Callable[[], None] = lambda: None,
         finish_transfers: Callable[[], None] = lambda: None,
         finish_update: Callable[[], None] = lambda: None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         self.label, self.params, self.names, self.mesh, self.ledger = label, list(params), list(names), mesh, ledger
         self.device, self.master_dtype = params[0].device, params[0].dtype
-        self.settle, self.finish_transfers, self.finish_update = settle, finish_transfers, finish_update
+        self.reconcile, self.finish_transfers, self.finish_update = reconcile, finish_transfers, finish_update
         self.layout = Layout.plan(
             [(n, tuple(p.shape)) for n, p in zip(names, params, strict=True)], mesh.parts, strategy.layout
         )
@@ -204,7 +204,7 @@ class FlatParameters:
         self,
         params: Sequence[nn.Parameter],
         ledger: Ledger,
-        settle: Callable[[], None],
+        reconcile: Callable[[], None],
         finish_transfers: Callable[[], None],
         finish_update: Callable[[], None],
     ) -> Self:
@@ -212,13 +212,13 @@ class FlatParameters:
 
         Args:
             params: the copies of the parameters, in the same order.
-            ledger, settle, finish_transfers, finish_update: as for a new one.
+            ledger, reconcile, finish_transfers, finish_update: as for a new one.
         """
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         plan = self.placement
         new.params, new.ledger = list(params), ledger
-        new.settle, new.finish_transfers, new.finish_update = settle, finish_transfers, finish_update
+        new.reconcile, new.finish_transfers, new.finish_update = reconcile, finish_transfers, finish_update
         new._copy_tag = self.mesh.new_copy_tag()
         new._ops = {kind: Op(kind, f"unit {self.label} (a copy)", new.number(i)) for i, kind in enumerate(_KINDS)}
         state = "gather_buffers" if plan.released else "parameters"
@@ -358,7 +358,7 @@ class FlatParameters:
     @contextmanager
     def master_here(self, *, write: bool = False) -> Iterator[torch.Tensor]:
         """The held master values, in memory inside the block. With ``write`` they may be changed; the values follow."""
-        self.settle()
+        self.reconcile()
         if self.values is None:
             yield self.master
             return
