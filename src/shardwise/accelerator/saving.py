@@ -110,9 +110,11 @@ class Saving(Base):
 
         Raises:
             CheckpointError: it could not be written; every rank raises, and what was there before is still there.
+            CommError: a rank did not come, because only the main process calls it, for example.
 
         Cost: a collective. Every rank writes what it holds; models with hooks are also gathered on rank 0.
         """
+        operations.meet("save_state", self.strategy.timeout)
         return str(self._save(output_dir, checkpoint.save))
 
     def async_save_state(self, output_dir: str | os.PathLike[str] | None = None) -> checkpoint.AsyncSave:
@@ -128,6 +130,7 @@ class Saving(Base):
         Cost: the copy of values, and of state that is not in host memory; host memory for all that this rank writes,
         kept for the next time. Hooks, and models that they see, are dealt with at once.
         """
+        operations.meet("async_save_state", self.strategy.timeout)
         return self._save(output_dir, checkpoint.async_save)
 
     def _save(self, output_dir: str | os.PathLike[str] | None, save: Callable[..., Any]) -> Any:
@@ -238,6 +241,7 @@ class Saving(Base):
                 f"load_kwargs holds {', '.join(sorted(load_kwargs))}", fix="only strict= has a meaning here"
             )
         strict = (load_kwargs or {}).get("strict", strict)
+        operations.meet("load_state", self.strategy.timeout)
         checkpoint.settle_saves()
         path = self._checkpoint_at(input_dir, resume)
         if path is None:
@@ -352,6 +356,7 @@ class Saving(Base):
 
         Cost: a collective. Rank 0 writes; values come unit by unit, so no rank holds the whole model.
         """
+        operations.meet("save_model", self.strategy.timeout)
         checkpoint.save_model(
             model, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
         )

@@ -125,6 +125,12 @@ class BatchSamplerShard(BatchSampler):
         if split_batches:
             check_split(self.batch_size, num_processes)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the user's own batch sampler has besides."""
+        if name.startswith("__") or name == "batch_sampler":
+            raise AttributeError(name)
+        return getattr(self.batch_sampler, name)
+
     @property
     def sampler(self) -> Any:
         """The sampler behind the batch sampler, if it has one."""

@@ -23,6 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from shardwise.data_loader.epochs import EpochDataset
 from shardwise.data_loader.sampling import BatchSamplerShard, SkipBatchSampler
 
 _LIMIT = 1 << 63
@@ -145,6 +146,7 @@ class Order:
         self.workers = torch.Generator()  # what a DataLoader draws its workers' seeds from
         self.stream: RandomStream | None = None
         self.parts: list[Any] = [dataset]
+        self.in_workers: EpochDataset | None = None  # the dataset, as workers that stay see it
         self._found: torch.Generator | None = None
         self._initial_seed: int | None = None
         held = getattr(dataset, "generator", None)
@@ -205,6 +207,8 @@ class Order:
     def begin(self, epoch: int, start: int) -> None:
         """Seed everything for an epoch that is read from batch ``start`` on."""
         self.set_epoch(epoch)
+        if self.in_workers is not None:
+            self.in_workers.begin(epoch)
         self.shuffler.manual_seed((self.seed + epoch) % _LIMIT)
         self.workers.manual_seed(mixed(self.seed, epoch, self.rank, start))
         if self.stream is not None:
