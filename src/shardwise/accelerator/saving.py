@@ -25,6 +25,7 @@ from shardwise.compat.object_files import save as save_object
 from shardwise.data_loader import PreparedLoader
 from shardwise.engine.hooks import engine_of
 from shardwise.errors import CheckpointError
+from shardwise.naming import clean_names
 
 
 class Saving(Base):
@@ -324,7 +325,9 @@ class Saving(Base):
 
     # --- models and objects for others -----------------------------------------------------------
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
-        """A model's whole state dict, under its own names, from the master values. A collective.
+        """A model's whole state dict, from the master values. A collective.
+
+        Names are those of the model without ``torch.compile`` and other wrappers around it and its parts.
 
         Returns:
             It on every rank where the strategy keeps parameters whole; under ``zero3`` and ``hsdp`` on rank 0, on
@@ -332,12 +335,14 @@ class Saving(Base):
 
         Args:
             model: prepared.
-            unwrap: accepted for Accelerate's sake; names are the caller's own either way.
+            unwrap: accepted for Accelerate's sake; names are the same either way.
         """
         engine = engine_of(model)
         if engine is not None and engine.strategy.split_params:
             return checkpoint.full_state_dict(model, rank0_only=True)
-        return model.state_dict()
+        found = model.state_dict()
+        names = clean_names(found)
+        return {names[name]: value for name, value in found.items()}
 
     def save_model(
         self,
