@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -190,32 +191,36 @@ def test_a_one_cycle_ends_where_ranks_step_together(size, split):
 
 
 # --- no_sync ----------------------------------------------------------------------------------------
-def shows_local_gradients(strategy):
+def shows_local_gradients(strategy, through):
     accelerator = Accelerator(cpu=True, strategy=strategy, gradient_accumulation_steps=2)
     model = make(0)
     plain = copy.deepcopy(model)
     model = accelerator.prepare(model)
+    window = accelerator.accumulate if through == "accumulate" else accelerator.no_sync
+    backward = accelerator.backward if through == "accumulate" else torch.Tensor.backward
     loss_of(plain, batch(0, rank())).backward()
-    with accelerator.no_sync(model):
-        loss_of(model, batch(0, rank())).backward()
+    with window(model):
+        backward(loss_of(model, batch(0, rank())))
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        if q.numel():
+        if q.numel() and (through == "no_sync" or world() == 1 or strategy in ("ddp", "zero1")):
             assert_close({name: p.grad}, {name: q.grad})
     plain.zero_grad()
+    parts = world() * (2 if through == "accumulate" else 1)
     for step in (0, 1):
         for r in range(world()):
-            (loss_of(plain, batch(step, r)) / world()).backward()
-    loss_of(model, batch(1, rank())).backward()
+            (loss_of(plain, batch(step, r)) / parts).backward()
+    with accelerator.accumulate(model) if through == "accumulate" else nullcontext():
+        backward(loss_of(model, batch(1, rank())))
     with shardwise.gathered(model, grads=True):
-        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert_close(found, {name: p.grad for name, p in plain.named_parameters() if name in found})
-    assert len(found) >= sum(1 for p in plain.parameters() if p.numel())
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.numel()}
+    assert_close(found, {name: p.grad for name, p in plain.named_parameters() if p.numel()})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("through", ["no_sync", "accumulate"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_no_sync_shows_what_this_rank_has(preset, size):
-    everywhere(size, shows_local_gradients, preset)
+def test_p_grad_shows_what_this_rank_has(preset, through, size):
+    everywhere(size, shows_local_gradients, preset, through)
 
 
 # --- compiled parts ----------------------------------------------------------------------------------
