@@ -293,7 +293,8 @@ def named(folder):
     assert again.counter.value == 3 and again.accelerator.save_iteration == 3
     again.train(2, save_after=[2])
     assert checkpoint.read_manifest(folder / "checkpoints" / "checkpoint_3").info["step"] == 5  # what inspect shows
-    assert Run(folder, "zero2").accelerator.load_state(folder / "checkpoints", resume="latest")
+    third = Run(folder, "zero2")
+    assert third.accelerator.load_state(folder / "checkpoints", resume="latest")
     with pytest.raises(CheckpointError, match="resume='newest'"):
         one.accelerator.load_state(resume="newest")
     fresh = Run(folder, "zero2")  # does not begin at 0 over what is there

@@ -19,10 +19,12 @@ import torch.distributed as dist
 from shardwise.comm import World, init
 from shardwise.comm.objects import exchange, to_bytes
 from shardwise.comm.stats import Op
-from shardwise.errors import CommError, ConfigError, TensorError
+from shardwise.errors import CommError, ConfigError, RankFailed, TensorError
 from shardwise.trees import is_tensor, map_leaves, named_leaves, with_leaves
 
 _OP = Op("collective", "the accelerator", 0)  # units count their tags from 8: nothing else uses this one
+_MEETING = 15  # the last of the first unit's eight tags: units use six of theirs
+_NAME = 32  # bytes of a call's name
 _TIMEOUT = 600.0
 
 
@@ -296,6 +298,34 @@ def from_first(value: int) -> int:
 def barrier() -> None:
     """Return when every rank is here."""
     all_gather(torch.zeros(1))
+
+
+def meet(call: str, timeout: float = _TIMEOUT) -> None:
+    """Return when every rank has come to the same call.
+
+    Collectives inside a call say little to somebody who calls it on one rank only; this one names it. It goes through
+    a group that there is since models were sharded, if that is the strategy's ``timeout``.
+
+    Raises:
+        CommError: a rank does not come within the timeout, has ended, or came to another call.
+    """
+    world = joined()
+    if world.size == 1:
+        return
+    rows = torch.zeros(world.size, _NAME, dtype=torch.uint8)
+    name = call.encode()[:_NAME]
+    rows[world.rank, : len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8)
+    fix = f"call {call} on every rank, not only on the main process; each rank has something to save or to load"
+    try:
+        world.control_group(timeout).all_gather(rows.view(-1), Op("call", call, _MEETING)).wait()
+    except RankFailed:
+        raise
+    except CommError as error:
+        raise CommError(error.what, where=error.where, fix=f"{fix}; if one is only slow, raise the timeout") from error
+    names = [to_bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    for rank, other in enumerate(names):
+        if other != names[0]:
+            raise CommError(f"rank 0 came to {names[0]}, rank {rank} to {other}", where=call, fix=fix)
 
 
 def _has_dim(tensor: torch.Tensor, dim: int) -> bool:

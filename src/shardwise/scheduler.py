@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+from torch.optim.lr_scheduler import OneCycleLR
+
 from shardwise.optimizer import AcceleratedOptimizer
 from shardwise.stepping import Steps
 
@@ -44,12 +46,15 @@ class AcceleratedScheduler:
 
     @property
     def _has_ended(self) -> bool:
-        """At its last rate. One step of several ranks may be more than what is left of a schedule with an end.
+        """At its end. A step of several ranks may be longer than what is left of a schedule that has one.
 
-        Such as OneCycleLR's, which raises beyond it, and one step before has a rate below the last one.
+        OneCycleLR raises beyond it; its last rate is that of the step before, and at the end it goes below.
         """
         end = getattr(self.scheduler, "total_steps", None)
-        return isinstance(end, int) and self.scheduler.last_epoch >= end - 1
+        if not isinstance(end, int):
+            return False
+        last = end - 1 if isinstance(self.scheduler, OneCycleLR) else end
+        return bool(self.scheduler.last_epoch >= last)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step at a boundary, unless fp16 skipped the optimizer's step."""

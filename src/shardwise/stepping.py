@@ -169,7 +169,9 @@ class Steps:
 
     def _check_same_models(self, models: Sequence[nn.Module]) -> None:
         now = [engine_of(m) for m in models]
-        missing = [engine.module for engine in self._took_part if engine not in now]
+        left = [engine.module for engine in self._took_part if engine not in now]
+        named = {id(p) for model in models for p in model.parameters()} if left else set()
+        missing = [m for m in left if not any(id(p) in named for p in m.parameters())]  # nor a part, nor a whole of it
         if missing:
             names, others = (", ".join(dict.fromkeys(type(m).__name__ for m in some)) for some in (models, missing))
             raise GradientError(

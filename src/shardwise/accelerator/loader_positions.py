@@ -92,10 +92,10 @@ def check_fit(saved: Sequence[LoaderFacts], here: Sequence[LoaderFacts], where: 
     other = [n for n, (a, b) in enumerate(pairs) if a.data != b.data] if swapped else []
     if reading or other:
         n, one = reading[0] if reading else (other[0], saved[other[0]])
-        found = f"the data of dataloader {n} is {here[n]}" if n < len(here) else f"{len(here)} are prepared"
+        found = f"; here its data is {here[n]}" if n < len(here) else ""
         raise CheckpointError(
             f"it holds {len(saved)} dataloaders, and {len(here)} are prepared here: it has dataloader {n}"
-            f"{', in the middle of being read,' if one.reading else ''} with {one}; here {found}",
+            f"{', in the middle of being read,' if one.reading else ''} with {one}{found}",
             where=where,
             fix="prepare the same dataloaders in the same order before loading",
         )

@@ -25,6 +25,7 @@ from shardwise.compat.object_files import save as save_object
 from shardwise.data_loader import PreparedLoader
 from shardwise.engine.hooks import engine_of
 from shardwise.errors import CheckpointError
+from shardwise.naming import clean_names
 
 
 class Saving(Base):
@@ -110,9 +111,11 @@ class Saving(Base):
 
         Raises:
             CheckpointError: it could not be written; every rank raises, and what was there before is still there.
+            CommError: a rank did not come, because only the main process calls it, for example.
 
         Cost: a collective. Every rank writes what it holds; models with hooks are also gathered on rank 0.
         """
+        operations.meet("save_state", self.strategy.timeout)
         return str(self._save(output_dir, checkpoint.save))
 
     def async_save_state(self, output_dir: str | os.PathLike[str] | None = None) -> checkpoint.AsyncSave:
@@ -128,6 +131,7 @@ class Saving(Base):
         Cost: the copy of values, and of state that is not in host memory; host memory for all that this rank writes,
         kept for the next time. Hooks, and models that they see, are dealt with at once.
         """
+        operations.meet("async_save_state", self.strategy.timeout)
         return self._save(output_dir, checkpoint.async_save)
 
     def _save(self, output_dir: str | os.PathLike[str] | None, save: Callable[..., Any]) -> Any:
@@ -238,6 +242,7 @@ class Saving(Base):
                 f"load_kwargs holds {', '.join(sorted(load_kwargs))}", fix="only strict= has a meaning here"
             )
         strict = (load_kwargs or {}).get("strict", strict)
+        operations.meet("load_state", self.strategy.timeout)
         checkpoint.settle_saves()
         path = self._checkpoint_at(input_dir, resume)
         if path is None:
@@ -320,7 +325,9 @@ class Saving(Base):
 
     # --- models and objects for others -----------------------------------------------------------
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
-        """A model's whole state dict, under its own names, from the master values. A collective.
+        """A model's whole state dict, from the master values. A collective.
+
+        Names are those of the model without ``torch.compile`` and other wrappers around it and its parts.
 
         Returns:
             It on every rank where the strategy keeps parameters whole; under ``zero3`` and ``hsdp`` on rank 0, on
@@ -328,12 +335,14 @@ class Saving(Base):
 
         Args:
             model: prepared.
-            unwrap: accepted for Accelerate's sake; names are the caller's own either way.
+            unwrap: accepted for Accelerate's sake; names are the same either way.
         """
         engine = engine_of(model)
         if engine is not None and engine.strategy.split_params:
             return checkpoint.full_state_dict(model, rank0_only=True)
-        return model.state_dict()
+        found = model.state_dict()
+        names = clean_names(found)
+        return {names[name]: value for name, value in found.items()}
 
     def save_model(
         self,
@@ -352,6 +361,7 @@ class Saving(Base):
 
         Cost: a collective. Rank 0 writes; values come unit by unit, so no rank holds the whole model.
         """
+        operations.meet("save_model", self.strategy.timeout)
         checkpoint.save_model(
             model, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
         )

@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from shardwise import operations
 from shardwise.comm import World
+from shardwise.data_loader.epochs import EpochDataset
 from shardwise.data_loader.iterable import CountingCollate, IterableDatasetShard, StatefulDatasetShard, WorkerInit
 from shardwise.data_loader.sampling import BatchSamplerShard, Listed, Unlisted
 from shardwise.data_loader.streams import Order
@@ -99,6 +100,7 @@ class Source:
         source = cls(
             _with(loader, parts), order, shard, ranks, size, per_round, per_read, per_index, bool(loader.drop_last)
         )
+        order.in_workers = source.base.dataset if isinstance(source.base.dataset, EpochDataset) else None
         source._agree(ranks if agree is None else agree, seed)
         return source
 
@@ -147,10 +149,13 @@ def _iterable_parts(loader: DataLoader[Any], shard: IterableDatasetShard, ranks:
 
 
 def _map_parts(loader: DataLoader[Any], shard: BatchSamplerShard) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    if loader.persistent_workers and callable(getattr(loader.dataset, "set_epoch", None)):
+        parts = {"dataset": EpochDataset(loader.dataset), "worker_init_fn": WorkerInit(loader.worker_init_fn)}
     if loader.batch_sampler is not None:
         inner = getattr(shard, "sampler", None)
-        return {"batch_sampler": shard, "sampler": loader.sampler if inner is None else inner}
-    return {"sampler": Unlisted(shard) if isinstance(shard.batch_sampler, Listed) else shard}
+        return parts | {"batch_sampler": shard, "sampler": loader.sampler if inner is None else inner}
+    return parts | {"sampler": Unlisted(shard) if isinstance(shard.batch_sampler, Listed) else shard}
 
 
 def _with(loader: DataLoader[Any], parts: dict[str, Any]) -> DataLoader[Any]:

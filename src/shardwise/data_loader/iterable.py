@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from shardwise.data_loader.epochs import EpochDataset
 from shardwise.data_loader.sampling import Tail, check_split, padded, share, shares, tail_of
 from shardwise.data_loader.streams import RandomStream
 
@@ -222,7 +223,7 @@ class WorkerInit:
     def __call__(self, worker: int) -> None:
         info = get_worker_info()
         shard = getattr(info, "dataset", None)
-        if isinstance(shard, IterableDatasetShard):
+        if isinstance(shard, (IterableDatasetShard, EpochDataset)):
             object.__setattr__(info, "dataset", shard.dataset)  # WorkerInfo refuses ordinary assignment
         if self.init is not None:
             self.init(worker)

@@ -84,8 +84,14 @@ def check_split(size: int | None, ranks: int) -> None:
         )
 
 
+_OF_A_SHARD = frozenset(
+    ("batch_sampler", "num_processes", "process_index", "split_batches", "even_batches", "batch_size", "drop_last",
+     "start", "rounds", "iterations")
+)  # fmt: skip
+
+
 class BatchSamplerShard(BatchSampler):
-    """This rank's batches of a batch sampler.
+    """This rank's batches of a batch sampler. Attributes that are not described here are the batch sampler's.
 
     By default batch *i* goes to rank *i* mod n, so a round has n batches. With ``split_batches`` every batch is cut
     in n parts, and a round is one batch.
@@ -124,6 +130,19 @@ class BatchSamplerShard(BatchSampler):
         self.iterations = 0
         if split_batches:
             check_split(self.batch_size, num_processes)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the user's own batch sampler has besides."""
+        if name.startswith("__") or name == "batch_sampler":
+            raise AttributeError(name)
+        return getattr(self.batch_sampler, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        theirs = name not in _OF_A_SHARD and not hasattr(type(self), name) and hasattr(self.batch_sampler, name)
+        if theirs:
+            setattr(self.batch_sampler, name, value)
+        else:
+            object.__setattr__(self, name, value)
 
     @property
     def sampler(self) -> Any:

@@ -23,6 +23,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from shardwise.data_loader.epochs import EpochDataset
+from shardwise.data_loader.overlay import overlay
 from shardwise.data_loader.sampling import BatchSamplerShard, SkipBatchSampler
 
 _LIMIT = 1 << 63
@@ -130,7 +132,8 @@ class Order:
     """The orders of a loader's epochs: samplers to read through, and all that must be seeded before an epoch.
 
     Samplers that hold a ``torch.Generator`` are copied, and the copies hold a generator of ours; the originals are
-    not touched. A class that torch does not bring may draw from global random states too, so it is read inside a
+    not touched. A class that torch does not bring is read through an :func:`~shardwise.data_loader.overlay.overlay`,
+    so that the script's own object stays in charge; it may draw from global random states too, so it is read inside a
     :class:`RandomStream`.
 
     Args:
@@ -145,6 +148,7 @@ class Order:
         self.workers = torch.Generator()  # what a DataLoader draws its workers' seeds from
         self.stream: RandomStream | None = None
         self.parts: list[Any] = [dataset]
+        self.in_workers: EpochDataset | None = None  # the dataset, as workers that stay see it
         self._found: torch.Generator | None = None
         self._initial_seed: int | None = None
         held = getattr(dataset, "generator", None)
@@ -173,9 +177,12 @@ class Order:
         if hasattr(sampler, "initial_seed") and hasattr(sampler, "set_epoch"):
             self._initial_seed = int(sampler.initial_seed)
             changed["initial_seed"] = 0  # until the ranks have agreed on one
-        if type(sampler) not in (*_DRAWS_FROM_ITS_GENERATOR, range, list, tuple):
+        known = type(sampler) in (*_DRAWS_FROM_ITS_GENERATOR, range, list, tuple)
+        if not known:
             self.stream = self.stream or RandomStream(0)
-        if changed:
+        if changed and not known:
+            sampler = overlay(sampler, changed)
+        elif changed:
             sampler = copy.copy(sampler)
             vars(sampler).update(changed)
         self.parts.append(sampler)
@@ -205,6 +212,8 @@ class Order:
     def begin(self, epoch: int, start: int) -> None:
         """Seed everything for an epoch that is read from batch ``start`` on."""
         self.set_epoch(epoch)
+        if self.in_workers is not None:
+            self.in_workers.begin(epoch)
         self.shuffler.manual_seed((self.seed + epoch) % _LIMIT)
         self.workers.manual_seed(mixed(self.seed, epoch, self.rank, start))
         if self.stream is not None:
@@ -221,6 +230,12 @@ class _InStream:
         if name.startswith("__") or name in ("_sampler", "_stream"):
             raise AttributeError(name)
         return getattr(self._sampler, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_sampler", "_stream"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._sampler, name, value)
 
     def __len__(self) -> int:
         return len(self._sampler)
