@@ -95,7 +95,7 @@ assert here == [os.getpid()] and "SHARDWISE_STRATEGY" not in os.environ
     )
     assert code == 0, err
     assert wrote(tmp_path) == ["1 0 1.0 zero2 bf16 cpu None"] or wrote(tmp_path) == [
-        "1 0 1.0 zero2,param_dtype=bf16 bf16 cpu None"
+        "1 0 1.0 zero2,param_dtype=bf16,autocast=true bf16 cpu None"
     ]
 
 

@@ -401,9 +401,16 @@ class FlatParameters:
 
     @torch.no_grad()
     def differs(self) -> bool:
-        """Are the held values, which are here, other than what the master values say?"""
+        """Are the held values, which are here, other than what the master values say?
+
+        What a gather reads from a disk is read once more, and compared.
+        """
         if self.placement.aliased:
             return False
+        if self.source is not None and not self.source.resident:
+            self.reconcile()
+            source = self.source.copied()
+            return not torch.equal(_bits(self.flat.tensor[self.held].to(source.device)), _bits(source))
         with self.master_here() as master:
             mine = self.flat.tensor[self.held].to(master.device)
             return not torch.equal(_bits(mine), _bits(master.to(mine.dtype)))

@@ -71,6 +71,12 @@ class OffloadedValues:
         """Start to bring them into the beginning of a buffer."""
         return self.state_extent.read(buffer[: self._own])
 
+    def copied(self) -> torch.Tensor:
+        """A copy of them in new host memory."""
+        memory = torch.empty(self._own, dtype=torch.uint8)
+        TransferGroup(self.read(memory)).wait()
+        return memory.view(self.tensor.dtype)
+
     def write(self, buffer: torch.Tensor) -> list[Transfer]:
         """Start to write them out from the beginning of a buffer, where :meth:`swap_in` put them."""
         return self.state_extent.write(buffer[: self._own])
