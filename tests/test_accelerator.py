@@ -85,7 +85,9 @@ def test_settings_are_not_shared(monkeypatch):
         assert not a.sync_gradients and b.sync_gradients
     monkeypatch.setenv("SHARDWISE_STRATEGY", "zero3")
     monkeypatch.setenv("SHARDWISE_MIXED_PRECISION", "bf16")
-    assert Accelerator(strategy="ddp", cpu=True).strategy == shardwise.Strategy("zero3", param_dtype="bf16")
+    assert Accelerator(strategy="ddp", cpu=True).strategy == shardwise.Strategy.parse(
+        "zero3,param_dtype=bf16,autocast=true"
+    )
     assert Accelerator(strategy="zero2,param_dtype=fp16", cpu=True).mixed_precision == "bf16", "the launcher's wins"
     monkeypatch.delenv("SHARDWISE_STRATEGY")
     monkeypatch.delenv("SHARDWISE_MIXED_PRECISION")

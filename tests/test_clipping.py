@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import utils
 
 import shardwise
-from models import PRESETS, rank
+from models import PRESETS, batch, loss_of, make, rank
 from ranks import run
 from shardwise.errors import GradientError
 
@@ -258,3 +258,37 @@ def trained_on_meshes(strategies: list[str | None]) -> list[float]:
 def test_training_on_several_meshes(strategies):
     first, *rest = run(4, trained_on_meshes, strategies)
     assert all(other == first for other in rest)
+
+
+def clipping(strategy: str, size: int) -> list[float]:
+    out = []
+    for norm_type in (2.0, 1.0, 3.0, float("inf")):
+        model, oracle = make(tied=True), make(tied=True)
+        shardwise.fully_shard(model, strategy=strategy)
+        loss_of(model, batch(0, rank())).backward()
+        loss_of(oracle, torch.cat([batch(0, r) for r in range(size)])).backward()
+        before = shardwise.stats().comm.get("norm", None)
+        calls = before.calls if before else 0
+        mine = shardwise.clip_grad_norm_(model.parameters(), 0.01, norm_type)
+        after = shardwise.stats().comm.get("norm", None)
+        assert (after.calls if after else 0) - calls <= 1, "one collective"
+        theirs = torch.nn.utils.clip_grad_norm_(oracle.parameters(), 0.01, norm_type)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+        # torch's own function, unaware of shards, agrees
+        again = torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0, norm_type)
+        torch.testing.assert_close(again, torch.tensor(0.01), rtol=1e-3, atol=0)
+        shardwise.clip_grad_value_(model, 1e-5)
+        torch.nn.utils.clip_grad_value_(oracle.parameters(), 1e-5)
+        with shardwise.gathered(model, grads=True):
+            for p, q in zip(model.parameters(), oracle.parameters(), strict=True):
+                if q.grad is not None:
+                    torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-9)
+        out.append(mine.item())
+    return out
+
+
+@pytest.mark.parametrize("strategy", PRESETS)
+def test_clipping_is_exact_and_torchs_own_is_right(strategy):
+    run(2, clipping, strategy, 2)
+    if strategy == "zero3":
+        run(3, clipping, strategy, 3)

@@ -185,8 +185,7 @@ def partly(path: str) -> None:
         saved = whole(model)
         fail(model, opt, "step")
         some = {k: v for k, v in saved.items() if not k.startswith("blocks.1")}
-        with pytest.raises(UpdateFailed, match=CAUSE):
-            model.load_state_dict(some, strict=False)
+        model.load_state_dict(some, strict=False)
         with pytest.raises(UpdateFailed, match=CAUSE):
             loss_of(model, batch(0, 0))
         model.load_state_dict(saved)

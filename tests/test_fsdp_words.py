@@ -216,6 +216,37 @@ def test_unshard_and_reshard(strategy):
     run(2, by_hand, strategy)
 
 
+def losses_outside(strategy: str) -> None:
+    """Losses on weights that are here outside of a forward, whose backward comes when they are gone."""
+    plain, ours = (nn.Sequential(*(nn.Linear(32, 32) for _ in range(4))) for _ in range(2))
+    ours.load_state_dict(plain.state_dict())
+    shardwise.fully_shard(ours, strategy=strategy)
+
+    def decay(module: nn.Module) -> torch.Tensor:
+        w = module.weight
+        return (w * w).sum() + w.pow(3).sum() + F.linear(w, w).mean() + (w.t() @ w.detach()).sum() + w.flatten()[3] ** 2
+
+    for by_hand in (True, False):
+        for model in (plain, ours):
+            if by_hand and model is ours:
+                ours.unshard()
+            first = decay(model[1]) if by_hand else 0
+            if by_hand and model is ours:
+                ours.reshard()
+            out = model(torch.ones(2, 32)).sum()
+            second = decay(model[3])  # stays here between forward and backward
+            (out + first).backward()
+            second.backward()
+    with shardwise.gathered(ours, grads=True):
+        for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "hsdp,shard_size=2"])
+def test_losses_on_weights_outside_of_a_forward(strategy):
+    run(2, losses_outside, strategy)
+
+
 def gathers(model: nn.Module) -> int:
     shardwise.reset_stats()
     loss_of(model, batch(0, 0)).backward()

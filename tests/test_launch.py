@@ -343,7 +343,15 @@ def test_the_launchers_word_wins_over_the_scripts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(environment.STRATEGY, "zero2")
     assert environment.strategy_from_environment(Strategy("ddp")) == Strategy("zero2")
     monkeypatch.setenv(environment.MIXED_PRECISION, "bf16")
-    assert environment.strategy_from_environment(Strategy("ddp")) == Strategy("zero2", param_dtype="bf16")
+    assert environment.strategy_from_environment(Strategy("ddp")) == Strategy(
+        "zero2", param_dtype="bf16", autocast=True
+    )
+    given = Strategy("zero3", param_dtype="bf16")
+    monkeypatch.delenv(environment.STRATEGY)
+    assert environment.strategy_from_environment(given) == given, "a script that says so itself means its own"
+    monkeypatch.setenv(environment.MIXED_PRECISION, "no")
+    assert environment.strategy_from_environment(given.replace(autocast=True)) == Strategy("zero3")
+    monkeypatch.setenv(environment.MIXED_PRECISION, "bf16")
     assert environment.mixed_precision_from_environment("no") == "bf16"
     monkeypatch.setenv(environment.MIXED_PRECISION, "fp8")
     with pytest.raises(ShardwiseError, match="SHARDWISE_MIXED_PRECISION"):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch.optim import lr_scheduler
 
 import shardwise
-from models import PRESETS, assert_close, assert_same, batch, loss_of, make, rank, whole
+from models import PRESETS, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
+from scenarios import LM, Scenario, Side, compare, sgd, train
 from shardwise.errors import OptimizerError
 
 ELEMENTWISE: dict[str, dict[str, Any]] = {
@@ -37,89 +36,59 @@ def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def train_pair(strategy: str, size: int, build: Any, before: bool, steps: int = 3) -> dict[str, torch.Tensor]:
-    model, oracle = make(), make()
-    opt = build(model) if before else None
-    shardwise.fully_shard(model, strategy=strategy)
-    opt = opt or build(model)
-    ref = build(oracle)
-    schedules = [lr_scheduler.LambdaLR(o, lambda k: 1 / (k + 1)) for o in (opt, ref)]
-    params = [list(g["params"]) for g in opt.param_groups]
-    for step in range(steps):
-        loss_of(model, batch(step, rank())).backward()
-        loss_of(oracle, torch.cat([batch(step, r) for r in range(size)])).backward()
-        for o, s in zip((opt, ref), schedules, strict=True):
-            o.step()
-            s.step()
-            o.zero_grad()
-        now = [list(g["params"]) for g in opt.param_groups]
-        assert all(a is b for x, y in zip(params, now, strict=True) for a, b in zip(x, y, strict=True))
-    assert_close(whole(model), whole(oracle), 2e-4)
-    return whole(model)
+def scenario(build: Any, step: Any = train, **kw: Any) -> Scenario:
+    return LM("", step=step, optimizer=build, **{"steps": 3, "tol": 2e-4, **kw})
 
 
-def elementwise(size: int, name: str) -> None:
-    """All presets, built before and after: the same bits; and close to one process."""
-    kw = dict(ELEMENTWISE[name])
+def decayed(k: int) -> float:
+    return 1 / (k + 1)
 
-    def build(model):
-        g = groups(model) if name != "Rprop" else [{"params": list(model.parameters())}]
-        return getattr(torch.optim, name)(g, **kw)
 
-    results = [train_pair(s, size, build, before=i % 2 == 0) for i, s in enumerate(PRESETS)]
+def same_bits(build: Any) -> None:
+    """All presets, built before and after sharding: the same bits; and close to one process."""
+    row = scenario(build, schedule=decayed)
+    results = [compare(row, preset, before=i % 2 == 0)[0] for i, preset in enumerate(PRESETS)]
     for other in results[1:]:
         assert_same(other, results[0])
+
+
+def elementwise(name: str) -> None:
+    kind = getattr(torch.optim, name)
+    same_bits(lambda m: kind(groups(m) if name != "Rprop" else list(m.parameters()), **ELEMENTWISE[name]))
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_optimizers_on_slices(name):
-    run(2, elementwise, 2, name)
+    run(2, elementwise, name)
 
 
 @pytest.mark.parametrize("how", [{"foreach": True}, {"fused": True}, {"foreach": False}])
 def test_foreach_and_fused(how):
-    run(3, implementations, 3, how)
+    run(3, implementations, how)
 
 
-def implementations(size: int, how: dict[str, bool]) -> None:
-    results = [
-        train_pair(s, size, lambda m: torch.optim.AdamW(groups(m), lr=0.01, **how), before=False) for s in PRESETS
-    ]
-    for other in results[1:]:
-        assert_same(other, results[0])
+def implementations(how: dict[str, bool]) -> None:
+    same_bits(lambda m: torch.optim.AdamW(groups(m), lr=0.01, **how))
 
 
-def whole_tensor(size: int, strategy: str) -> None:
+def muon_and_adamw(m: Any) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in m.parameters() if p.ndim == 2 and p.numel()]
+    return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW([p for p in m.parameters() if p.ndim < 2], lr=0.01)]
+
+
+def whole_tensor(strategy: str) -> None:
     """Muon on the matrices and AdamW on the rest; then Adafactor on everything."""
-    layout = strategy + ",layout=tensor"
-
-    def matrices(m):
-        return [p for n, p in m.named_parameters() if p.ndim == 2 and p.numel()]
-
-    model, oracle = make(), make()
-    shardwise.fully_shard(model, strategy=layout)
-    opts = [
-        [torch.optim.Muon(matrices(m), lr=0.02), torch.optim.AdamW([p for p in m.parameters() if p.ndim < 2], lr=0.01)]
-        for m in (model, oracle)
-    ]
-    for step in range(3):
-        loss_of(model, batch(step, rank())).backward()
-        loss_of(oracle, torch.cat([batch(step, r) for r in range(size)])).backward()
-        for pair in opts:
-            for o in pair:
-                o.step()
-            for o in pair:
-                o.zero_grad()
     # Muon orthogonalises in bf16: a last-bit difference of a gradient shows in the fourth digit
-    assert_close(whole(model), whole(oracle), 2e-2)
-    train_pair(layout, size, lambda m: torch.optim.Adafactor([p for p in m.parameters() if p.numel()], lr=0.01), True)
+    compare(scenario(muon_and_adamw, tol=2e-2), f"{strategy},layout=tensor")
+    adafactor = scenario(lambda m: torch.optim.Adafactor([p for p in m.parameters() if p.numel()], lr=0.01))
+    compare(adafactor, f"{strategy},layout=tensor", before=True)
 
 
 @pytest.mark.parametrize("strategy", PRESETS)
 def test_optimizers_that_need_whole_tensors(strategy):
-    run(2, whole_tensor, 2, strategy)
+    run(2, whole_tensor, strategy)
     if strategy == "zero3":
-        run(4, whole_tensor, 4, "hsdp,shard_size=2")
+        run(4, whole_tensor, "hsdp,shard_size=2")
 
 
 def refused(strategy: str) -> None:
@@ -152,92 +121,67 @@ def test_fused_sgd_below_fp32_is_refused():
     run(2, fused_sgd)
 
 
-def added_group(strategy: str, size: int) -> None:
-    model, oracle = make(), make()
-    shardwise.fully_shard(model, strategy=strategy)
-    opts = [torch.optim.Adam(m.blocks.parameters(), lr=0.01) for m in (model, oracle)]
-    for step in range(4):
-        if step == 2:
-            for m, o in zip((model, oracle), opts, strict=True):
-                o.add_param_group({"params": list(m.head.parameters()), "lr": 0.1})
-        loss_of(model, batch(step, rank())).backward()
-        loss_of(oracle, torch.cat([batch(step, r) for r in range(size)])).backward()
-        for m, o in zip((model, oracle), opts, strict=True):
-            o.step()
-            m.zero_grad()
-    assert_close(whole(model), whole(oracle), 2e-4)
+def adding_a_group(side: Side, step: int) -> None:
+    if step == 2:
+        side.optimizer.add_param_group({"params": list(side.model.head.parameters()), "lr": 0.1})
+    side.backward(side.loss(step))
+    side.update()
+    side.model.zero_grad()
+
+
+def with_momenta(m: Any) -> torch.optim.Optimizer:
+    """Momenta that exist already."""
+    optimizer = torch.optim.Adam(m.parameters(), lr=0.01)
+    loss_of(m, batch(99, 0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def resuming(side: Side, step: int) -> None:
+    """A local state dict goes out and in again, into an optimizer with other settings."""
+    if step == 1 and side.sharded:
+        state = side.optimizer.state_dict()
+        side.optimizers[0] = torch.optim.Adam(side.model.parameters(), lr=0.5)
+        shardwise.attach(side.optimizer)
+        side.optimizer.load_state_dict(state)
+    train(side, step)
+
+
+def by_closure(side: Side, step: int) -> None:
+    def closure() -> torch.Tensor:
+        side.optimizer.zero_grad()
+        loss = side.loss(step)
+        loss.backward()
+        return loss
+
+    side.optimizer.step(closure)
+
+
+def by_hand(side: Side, step: int) -> None:
+    """Gradients set by the script are taken as they are."""
+    for p in side.model.parameters():
+        p.grad = torch.full(p.shape, 0.5)
+    side.update()
+
+
+def adam_of_blocks(m: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(m.blocks.parameters(), lr=0.01)
+
+
+ROWS = {
+    "a group added mid-run": scenario(adam_of_blocks, adding_a_group, steps=4),
+    "momenta from before, and a local state dict": scenario(with_momenta, resuming, steps=2),
+    "a closure": scenario(sgd, by_closure),
+    "gradients set by hand": scenario(sgd, by_hand, steps=1, tol=1e-6),
+}
+
+
+def compare_row(name: str, strategy: str) -> None:
+    compare(ROWS[name], strategy, before="before" in name)
 
 
 @pytest.mark.parametrize("strategy", PRESETS)
-def test_group_added_mid_run(strategy):
-    run(2, added_group, strategy, 2)
-
-
-def resumed(strategy: str, size: int) -> None:
-    """Momenta that exist before sharding, and a local state dict that goes out and in again."""
-    model, oracle = make(), make()
-    opts = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, oracle)]
-    for m, o in zip((model, oracle), opts, strict=True):
-        loss_of(m, batch(99, 0)).backward()
-        o.step()
-        o.zero_grad()
-    shardwise.fully_shard(model, strategy=strategy)
-
-    def step(k):
-        loss_of(model, batch(k, rank())).backward()
-        loss_of(oracle, torch.cat([batch(k, r) for r in range(size)])).backward()
-        for o in opts:
-            o.step()
-            o.zero_grad()
-
-    step(0)
-    state = opts[0].state_dict()
-    opts[0] = torch.optim.Adam(model.parameters(), lr=0.5)
-    shardwise.attach(opts[0])
-    opts[0].load_state_dict(state)
-    step(1)
-    assert_close(whole(model), whole(oracle), 2e-4)
-
-
-@pytest.mark.parametrize("strategy", PRESETS)
-def test_state_from_before_sharding_and_local_state_dict(strategy):
-    run(2, resumed, strategy, 2)
-
-
-def closures(strategy: str, size: int) -> None:
-    model, oracle = make(), make()
-    shardwise.fully_shard(model, strategy=strategy)
-    opts = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, oracle)]
-    for step in range(3):
-
-        def closure(m, o, ids):
-            o.zero_grad()
-            loss = loss_of(m, ids)
-            loss.backward()
-            return loss
-
-        opts[0].step(partial(closure, model, opts[0], batch(step, rank())))
-        opts[1].step(partial(closure, oracle, opts[1], torch.cat([batch(step, r) for r in range(size)])))
-    assert_close(whole(model), whole(oracle), 2e-4)
-
-
-@pytest.mark.parametrize("strategy", PRESETS)
-def test_step_with_a_closure(strategy):
-    run(2, closures, strategy, 2)
-
-
-def two_optimizers_one_group_by_hand(strategy: str, size: int) -> None:
-    """Gradients set by the user are taken as they are."""
-    model, oracle = make(), make()
-    shardwise.fully_shard(model, strategy=strategy)
-    opts = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, oracle)]
-    for m, o in zip((model, oracle), opts, strict=True):
-        for p in m.parameters():
-            p.grad = torch.full(p.shape, 0.5)
-        o.step()
-    assert_close(whole(model), whole(oracle), 1e-6)
-
-
-@pytest.mark.parametrize("strategy", PRESETS)
-def test_gradients_set_by_hand(strategy):
-    run(2, two_optimizers_one_group_by_hand, strategy, 2)
+@pytest.mark.parametrize("name", ROWS)
+def test_steps(name, strategy):
+    run(2, compare_row, name, strategy)

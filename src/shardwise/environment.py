@@ -59,11 +59,7 @@ def strategy_from_environment(default: str | Strategy | None = None) -> Strategy
             fix="start the script with: shardwise launch --config your_accelerate_config.yaml, or --strategy zero3",
         )
     chosen = Strategy.parse(text if text else default)
-    precision = os.environ.get(MIXED_PRECISION)
-    if precision:
-        wanted = mixed_precision_from_environment()
-        chosen = chosen.replace(param_dtype=None if wanted == "no" else wanted)
-    return chosen
+    return chosen.in_precision(mixed_precision_from_environment()) if os.environ.get(MIXED_PRECISION) else chosen
 
 
 def mixed_precision_from_environment(default: str | None = None) -> str | None:

@@ -51,6 +51,10 @@ class Strategy:
             parameter, for optimizers that need whole matrices (Muon, Adafactor, ...).
         param_dtype: dtype to compute in (``fp32``, ``bf16``, ``fp16``); the optimizer keeps the
             original dtype as master values. ``None`` computes in each parameter's own dtype.
+        autocast: with a ``param_dtype`` of ``bf16`` or ``fp16``, leave the inputs of units as they are and run the
+            model under ``torch.autocast``. Otherwise every floating-point input of a unit is cast to ``param_dtype``,
+            labels and timesteps too. ``None``: on under an Accelerator, or where the launcher's precision is what
+            chose ``param_dtype``; else off.
         reduce_dtype: dtype in which gradients cross the wire. gloo's ranks sum them in the master dtype,
             NCCL in this one. ``None`` sends the dtype of the master values (fp32 as a rule).
         offload_ratio: the part of the optimizer state, in bytes, that goes to its home. With home ``cpu`` the states of
@@ -93,6 +97,7 @@ class Strategy:
     shard_size: int | None = None
     layout: str = "element"
     param_dtype: str | None = None
+    autocast: bool | None = None
     reduce_dtype: str | None = None
     offload_ratio: float = 1.0
     nvme_path: str | None = None
@@ -132,6 +137,12 @@ class Strategy:
         for key in ("param_dtype", "reduce_dtype"):
             if getattr(self, key) is not None:
                 _choose(key, getattr(self, key), DTYPES)
+        _choose("autocast", self.autocast, (True, False, None))
+        if self.autocast and self.param_dtype not in ("bf16", "fp16"):
+            raise StrategyError(
+                f"autocast=true has no meaning with param_dtype={str(self.param_dtype).lower()}",
+                fix="say param_dtype=bf16 or fp16 as well, or leave autocast out",
+            )
         if self.shard_size is not None and self.preset != "hsdp":
             raise StrategyError(
                 f"shard_size={self.shard_size} has no meaning for '{self.preset}'",
@@ -191,6 +202,17 @@ class Strategy:
             values[key] = _read(key, value, str(kinds[key]))
         return cls(preset, **values)  # type: ignore[arg-type]
 
+    def in_precision(self, name: str | None) -> Strategy:
+        """The same strategy under a mixed precision: ``fp16``, ``bf16``, ``no``, or ``None``, which says nothing.
+
+        A precision that the strategy names itself is meant as it says.
+        """
+        if name == "no":
+            return self.replace(param_dtype=None, autocast=None)
+        if name is None or self.param_dtype == name:
+            return self
+        return self.replace(param_dtype=name, autocast=True if self.autocast is None else self.autocast)
+
     def replace(self, **changes: object) -> Strategy:
         """The same strategy with some keys changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -224,6 +246,10 @@ class Strategy:
         lines.append(f"  sent per step: {wire} elements, times (N-1)/N")
         if self.param_dtype:
             lines.append(f"  computes in {self.param_dtype}, with master values in the original dtype")
+        if self.autocast:
+            lines.append("  runs under torch.autocast: inputs keep their dtype, operations choose theirs")
+        elif self.param_dtype:
+            lines.append(f"  floating-point inputs of units are cast to {self.param_dtype}")
         if self.reduce_dtype:
             lines.append(f"  gradients cross the wire in {self.reduce_dtype}")
         if self.activation_checkpointing:
@@ -250,7 +276,7 @@ def _read(key: str, value: str, kind: str) -> object:
             return float(value)
     except ValueError:
         raise StrategyError(f"{key}={value} is not a number") from None
-    if kind == "bool":
+    if kind.startswith("bool"):
         if value.lower() not in ("true", "false", "1", "0"):
             raise StrategyError(f"{key}={value} is neither true nor false")
         return value.lower() in ("true", "1")

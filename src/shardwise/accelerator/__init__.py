@@ -65,8 +65,9 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         device_placement: move models and batches to the device.
         split_batches: dataloaders cut each batch over the ranks instead of giving each rank whole batches.
         mixed_precision: ``bf16`` or ``fp16`` to compute in, with fp32 master values and gradients reduced in
-            fp32 (unless the strategy names a ``reduce_dtype``); ``fp16`` scales losses dynamically. ``no`` or
-            ``None``: what the strategy's ``param_dtype`` says. The launcher's wins over this one.
+            fp32 (unless the strategy names a ``reduce_dtype``); ``fp16`` scales losses dynamically. Models run under
+            ``torch.autocast`` (unless the strategy says ``autocast=false``), so their inputs keep their dtypes. ``no``
+            or ``None``: what the strategy's ``param_dtype`` says. The launcher's wins over this one.
         gradient_accumulation_steps: micro-batches per optimizer step, counted by :meth:`accumulate`.
         cpu: stay on the CPU (so does ``SHARDWISE_CPU=1``).
         dataloader_config: everything else about dataloaders.

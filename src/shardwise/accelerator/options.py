@@ -94,8 +94,16 @@ def choose_strategy(strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, prec
                 where=f"strategy '{chosen.strategy}'",
                 fix="say it once",
             )
-        chosen.strategy = chosen.strategy.replace(param_dtype=wanted)
+        chosen.strategy = chosen.strategy.in_precision(wanted)
+    chosen.strategy = autocast_by_default(chosen.strategy)
     return chosen
+
+
+def autocast_by_default(strategy: Strategy) -> Strategy:
+    """An Accelerator's models run under autocast in a half precision, unless the strategy says not to."""
+    if strategy.autocast is None and strategy.param_dtype in ("fp16", "bf16"):
+        return strategy.replace(autocast=True)
+    return strategy
 
 
 def choose_accumulation(

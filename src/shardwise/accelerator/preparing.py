@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from shardwise.accelerator.base import HALVES, Base
+from shardwise.accelerator.options import autocast_by_default
 from shardwise.compat.memory import release_memory
 from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_first_batches
@@ -20,6 +21,7 @@ from shardwise.engine.deferred import Deferred, has_meta
 from shardwise.engine.elementwise import check, needs_whole_tensors
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
+from shardwise.engine.mixed_precision import compute_in
 from shardwise.engine.optimizer import attach
 from shardwise.errors import DataError, UnitError
 from shardwise.optimizer import AcceleratedOptimizer
@@ -108,15 +110,14 @@ class Preparing(Base):
         Raises:
             UnitError: see :meth:`prepare`.
         """
-        chosen = self.strategy if strategy is None else Strategy.parse(strategy)
+        chosen = self.strategy if strategy is None else self._in_precision(Strategy.parse(strategy))
         if evaluation_mode and not chosen.split_params and engine_of(model) is None:
             self._check_device_map(model)
             if self.device_placement if device_placement is None else device_placement:
                 _move(model, self.device)
             Deferred(model, self.device, self._param_init_fn).materialise_all()
             if chosen.param_dtype in HALVES:
-                model.to(HALVES[chosen.param_dtype])
-                model.register_forward_pre_hook(_inputs_in(HALVES[chosen.param_dtype]), with_kwargs=True)
+                compute_in(model, chosen)
                 model.register_forward_hook(_outputs_in_fp32)
             return model
         return self._prepare_model(model, device_placement, [], strategy)
@@ -157,8 +158,8 @@ class Preparing(Base):
     def _in_precision(self, strategy: Strategy) -> Strategy:
         """A model's own strategy computes in the Accelerator's precision unless it names another."""
         if strategy.param_dtype is None and self.mixed_precision in HALVES:
-            return strategy.replace(param_dtype=self.mixed_precision)
-        return strategy
+            strategy = strategy.in_precision(self.mixed_precision)
+        return autocast_by_default(strategy)
 
     def _check_strategy(self, model: nn.Module, engine: Engine, asked: Strategy) -> None:
         """A model that is sharded already stays as it is: another strategy for it is a mistake."""
@@ -298,13 +299,6 @@ def _outputs_in_fp32(module: nn.Module, args: Any, output: Any) -> Any:
     """A forward hook: losses are computed in fp32 whatever the model computed in."""
     half = (torch.float16, torch.bfloat16)
     return map_tensors(output, lambda t: t.float() if t.dtype in half else t)
-
-
-def _inputs_in(dtype: torch.dtype) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return map_tensors((args, kwargs), lambda t: t.to(dtype) if t.is_floating_point() else t)
-
-    return hook
 
 
 def _state_to_parameters(optimizer: Optimizer) -> None:

@@ -7,6 +7,7 @@ waiting for, a failed run is one line per rank instead of a traceback of the lau
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -124,7 +126,11 @@ class _Agent(LocalElasticAgent):
     out_of_time = False
 
     def __init__(self, spec: WorkerSpec, ranks: Ranks) -> None:
-        super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull), shutdown_timeout=_SHUTDOWN_S)
+        patience: dict[str, Any] = {"shutdown_timeout": _SHUTDOWN_S}
+        known = inspect.signature(LocalElasticAgent.__init__).parameters  # torch 2.11 has its own, of 30 seconds
+        super().__init__(
+            spec, DefaultLogsSpecs(log_dir=os.devnull), **{k: v for k, v in patience.items() if k in known}
+        )
         self.start = Attempt(ranks.nproc, tuple(ranks.devices))
         self.limit_s = ranks.limit_s
         self._restart_policy = ranks.restart_policy

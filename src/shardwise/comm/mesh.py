@@ -42,8 +42,12 @@ class Mesh:
         self._tags += 1
         return self._tags
 
-    def new_copy_tag(self) -> int:
-        """As :meth:`new_tag`, from a range of its own: a model that is copied on one rank only moves nobody's tags."""
+    def new_copy_tag(self) -> CopyTag:
+        """As :meth:`new_tag`, for a copy: it is taken when it is needed."""
+        return CopyTag(self)
+
+    def next_copy_tag(self) -> int:
+        """A tag from a range of its own, that no other copy of this mesh uses."""
         self._copy_tags += 1
         return _COPIES + self._copy_tags
 
@@ -64,6 +68,23 @@ class Mesh:
         """
         self.whole.allow(op)
         return Reduction(self._axes, raw, out, op, memory)
+
+
+class CopyTag:
+    """The tag of a copied unit or model: the next one, when its first message is sent.
+
+    All ranks send that message, so they agree. When copies are made they need not: one rank may have copied a model for
+    itself.
+    """
+
+    __slots__ = ("_mesh", "_tag")
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh, self._tag = mesh, 0
+
+    def __call__(self) -> int:
+        self._tag = self._tag or self._mesh.next_copy_tag()
+        return self._tag
 
 
 def build_mesh(world: Process, shard_size: int, make_group: Callable[[list[list[int]]], Group], control: Group) -> Mesh:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+Number = int | Callable[[], int]
+"""A tag, or what gives it when the first message that carries it is sent."""
 
 
 @dataclass(frozen=True)
@@ -11,7 +15,12 @@ class Op:
 
     kind: str
     unit: str
-    tag: int
+    number: Number
+
+    @property
+    def tag(self) -> int:
+        """What its messages carry, so that ranks that disagree about what comes next do not take one for another."""
+        return self.number if isinstance(self.number, int) else self.number()
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.unit}"

@@ -1,8 +1,8 @@
 """Activations: recomputed in backward instead of kept, or kept in host memory, over torch's own facilities for both.
 
 A module keeps its identity, name, class and hooks: what changes is its ``forward`` attribute, in which a
-:class:`Forward` stands before the module's own. Hooks therefore run once per call, outside of what is recomputed, and a
-unit is gathered when its recomputation begins, because that begins in the backward of the unit.
+:class:`WrappedForward` stands before the module's own. Hooks therefore run once per call, outside of what is
+recomputed, and a unit is gathered when its recomputation begins, because that begins in the backward of the unit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shardwise.tiers.saved_tensors import SavedOnHost
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")  # as transformers calls them
 
 
-class Forward:
+class WrappedForward:
     """Stands in ``module.forward`` and calls the module's own. Without a graph to record it does nothing else.
 
     Attributes:
@@ -47,8 +47,8 @@ class Forward:
             return self.own(*args, **kwargs)
         return self.run(args, kwargs) if self.saved is None else _offloaded(self, self.saved, args, kwargs)
 
-    def __deepcopy__(self, memo: Any) -> Forward:
-        new = memo[id(self)] = object.__new__(Forward)
+    def __deepcopy__(self, memo: Any) -> WrappedForward:
+        new = memo[id(self)] = object.__new__(WrappedForward)
         new.module = memo[id(self.module)]
         own: Any = self.own
         bound = getattr(own, "__self__", None) is self.module
@@ -114,7 +114,7 @@ def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 @functools.partial(torch.compiler.disable, recursive=False)
-def _offloaded(forward: Forward, saved: SavedOnHost, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _offloaded(forward: WrappedForward, saved: SavedOnHost, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In a compiled model the hooks stay outside of what is compiled."""
     with saved.hooks():
         return forward.run(args, kwargs)
@@ -130,13 +130,13 @@ def recompute(module: nn.Module) -> bool:
 def is_recomputed(module: nn.Module) -> bool:
     """Is it computed again in backward, by :func:`recompute`?"""
     forward = vars(module).get("forward")
-    return isinstance(forward, Forward) and forward.recompute
+    return isinstance(forward, WrappedForward) and forward.recompute
 
 
-def _forward_of(module: nn.Module) -> Forward:
+def _forward_of(module: nn.Module) -> WrappedForward:
     forward = vars(module).get("forward")
-    if not isinstance(forward, Forward):
-        forward = Forward(module)
+    if not isinstance(forward, WrappedForward):
+        forward = WrappedForward(module)
         object.__setattr__(module, "forward", forward)  # of this module itself, also where it passes attributes on
     return forward
 
@@ -165,7 +165,7 @@ def _offload(engine: Engine) -> None:
     units = engine.units
     for unit in units:
         forward = vars(unit.module).get("forward")
-        if isinstance(forward, Forward):
+        if isinstance(forward, WrappedForward):
             forward.saved = None
     asking = [u for u in units if u.strategy.activation_offload == "cpu"]
     names = {u.name for u in asking}
@@ -187,7 +187,7 @@ def _copy(old: Engine, new: Engine, memo: Any) -> None:
     new.host_activations = saved
     for unit in old.units:
         forward = vars(unit.module).get("forward")
-        if isinstance(forward, Forward) and forward.saved is not None:
+        if isinstance(forward, WrappedForward) and forward.saved is not None:
             memo[id(forward)].saved = saved
 
 

@@ -91,7 +91,7 @@ class Attachment:
         found = (place_of(p) for p in self.params)
         return list({id(place[0]): place[0] for place in found if place is not None}.values())
 
-    def catch_up(self) -> None:
+    def finish_updates(self) -> None:
         """Wait for updates that were asked for."""
         units = self.units
         for engine in {id(unit.upward): unit.upward for unit in units}.values():
@@ -117,7 +117,7 @@ class Attachment:
                 unit.drain()
         else:
             require_valid(self)
-            self.catch_up()
+            self.finish_updates()
         groups = self.optimizer.param_groups
         originals = [list(g["params"]) for g in groups]
         for params in originals:

@@ -56,7 +56,7 @@ class _Run:
         done: units (by index) that are over, in that order.
         next: position in the common order of reduces.
         launched: units whose reduce was started; ``in_flight``: and not finished.
-        arrived: parameters (by ``id``) that got a gradient here.
+        arrived: parameters (by ``id``) that got a gradient here, or whose gradient waits here for its reduce.
         had: parameters (by ``id``) that had a gradient before.
         keep_graph: ``create_graph=True``: a second backward needs the values.
     """
@@ -199,15 +199,21 @@ class Backward:
             for b in unit.buckets:
                 had = b.grads.read_flags()
                 run.had.update(id(p) for p, was in zip(b.params, had, strict=True) if was)
+                # What no_sync() has kept on this rank is reduced with what arrives now.
+                run.arrived.update(id(p) for i, p in enumerate(b.params) if b.grads.states.waits(i))
 
     # --- unit by unit ------------------------------------------------------------------------------------
-    def enter(self, unit: Unit, call: Call | None) -> None:
-        """The backward of ``unit`` begins: the first gradient of an output of ``call``, or what it saved, is needed."""
+    def enter(self, unit: Unit, call: Call | None, number: int | None = None) -> None:
+        """The backward of ``unit`` begins: the gradient of an output of ``call`` is here, or what it saved is needed.
+
+        Args:
+            number: autograd's sequence number of that output.
+        """
         self.begin()
         run = self._run
         assert run is not None
         if call is not None:
-            self._see_over(run, call)
+            self._see_over(run, call, number)
         self._launch_next(run)
         self.tracker.phase, self.tracker.unit = "backward", unit.label
         if unit.index not in run.entered or not unit.here:
@@ -235,12 +241,14 @@ class Backward:
         self.enter(unit, call)
         unit.gather()
 
-    def _see_over(self, run: _Run, now: Call) -> None:
+    def _see_over(self, run: _Run, now: Call, number: int | None) -> None:
         """The backward of ``now`` begins: what came after it in the forward is over."""
         if not run.open or run.open[-1] is now:
             return
         around = list(now.around())
         for call in [c for c in run.open if c not in around]:
+            if number is not None and number >= call.since and now in call.around():
+                continue  # its output is returned by the one that it is inside of, and has this gradient, too
             run.open.remove(call)
             index = call.unit.index
             run.over[index] = run.over.get(index, 0) + 1
@@ -323,6 +331,7 @@ class Backward:
             self.tracker.phase = self.tracker.unit = ""
             for unit in self.units:
                 unit.calls_made = 0
+                unit.watch()
 
     def _reduce_rest(self, run: _Run, log: int) -> Agreed:
         # 1. What was reduced last time, on any rank, is reduced now, with zeros where nothing arrived.

@@ -23,6 +23,7 @@ from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import ENGINE, engine_of, set_engine
 from shardwise.engine.in_backward import InBackward
 from shardwise.engine.integrity import Integrity
+from shardwise.engine.mixed_precision import compute_dtype, match_inputs
 from shardwise.engine.overlaps import refuse_overlaps
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit, unit_of
@@ -86,12 +87,13 @@ def shard(
             continue
         of_unit[_common_owner(names[key], list(owners))].append((p, names[key]))
     home = _home(engine, device)
+    holder = partial(_holder, module)
     made: dict[str, Unit] = {}
 
     def make(name: str) -> None:
-        members = [(p, its, None) for p, its in of_unit[name]]
+        members = [(p, its, compute_dtype(chosen, map(holder, its))) for p, its in of_unit[name]]
         made[name] = Unit(
-            name, owners[name], members, partial(_holder, module), engine.mesh, chosen, engine.ledger, home,
+            name, owners[name], members, holder, engine.mesh, chosen, engine.ledger, home,
             engine,
         )  # fmt: skip
 
@@ -114,6 +116,8 @@ def shard(
         state_dict.install(unit)
     hooks.install(engine)
     activations.install(engine)
+    if chosen.autocast:
+        match_inputs(holder for unit in made.values() for slot in unit.slots for holder, _ in slot.holders)
     engine.integrity = Integrity(module, left)
     if chosen.broadcast_buffers and world.size > 1:
         engine.send_buffers(0)

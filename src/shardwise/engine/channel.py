@@ -19,7 +19,7 @@ _IN_FLIGHT = 32  # messages that followers have not read yet
 
 
 class Channel:
-    """StreamOrdered messages between ranks of a group.
+    """Ordered messages between ranks of a group.
 
     Cost: 256 bytes per message and receiver, rarely more. Sending does not wait for the receivers.
     """

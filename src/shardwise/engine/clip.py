@@ -49,7 +49,7 @@ def clip_grad_norm_(
     """
     order, held = order_of(norm_type), _with_gradients(params)
     spreads, plain = settled(held)
-    with told(Command.NORMS, held, order):
+    with announced(Command.NORMS, held, order):
         total = combine(per_shard(spreads, plain, order), order)
     if error_if_nonfinite and not torch.isfinite(total):
         raise GradientError(
@@ -58,7 +58,7 @@ def clip_grad_norm_(
     # Multiply always, even by one: a branch on the value would make a GPU wait for it.
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     if held:
-        with told(Command.MULTIPLY, held, factor.cpu):
+        with announced(Command.MULTIPLY, held, factor.cpu):
             multiply_(pieces_of(spreads, plain), factor)
     return total
 
@@ -83,13 +83,13 @@ def clip_grad_value_(params: nn.Module | Iterable[nn.Parameter], clip_value: flo
     if any(s.dtype.is_complex for s in spreads) or any(g.is_complex() for g in plain):
         raise GradientError("complex gradients cannot be clamped", fix="use clip_grad_norm_")
     if held:
-        with told(Command.CLAMP, held, clip_value):
+        with announced(Command.CLAMP, held, clip_value):
             if pieces := pieces_of(spreads, plain):
                 torch._foreach_clamp_min_(pieces, -abs(clip_value))
                 torch._foreach_clamp_max_(pieces, abs(clip_value))
 
 
-def told(kind: Command, params: Sequence[nn.Parameter], *args: Any) -> AbstractContextManager[None]:
+def announced(kind: Command, params: Sequence[nn.Parameter], *args: Any) -> AbstractContextManager[None]:
     """Around a change of these parameters' gradients: ranks that have run out of data make it too."""
     join = World.current().join
     return nullcontext() if join is None else join.event(kind, None, join.addresses(params), *args)

@@ -6,9 +6,9 @@ interpreter's lock) and returns; the forward waits for a unit's update when it r
 next unit begins after the unit before it has been told to compute. The arithmetic is the same, in the same order per
 unit, with the settings (learning rate, ...) that the optimizer had at ``step()``.
 
-Whatever else looks at values, state or gradients first waits too (:meth:`shardwise.engine.unit.Unit.catch_up`). Units
-whose values are whole on each rank while the optimizer state is split are updated at once: their gather has to begin in
-``step()``, because what comes next may run on one rank only.
+Whatever else looks at values, state or gradients first waits too (:meth:`shardwise.engine.unit.Unit.finish_update`).
+Units whose values are whole on each rank while the optimizer state is split are updated at once: their gather has to
+begin in ``step()``, because what comes next may run on one rank only.
 """
 
 from __future__ import annotations

@@ -141,13 +141,13 @@ def compare(optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
     Raises:
         OptimizerError: on every rank.
     """
-    bucket = min(buckets, key=lambda b: b.tag)
+    bucket = min(buckets, key=lambda b: b.place)
     group = bucket.mesh.control
     rows = torch.zeros(group.size, _ROW, dtype=torch.int32)
     mine = rows[group.rank]
     for key, text in _numbers(optimizer):
         mine[crc32(key.encode()) % _ROW] ^= crc32(text.encode()) - (1 << 31)
-    op = Op("control", f"the settings of {type(optimizer).__name__}", 8 * bucket.tag + 5)
+    op = Op("control", f"the settings of {type(optimizer).__name__}", bucket.number(5))
     group.all_gather(rows.view(-1), op).wait()
     odd = (rows != rows[0]).nonzero().tolist()
     if odd:

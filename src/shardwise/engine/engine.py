@@ -84,7 +84,9 @@ class Engine:
 
     def op(self, kind: str) -> Op:
         """What a message of the whole model is called."""
-        return Op(kind, f"model {type(self.module).__name__}", 8 * self._tag + (0 if kind == "control" else 1))
+        tag, which = self._tag, 0 if kind == "control" else 1
+        number = 8 * tag + which if isinstance(tag, int) else lambda: 8 * tag() + which
+        return Op(kind, f"model {type(self.module).__name__}", number)
 
     # --- construction ----------------------------------------------------------------------
     def take_over(self, units: Iterable[Unit]) -> None:
@@ -109,8 +111,8 @@ class Engine:
         """Is the whole model being copied, given ``copy.deepcopy``'s memo?"""
         return id(self.module) in memo
 
-    def _begins(self, unit: Unit, call: Call) -> None:
-        self.backward.enter(unit, call)
+    def _begins(self, unit: Unit, call: Call, number: int) -> None:
+        self.backward.enter(unit, call, number)
 
     def remember(self, optimizer: Optimizer) -> None:
         """An optimizer that holds parameters of the model was attached. It is not kept alive."""

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from shardwise.comm.mesh import Mesh
-from shardwise.comm.stats import Op
+from shardwise.comm.mesh import CopyTag, Mesh
+from shardwise.comm.stats import Number, Op
 from shardwise.layout import Layout, Piece
 from shardwise.placement import DTYPE_NAMES, Placement, Ranks, Where, place
 from shardwise.strategy import Strategy
@@ -53,13 +53,15 @@ class FlatParameters:
         mesh, strategy: who holds what.
         ledger: counts the live bytes.
         home: of what the strategy offloads; ``None`` if that is nothing.
-        settle: called before master values or gradients are read or written past the schedule: an update that is
-            under way has to take place first.
-        finish_transfers: as ``settle``, and no gather is under way any more.
-        compute_dtype: overrides the strategy's ``param_dtype``.
+        reconcile: called before master values are read or written past the schedule: an update that is under way has to
+            take place first, and what the script wrote to values has to reach them.
+        finish_transfers: waits for updates and for a gather that is under way.
+        finish_update: called before gradients are read or written: an update may be using them.
+        compute_dtype: overrides the strategy's ``param_dtype``; ``None`` does not.
 
     Attributes:
         placement: which buffers there are, where, and when.
+        compute_dtype: the name of the dtype that its values must have; ``None``: as the strategy says.
         layout: which element of which parameter is where in the flat buffer.
         held: the range of the flat buffer that this rank holds: ``copies * n`` elements.
         flat: values, ``(parts * n,)`` in ``dtype``. Empty while released.
@@ -69,7 +71,7 @@ class FlatParameters:
         pieces: per parameter, its parts in the held shards; ``piece_params`` are views of ``master`` at them, and
             the optimizer's parameters; ``piece_starts`` where each begins in ``master``, in the same order.
         share: factor that makes a sum over ranks the mean.
-        tag: of its messages.
+        place: among all buckets, in the order in which they were made, equal on all ranks; a copy has its original's.
     """
 
     def __init__(
@@ -81,13 +83,14 @@ class FlatParameters:
         strategy: Strategy,
         ledger: Ledger,
         home: Home | None = None,
-        settle: Callable[[], None] = lambda: None,
+        reconcile: Callable[[], None] = lambda: None,
         finish_transfers: Callable[[], None] = lambda: None,
+        finish_update: Callable[[], None] = lambda: None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         self.label, self.params, self.names, self.mesh, self.ledger = label, list(params), list(names), mesh, ledger
         self.device, self.master_dtype = params[0].device, params[0].dtype
-        self.settle, self.finish_transfers = settle, finish_transfers
+        self.reconcile, self.finish_transfers, self.finish_update = reconcile, finish_transfers, finish_update
         self.layout = Layout.plan(
             [(n, tuple(p.shape)) for n, p in zip(names, params, strict=True)], mesh.parts, strategy.layout
         )
@@ -99,13 +102,15 @@ class FlatParameters:
         self._starts = [self.layout.slots[i].offset for i in self._by_start]
         self.share = 1.0 / mesh.parts
         self.held = slice(mesh.held.start * self.layout.shard_numel, mesh.held.stop * self.layout.shard_numel)
-        self.placement = self._place(strategy, home, compute_dtype)
+        self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
+        self.placement = self._place(strategy, home)
         self.home = home if self.placement.steps_apart else None
         self.dtype: torch.dtype = getattr(torch, self.placement.values.dtype)
         self.reduce_dtype: torch.dtype = getattr(torch, self.placement.wire_dtype)
         self.overlap = strategy.offload_overlap
-        self.tag = mesh.new_tag()
-        self._ops = {kind: Op(kind, f"unit {label}", 8 * self.tag + i) for i, kind in enumerate(_KINDS)}
+        self.place = mesh.new_tag()
+        self._copy_tag: CopyTag | None = None
+        self._ops = {kind: Op(kind, f"unit {label}", self.number(i)) for i, kind in enumerate(_KINDS)}
         self._versions: list[int] = []  # of the parameters when master values and values last agreed
         self._take_values()
         self.pieces: list[list[Piece]] = [[] for _ in params]
@@ -119,7 +124,7 @@ class FlatParameters:
         self._send_home()
         self._arriving: list[Transfer] | None = None  # shards that were staged, on their way into ``flat``
 
-    def _place(self, strategy: Strategy, home: Home | None, compute_dtype: torch.dtype | None) -> Placement:
+    def _place(self, strategy: Strategy, home: Home | None) -> Placement:
         mesh, trainable = self.mesh, any(p.requires_grad for p in self.params)
         floating = self.master_dtype.is_floating_point
         separate = home.separate if home is not None else self.device.type != "cpu"
@@ -135,11 +140,16 @@ class FlatParameters:
             floating=floating,
             separate=separate,
             takes_state=takes,
-            compute_dtype=None if compute_dtype is None else dtype_name(compute_dtype),
+            compute_dtype=self.compute_dtype,
         )
 
     def op(self, kind: str) -> Op:
         return self._ops[kind]
+
+    def number(self, which: int) -> Number:
+        """The tag of one kind of its messages; there are eight."""
+        copy = self._copy_tag
+        return 8 * self.place + which if copy is None else lambda: 8 * copy() + which
 
     # --- making it ---------------------------------------------------------------------------------
     @torch.no_grad()
@@ -194,22 +204,23 @@ class FlatParameters:
         self,
         params: Sequence[nn.Parameter],
         ledger: Ledger,
-        settle: Callable[[], None],
+        reconcile: Callable[[], None],
         finish_transfers: Callable[[], None],
+        finish_update: Callable[[], None],
     ) -> Self:
         """The same buffers once more, with values of their own, for other parameters. Nothing is sent.
 
         Args:
             params: the copies of the parameters, in the same order.
-            ledger, settle, finish_transfers: as for a new one.
+            ledger, reconcile, finish_transfers, finish_update: as for a new one.
         """
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         plan = self.placement
         new.params, new.ledger = list(params), ledger
-        new.settle, new.finish_transfers = settle, finish_transfers
-        new.tag = self.mesh.new_copy_tag()
-        new._ops = {kind: Op(kind, f"unit {self.label} (a copy)", 8 * new.tag + i) for i, kind in enumerate(_KINDS)}
+        new.reconcile, new.finish_transfers, new.finish_update = reconcile, finish_transfers, finish_update
+        new._copy_tag = self.mesh.new_copy_tag()
+        new._ops = {kind: Op(kind, f"unit {self.label} (a copy)", new.number(i)) for i, kind in enumerate(_KINDS)}
         state = "gather_buffers" if plan.released else "parameters"
         new.flat = Buffer(self.layout.numel, self.dtype, self.device, state, ledger)
         if not plan.released:
@@ -347,7 +358,7 @@ class FlatParameters:
     @contextmanager
     def master_here(self, *, write: bool = False) -> Iterator[torch.Tensor]:
         """The held master values, in memory inside the block. With ``write`` they may be changed; the values follow."""
-        self.settle()
+        self.reconcile()
         if self.values is None:
             yield self.master
             return

@@ -12,21 +12,29 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from shardwise.comm.faults import Tracker
+from shardwise.engine.mixed_precision import autocast_dtype, cast_inputs, param_dtype
 from shardwise.engine.passes import Call, Passes, UnitOrder
 from shardwise.engine.residency import Pin
 from shardwise.engine.saved_tensors import SavedTensors
 from shardwise.engine.unit import Unit
 from shardwise.trees import map_tensors, tensors_in
 
-Hook = Callable[[Unit, Call], None]
-"""What to call when the first gradient of a call's outputs is there."""
+Hook = Callable[[Unit, Call, int], None]
+"""What to call when the gradient of one of a call's outputs is there, with autograd's sequence number of the output."""
+
+
+class _Running(NamedTuple):
+    """A unit that computes: its call, if autograd records it, and the autocast that began with it."""
+
+    unit: Unit
+    call: Call | None
+    autocast: torch.autocast | None
 
 
 class Forward:
@@ -54,14 +62,15 @@ class Forward:
         self.stay_gathered: list[Unit] = []
         self.gather_log = 0
         self.saved: SavedTensors | None = None
-        self._calls: list[tuple[Unit, Call | None]] = []  # under way, outermost first
+        self._running: list[_Running] = []  # outermost first
+        self._parents: dict[int, Call] = {}  # per unit (by index), what its last forward was inside of
         self._hooks: list[AbstractContextManager[Any]] = []  # entered
         self._after_update: list[Unit] = []  # to be gathered once the unit before them computes
 
     @property
     def calls(self) -> Iterable[Call]:
         """The calls under way, outermost first."""
-        return (call for _, call in self._calls if call is not None)
+        return (running.call for running in self._running if running.call is not None)
 
     def take_over(self, units: Sequence[Unit]) -> None:
         """The model has these units."""
@@ -90,6 +99,8 @@ class Forward:
             self._hooks.pop().__exit__(None, None, None)
         self._after_update.clear()
         self.drop(Pin.FORWARD)
+        for unit in self.units:
+            unit.watch()
         if not failed:  # where it was is what the report of a failure says
             self.tracker.phase = self.tracker.unit = ""
 
@@ -118,9 +129,13 @@ class Forward:
     def enter(self, unit: Unit, args: Any, kwargs: Any) -> Any:
         """``unit`` is about to compute. Returns new ``(args, kwargs)``, or ``None`` to leave them."""
         self._open()
-        parent = next((call for _, call in reversed(self._calls) if call is not None), None)
+        parent = next((r.call for r in reversed(self._running) if r.call is not None), None)
+        if parent is None and self.passes.backward:  # recomputed by itself, of a forward that was inside of another
+            parent = self._parents.get(unit.index)
+        elif parent is not None:
+            self._parents[unit.index] = parent
         call = Call(unit, parent) if torch.is_grad_enabled() else None
-        self._calls.append((unit, call))
+        self._running.append(_Running(unit, call, self._autocast(unit)))
         self.tracker.phase, self.tracker.unit = "forward", unit.label
         if self.passes.backward:  # recomputing under activation checkpointing
             unit.gather()
@@ -131,17 +146,33 @@ class Forward:
             self.prefetch(following)
             if call is not None:
                 unit.calls_made += 1
-        if unit.strategy.param_dtype is not None:
-            dtype = unit.buckets[0].dtype if unit.buckets else None
-            if dtype is not None and dtype.is_floating_point:
-                return map_tensors((args, kwargs), partial(_in_dtype, dtype))
-        return None
+        dtype = param_dtype(unit.strategy)
+        if dtype is None or unit.strategy.autocast or not any(b.dtype.is_floating_point for b in unit.buckets):
+            return None
+        return cast_inputs(dtype, args, kwargs)
+
+    def _autocast(self, unit: Unit) -> torch.autocast | None:
+        """Begin to run under autocast, unless that is so already.
+
+        Inside of a unit that does, what its script switched off stays off; and torch itself brings back for a
+        recomputation what was on. Nothing is cached: parameters are in that dtype as they are.
+        """
+        dtype = autocast_dtype(unit.strategy)
+        around = next((r.autocast.fast_dtype for r in reversed(self._running) if r.autocast is not None), None)
+        device = next((b.device for u in self.units for b in u.buckets), None)
+        if dtype is None or dtype is around or device is None or self.passes.backward:
+            return None
+        region = torch.autocast(device.type, dtype, cache_enabled=False)
+        region.__enter__()
+        return region
 
     def leave(self, unit: Unit, output: Any, *, failed: bool = False) -> Any:
         """``unit`` has computed, or ``failed`` to. Returns a new output, or ``None`` to leave it."""
-        if not self._calls or self._calls[-1][0] is not unit:
+        if not self._running or self._running[-1].unit is not unit:
             return None  # it failed before it had begun
-        _, call = self._calls.pop()
+        _, call, autocast = self._running.pop()
+        if autocast is not None:
+            autocast.__exit__(None, None, None)
         if failed:
             self._close(failed=True)
             return None
@@ -167,12 +198,11 @@ class Forward:
     def _hook_outputs(self, call: Call, output: Any) -> bool:
         """Hear of the first gradient of what ``call`` computed. Is there anything that can get one?"""
         found = False
-        hook = _First(self.begins, call)
         for t in tensors_in(output):
             node = t.grad_fn if t.requires_grad and (t.is_floating_point() or t.is_complex()) else None
             # What passed through unchanged was computed by somebody else, and its gradient comes at another time.
             if node is not None and node._sequence_nr() >= call.since:
-                t.register_hook(hook)
+                t.register_hook(_Arrives(self.begins, call, node._sequence_nr()))
                 found = True
         return found
 
@@ -203,17 +233,13 @@ class Forward:
             self.gather_log = zlib.crc32(unit.name.encode(), self.gather_log)
 
 
-class _First:
+class _Arrives:
     """A tensor hook that says which call's output it is on."""
 
-    __slots__ = ("begins", "call")
+    __slots__ = ("begins", "call", "number")
 
-    def __init__(self, begins: Hook, call: Call) -> None:
-        self.begins, self.call = begins, call
+    def __init__(self, begins: Hook, call: Call, number: int) -> None:
+        self.begins, self.call, self.number = begins, call, number
 
     def __call__(self, grad: torch.Tensor) -> None:
-        self.begins(self.call.unit, self.call)
-
-
-def _in_dtype(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
+        self.begins(self.call.unit, self.call, self.number)

@@ -66,6 +66,7 @@ def gathered(module: nn.Module, *, write: bool = False, grads: bool = False) -> 
 def _leave(unit: Unit, reason: Pin) -> None:
     unit.residence.unpin(reason)
     unit.release()
+    unit.watch()
 
 
 def _show_grads(units: Sequence[Unit]) -> list[tuple[nn.Parameter, torch.Tensor]]:

@@ -8,6 +8,7 @@ Each parameter's gradient is in one state::
 
     NONE ── arrives ──> LOCAL ── reduce ──> REDUCED ── update in the backward ──> SPENT
                           REDUCED ── arrives ──> ADDING ── reduce ──> REDUCED
+                          LOCAL, ADDING ── a backward failed ──> LOST
     any of them ── zeroed ──> NONE
 
 What arrived *in this backward*, reduced or not, is the backward's to know, not the gradient's.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import NoReturn
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ class GradState(IntEnum):
     REDUCED = 2  # it is reduced; zero if it arrived on no rank
     ADDING = 3  # one is reduced, and more arrived here that is not
     SPENT = 4  # an update in the backward has used it up, and it was not zeroed since
+    LOST = 5  # it waited for a reduce when a backward failed that was to add to it, and it was not zeroed since
 
 
 _G = GradState
@@ -47,6 +48,7 @@ _ALLOWED: dict[GradState, frozenset[GradState]] = {
     _G.REDUCED: frozenset({_G.REDUCED, _G.ADDING, _G.SPENT, _G.NONE}),
     _G.ADDING: frozenset({_G.ADDING, _G.REDUCED, _G.NONE}),
     _G.SPENT: frozenset({_G.SPENT, _G.NONE}),
+    _G.LOST: frozenset({_G.REDUCED, _G.NONE}),  # REDUCED: the script puts another one in its place
 }
 
 
@@ -110,6 +112,13 @@ class GradStates:
             elif s is _G.ADDING:
                 self.states[i] = _G.REDUCED
 
+    def lose(self, waited: Sequence[bool]) -> None:
+        """What waited is gone. Of those that ``waited`` before this backward, something is missing now."""
+        self.taken()
+        for i, missing in enumerate(waited):
+            if missing:
+                self.states[i] = _G.LOST
+
     def spend(self) -> None:
         """An update has used them up."""
         for i in range(len(self.states)):
@@ -151,11 +160,12 @@ class Gradients:
         self._shown: list[torch.Tensor] | None = None  # what ``p.grad`` shows
         self._unreduced: list[torch.Tensor] | None = None  # what it shows of gradients that wait for their reduce
         self._pieces: list[list[torch.Tensor]] = []
+        self._waited: list[bool] = []  # per parameter: did something wait when this backward began, and does it still?
 
     # --- where they are -------------------------------------------------------------------------
     def open(self) -> torch.Tensor:
         """The reduced gradients; zeros if there are none yet."""
-        self.bucket.settle()
+        self.bucket.finish_update()
         self._land()
         if self.reduced is None:
             b = self.bucket
@@ -187,14 +197,15 @@ class Gradients:
         return self.open()[slot.offset : slot.stop].view(slot.shape)
 
     def unreduced(self, index: int) -> torch.Tensor:
-        """A copy of the gradient of parameter ``index`` that this rank has made, not divided by the number of ranks.
+        """A copy of what waits of the gradient of parameter ``index``, not divided by the number of ranks.
 
-        For those in state LOCAL, as ``no_sync()`` keeps them.
+        As ``no_sync()`` keeps them. What is reduced already is in it; for that, this rank has to hold it whole.
         """
         slot = self.bucket.layout.slots[index]
         assert self.raw is not None
         mine = self.raw[slot.offset : slot.stop].view(slot.shape)
-        return mine.to(self.bucket.master_dtype, copy=True).div_(self.bucket.share)
+        found = mine.to(self.bucket.master_dtype, copy=True).div_(self.bucket.share)
+        return found.add_(self.whole(index)) if self.states.is_reduced(index) else found
 
     # --- one backward ---------------------------------------------------------------------------
     def read_flags(self) -> list[bool]:
@@ -205,19 +216,21 @@ class Gradients:
         """
         shown = []
         for i, p in enumerate(self.bucket.params):
+            if p.grad is not None:
+                self._require_present(i)
+        for i, p in enumerate(self.bucket.params):
             grad = p.grad
             shown.append(grad is not None)
             if grad is None:
                 self.states.to(i, GradState.NONE)
                 continue
-            if self.states[i] is GradState.SPENT:
-                self._refuse_spent(i)
             if not self.is_shown(i, grad):
                 self.adopt(i, grad)
             p.grad = None
         if self.raw is not None and not self.states.any_waits:
             self._close(self.raw)
             self.raw = None
+        self._waited = [self.states.waits(i) for i in range(len(shown))]
         return shown
 
     def _open_raw(self) -> torch.Tensor:
@@ -256,10 +269,15 @@ class Gradients:
         self.finish_reduce()
         b = self.bucket
         raw = self.raw if self.raw is not None else self._open_raw()
-        self.raw, self._reducing = None, raw
+        self.raw = None
         for i, slot in enumerate(b.layout.slots):
             if not self.states.waits(i) and not (raw is self.reduced and self.states.is_reduced(i)):
                 raw[slot.offset : slot.stop].zero_()
+        if self._alone and raw is self.reduced:  # it is the sum, in its place
+            self._waited = []
+            self.states.reduced()
+            return
+        self._reducing = raw
         self.states.taken()
         if raw is self.reduced:
             out = raw[b.held]
@@ -287,6 +305,7 @@ class Gradients:
             else:
                 self._add(merge, adding)
             self._drop_merge()
+        self._waited = []
         # More may have arrived while the reduce was under way: it still waits.
         waiting = [self.states.waits(i) for i in range(len(self.bucket.params))]
         for i, waits in enumerate(waiting):
@@ -367,11 +386,15 @@ class Gradients:
         self.states.reduced()
 
     def forget(self) -> None:
-        """Drop gradients that arrived in a backward that failed. Reduced ones of earlier backwards stay."""
+        """Drop gradients that arrived in a backward that failed. Reduced ones of earlier backwards stay.
+
+        Those that waited for their reduce are in one buffer with what arrived: they are lost, and say so when used.
+        """
         if self.raw is not None:
             self._close(self.raw)
             self.raw = None
-        self.states.taken()
+        self.states.lose(self._waited)
+        self._waited = []
 
     def drop_reduce(self) -> None:
         """Wait for the reduce that such a backward has started, and drop its result."""
@@ -388,7 +411,8 @@ class Gradients:
     # --- what others see ------------------------------------------------------------------------
     def show(self, index: int, param: nn.Parameter) -> None:
         """Put the gradient's public face into ``p.grad``."""
-        if self.states[index] is GradState.LOCAL and not self._alone and not self.shows_handles:
+        unreduced = self.states[index] is GradState.LOST or (self.states.waits(index) and not self._alone)
+        if unreduced and not self.shows_handles:
             if self._unreduced is None:
                 self._unreduced = [self._handle(self, i) for i in range(len(self.bucket.params))]
             param.grad = self._unreduced[index]
@@ -407,9 +431,13 @@ class Gradients:
 
     @torch.no_grad()
     def adopt(self, index: int, grad: torch.Tensor) -> None:
-        """Take over a gradient that the script put into ``p.grad``."""
-        if not self.states.waits(index):
-            self.states.to(index, GradState.REDUCED)
+        """Take over a gradient that the script put into ``p.grad``, instead of what was there."""
+        if self.states[index] is GradState.LOCAL:
+            slot = self.bucket.layout.slots[index]
+            assert self.raw is not None
+            self.raw[slot.offset : slot.stop].view(slot.shape).copy_(grad).mul_(self.bucket.share)
+            return
+        self.states.to(index, GradState.REDUCED)
         for (lo, hi), piece in zip(self.bucket.ranges(index), self.pieces(index), strict=True):
             piece.copy_(grad.detach().reshape(-1)[lo:hi].view(piece.shape))
 
@@ -425,7 +453,7 @@ class Gradients:
 
     def zero(self, index: int) -> None:
         """Zero in place, as ``p.grad.zero_()`` asks."""
-        if self.states[index] is GradState.SPENT:
+        if self.states[index] in (GradState.SPENT, GradState.LOST):
             self.bucket.params[index].grad = None
             return
         for piece in self.pieces(index):
@@ -437,10 +465,10 @@ class Gradients:
     def require_reduced(self, index: int) -> None:
         """Raise if gradients wait for a reduce (inside ``no_sync``): a step now would let ranks diverge.
 
-        Or if there are none any more, because an update in the backward has used them up.
+        Or if there are none any more: an update in the backward has used them up, or a backward that failed has taken
+        them along.
         """
-        if self.states[index] is GradState.SPENT:
-            self._refuse_spent(index)
+        self._require_present(index)
         if self.states.waits(index):
             raise GradientError(
                 "the gradient has not been reduced over the ranks yet: its last backward ran under no_sync()",
@@ -448,10 +476,17 @@ class Gradients:
                 fix="run the last micro-batch's backward outside no_sync() before clipping or stepping",
             )
 
-    def _refuse_spent(self, index: int) -> NoReturn:
-        raise GradientError(
-            "the gradient is gone: its update took place during the backward (optimizer_in_backward)",
-            where=f"parameter '{self.bucket.names[index]}'",
-            fix="clear gradients after each step; leave optimizer_in_backward out to clip, scale or read gradients, "
-            "or to let them add up",
-        )
+    def _require_present(self, index: int) -> None:
+        state, grad = self.states[index], self.bucket.params[index].grad
+        if state is GradState.SPENT:
+            why = "its update took place during the backward (optimizer_in_backward)"
+            fix = (
+                "clear gradients after each step; leave optimizer_in_backward out to clip, scale or read gradients, or "
+                "to let them add up"
+            )
+        elif state is GradState.LOST and (grad is None or self.is_shown(index, grad)):
+            why = "it was gathered under no_sync(), and a backward that was to add to it failed"
+            fix = "clear gradients (optimizer.zero_grad()) and run all micro-batches of this step again"
+        else:
+            return
+        raise GradientError(f"the gradient is gone: {why}", where=f"parameter '{self.bucket.names[index]}'", fix=fix)

@@ -9,6 +9,7 @@ nothing while the values are present. Subclasses of ``Parameter`` get a guarded 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache
 from typing import Any, Protocol
 
@@ -40,6 +41,9 @@ class Owner(Protocol):
     def access(self, param: nn.Parameter, operation: str) -> None:
         """Somebody uses the values: have them here when this returns, or raise."""
 
+    def saving(self) -> AbstractContextManager[Any]:
+        """Around what is done with the values, for what autograd saves of them."""
+
     def is_copied(self, memo: Any) -> bool:
         """Is this a ``copy.deepcopy`` of the whole model, which gives the copy values of its own?"""
 
@@ -54,6 +58,7 @@ class Guard:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, metadata_only = accessed(func, _METADATA, _METHODS)
+        used: dict[int, Owner] = {}
         if not metadata_only:
             for param in _find((args, kwargs)):
                 if name == "__repr__":
@@ -61,7 +66,11 @@ class Guard:
                 if name == "detach" and param._shardwise_unit.taking_handles:
                     continue
                 param._shardwise_unit.access(param, name)
-        with torch._C.DisableTorchFunctionSubclass():
+                used[id(param._shardwise_unit)] = param._shardwise_unit
+        with ExitStack() as stack:
+            for unit in used.values() if torch.is_grad_enabled() else ():
+                stack.enter_context(unit.saving())
+            stack.enter_context(torch._C.DisableTorchFunctionSubclass())
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:

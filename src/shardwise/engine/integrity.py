@@ -10,7 +10,6 @@ Cost: about 0.3 µs per parameter and module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +21,18 @@ from shardwise.errors import UnitError
 
 
 class _Seen(NamedTuple):
-    """A module as it was when the model was sharded."""
+    """A module as it was when the model was sharded. What it has is kept alive, so that ``ids`` are nobody else's."""
 
     name: str
     module: nn.Module
     params: tuple[nn.Parameter | None, ...]
     children: tuple[nn.Module | None, ...]
+    ids: tuple[tuple[int, ...], tuple[int, ...]]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> _Seen:
+        params, children = tuple(module._parameters.values()), tuple(module._modules.values())
+        return cls(name, module, params, children, (tuple(map(id, params)), tuple(map(id, children))))
 
 
 class Integrity:
@@ -45,25 +50,19 @@ class Integrity:
 
     def look(self) -> None:
         """From here on, the model is as it is now."""
-        self._seen = [
-            _Seen(name, m, tuple(m._parameters.values()), tuple(m._modules.values()))
-            for name, m in self.root.named_modules()
-        ]
+        self._seen = [_Seen.of(name, m) for name, m in self.root.named_modules()]
 
     def copied(self, of: Callable[[Any], Any]) -> Integrity:
         """The same of a copy of the model; ``of`` gives the copy of a module or parameter."""
         new = object.__new__(Integrity)
-        ignored = [p for _, _, params, _ in self._seen for p in params if p is not None and id(p) in self.ignored]
+        ignored = [p for seen in self._seen for p in seen.params if p is not None and id(p) in self.ignored]
         new.root, new.ignored = of(self.root), frozenset(id(of(p)) for p in ignored)
-        new._seen = [
-            _Seen(
-                name,
-                of(m),
-                tuple(None if p is None else of(p) for p in params),
-                tuple(None if c is None else of(c) for c in children),
-            )
-            for name, m, params, children in self._seen
-        ]
+        new._seen = []
+        for seen in self._seen:
+            params = tuple(None if p is None else of(p) for p in seen.params)
+            children = tuple(None if c is None else of(c) for c in seen.children)
+            ids = tuple(map(id, params)), tuple(map(id, children))
+            new._seen.append(_Seen(seen.name, of(seen.module), params, children, ids))
         return new
 
     def check(self, units: Sequence[Unit]) -> None:
@@ -72,12 +71,12 @@ class Integrity:
         Raises:
             UnitError: a parameter was converted, replaced or added since the model was sharded.
         """
-        for name, module, params, children in self._seen:
-            now, below = module._parameters, module._modules
-            if len(now) != len(params) or not all(map(is_, now.values(), params)):
+        for name, module, _, _, (params, children) in self._seen:
+            if tuple(map(id, module._parameters.values())) != params or (
+                tuple(map(id, module._modules.values())) != children
+            ):
                 self._changed(name, module, units)
-            if len(below) != len(children) or not all(map(is_, below.values(), children)):
-                self._changed(name, module, units)
+                break  # it has looked at all of them
         with torch._C.DisableTorchFunctionSubclass():
             for unit in units:
                 for b in unit.buckets:

@@ -77,6 +77,7 @@ def unshard(units: Iterable[Unit]) -> None:
     start_unshard(units)
     for unit in units:
         unit.gather()
+        unit.watch()
 
 
 def reshard(units: Iterable[Unit]) -> None:

@@ -469,4 +469,4 @@ def _equal(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> bo
 
 def _place(bucket: Bucket) -> int:
     """In the order in which buckets were made, which all ranks share."""
-    return bucket.tag
+    return bucket.place

@@ -121,7 +121,7 @@ def state_in_memory(optimizer: Optimizer) -> Iterator[Any]:
     wait_for_readers(optimizer)
     record = attachment_of(optimizer)
     if record is not None:
-        record.catch_up()
+        record.finish_updates()
         for shard in offloaded_shards(record):
             shard.materialise(optimizer.state)
     try:
@@ -210,7 +210,7 @@ def put_state(optimizer: Optimizer, bucket: Bucket, piece: torch.Tensor, state: 
         piece: one of ``bucket.piece_params``.
     """
     record = require_attachment(optimizer)
-    bucket.settle()
+    bucket.reconcile()
     old = optimizer.state.pop(piece, {})
     if id(piece) in record.counted:
         record.counted.discard(id(piece))

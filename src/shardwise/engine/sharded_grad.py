@@ -76,8 +76,9 @@ class ShardedGrad(torch.Tensor):
 
     @property
     def waits(self) -> bool:
-        """Has it arrived on this rank, and was not reduced over the ranks yet? So it is inside ``no_sync()``."""
-        return self.grads.states[self.slot] is GradState.LOCAL
+        """Is it this rank's own, as inside ``no_sync()``: has something arrived here that was not reduced yet?"""
+        states = self.grads.states
+        return states[self.slot] is GradState.LOCAL or (not self.is_split and states.waits(self.slot))
 
     @property
     def spread(self) -> Spread:

@@ -28,13 +28,13 @@ def install(unit: Unit) -> None:
     parameters so that what is loaded there reaches the master values."""
     unit.module.register_state_dict_pre_hook(_before_save)
     unit.module.register_state_dict_post_hook(_after_save)
+    unit.module.register_load_state_dict_pre_hook(_begin_load)  # before those of what is in it
     for slot in unit.slots:
         for module, name in slot.holders:
             owned = owned_by(module)
             if not owned:
                 module.register_load_state_dict_pre_hook(_before_load)
             owned[name] = slot
-    unit.module.register_load_state_dict_pre_hook(_begin_load)
     unit.module.register_load_state_dict_post_hook(_after_load)
 
 
@@ -69,10 +69,13 @@ def _after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: An
                 and value.untyped_storage()._cdata == key
             }
         full = unit.full_values(bucket)
+        made: dict[object, torch.Tensor] = {}  # tied names have one tensor
         for name, value in found.items():
             with torch._C.DisableTorchFunctionSubclass():
-                size, stride, at = value.size(), value.stride(), int(value.storage_offset())
-            state[name] = full.as_strided(size, stride, at).clone()  # of its own, for whoever saves it
+                view = value.size(), value.stride(), int(value.storage_offset())
+            if view not in made:
+                made[view] = full.as_strided(*view).clone()  # of its own, for whoever saves it
+            state[name] = made[view]
 
 
 def _begin_load(module: nn.Module, state: Any, prefix: str, meta: Any, *_rest: Any) -> None:

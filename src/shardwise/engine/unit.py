@@ -141,7 +141,7 @@ class Unit:
         for (_, _, compute), mine in kinds.items():
             bucket = Bucket(
                 self.label, [p for p, _ in mine], [names[0] for _, names in mine], mesh, strategy, ledger, home,
-                self.reconcile, self.finish_transfers, compute,
+                self.reconcile, self.finish_transfers, self.finish_update, compute,
             )  # fmt: skip
             self.buckets.append(bucket)
             for i, (p, names) in enumerate(mine):
@@ -160,6 +160,7 @@ class Unit:
         self._taking_handles = False
         self._not_loaded: set[int] = set()  # slots (by ``id``) that a load has not replaced yet
         self._failed_before: Failure | None = None  # when that load began
+        self._watched = False  # values are here, and parameters are guarded all the same: see :meth:`watch`
         self.release()
 
     def copied(self, of: Callable[[Any], Any], ledger: Ledger, upward: Upward) -> Unit:
@@ -176,9 +177,10 @@ class Unit:
         new.module, new.upward = of(self.module), upward
         new.residence = Residence(self.label, released=self.released)
         new.calls_made, new.lingers, new._failure, new._failed_before = 0, False, None, None
+        new._watched = False
         new.updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
         twins = {
-            id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers)
+            id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers, new.finish_update)
             for b in self.buckets
         }
         new.buckets = [twins[id(b)] for b in self.buckets]
@@ -251,6 +253,9 @@ class Unit:
         """Have the values here."""
         require_valid(self)
         if self.residence.here:
+            if self._watched:
+                self._watched = False
+                unguard(self.params)
             return
         self.start_gather()
         if self.residence.state is Residency.GATHERING:
@@ -258,7 +263,23 @@ class Unit:
             for t in transfers:
                 t.wait()
             self.residence.to(Residency.GATHERED)
+            self._watched = False
             unguard(self.params)
+
+    def watch(self) -> None:
+        """Where values that come and go are here outside of a pass, look at what autograd saves of them.
+
+        The parameters stay guarded then: what is done with them is done with the hooks on that a forward has on.
+        """
+        pins = self.residence
+        in_block = pins.pinned(Pin.READING) or pins.pinned(Pin.WRITING)  # has its hooks on
+        if self.released and self.here and not in_block and self.upward.pin_for_access() is None:
+            self._watched = True
+            guard(self.params)
+
+    def saving(self) -> AbstractContextManager[Any]:
+        """Around code whose results autograd may save of values that go away."""
+        return self.upward.saving()
 
     def release(self) -> None:
         """Free the values, where the strategy takes them away and nobody needs them.
@@ -277,6 +298,7 @@ class Unit:
         if self.residence.here:
             self.take_writes()
             self.residence.to(Residency.RELEASED)
+            self._watched = False
             for b in self.buckets:
                 if b.placement.released:
                     self.lingers |= not b.release()
@@ -329,6 +351,7 @@ class Unit:
                     self.residence.to(Residency.GATHERING)
                     self._gathering = [b.start_gather() for b in self.buckets if b.placement.released]
                 self.gather()
+                self.watch()
         transfers = [b.start_gather() for b in buckets if b.gathers_after_step]
         if transfers:
             self.residence.to(Residency.GATHERING)
@@ -476,8 +499,11 @@ class Unit:
         """
         state = self.residence.state
         require_valid(self)
+        if self.residence.here:
+            return
         if state is Residency.GATHERING or (state is Residency.UPDATING and not self.released):
             self.gather()
+            self.watch()
             return
         pin = self.upward.pin_for_access()
         if pin is None:

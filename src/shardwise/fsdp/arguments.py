@@ -48,7 +48,7 @@ def strategy_of(
         raise StrategyError(
             "mp_policy: cast_forward_inputs=False is not served: units cast what they are called with",
             where=where,
-            fix="leave it out, or leave param_dtype out and use torch.autocast",
+            fix="leave it out, or say strategy='...,param_dtype=bf16,autocast=true', which leaves them as they are",
         )
     wanted: dict[str, Any] = {"param_dtype": param, "reduce_dtype": reduce}
     if offloads("offload_policy", offload_policy, where=where):

@@ -192,7 +192,7 @@ def _placed(row: Strategy, bucket: Bucket, size: int) -> Placement:
     floating = bucket.master_dtype.is_floating_point
     return place(
         row, ranks_of(row, size), plan.master.dtype, trainable=plan.trainable, floating=floating,
-        separate=plan.separate,
+        separate=plan.separate, compute_dtype=bucket.compute_dtype,
     )  # fmt: skip
 
 

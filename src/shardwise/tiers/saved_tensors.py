@@ -27,7 +27,7 @@ _PART = 8  # a tensor that is less than this part of its storage stays: somebody
 _IN_FLIGHT = 1 << 28  # bytes on their way to the host, which are still on the device too
 
 
-class Apart(Protocol):
+class OtherPacker(Protocol):
     """Packs tensors that have a way of their own from forward to backward."""
 
     def pack(self, tensor: torch.Tensor) -> Any:
@@ -43,7 +43,7 @@ class SavedOnHost:
     Args:
         device: where the model computes.
         ledger: counts the host's bytes, under ``host_activations``.
-        apart: packs tensors that are never moved: views of flat buffers, which come and go by themselves.
+        other: packs tensors that are never moved: views of flat buffers, which come and go by themselves.
         pin: page-lock host memory, so that copies to and from a CUDA device run beside its work. torch's allocator for
             it rounds sizes up to powers of two.
         separate: the device's memory is not the host's; by default what the device says. Where it is, nothing moves.
@@ -53,12 +53,12 @@ class SavedOnHost:
         self,
         device: torch.device,
         ledger: Ledger,
-        apart: Apart,
+        other: OtherPacker,
         *,
         pin: bool = True,
         separate: bool | None = None,
     ) -> None:
-        self.ledger, self.apart = ledger, apart
+        self.ledger, self.other = ledger, other
         self.link = Link(device)
         self.separate = device.type != "cpu" if separate is None else separate
         self.pin = pin and device.type == "cuda"
@@ -72,9 +72,9 @@ class SavedOnHost:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        apart = self.apart.pack(tensor)
-        if apart is not None:
-            return _Apart(apart)
+        elsewhere = self.other.pack(tensor)
+        if elsewhere is not None:
+            return _PackedElsewhere(elsewhere)
         # Detached, since what is returned is held by the node that made the tensor.
         plain = tensor.detach()
         if not self._moves(plain):
@@ -128,8 +128,8 @@ class SavedOnHost:
                 )
 
     def _unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed, _Apart):
-            return self.apart.unpack(packed.packed)
+        if isinstance(packed, _PackedElsewhere):
+            return self.other.unpack(packed.packed)
         if not isinstance(packed, _Saved):
             return packed
         self.drain(_IN_FLIGHT)
@@ -141,7 +141,7 @@ class SavedOnHost:
         return view.set_(storage, packed.offset, packed.size, packed.stride)
 
 
-class _Apart(NamedTuple):
+class _PackedElsewhere(NamedTuple):
     """What somebody else has packed."""
 
     packed: Any
