@@ -7,10 +7,11 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from shardwise import operations
 from shardwise.comm import World
+from shardwise.data_loader.already_split import OwnBatches, Plan, split_already
 from shardwise.data_loader.epochs import EpochDataset
 from shardwise.data_loader.iterable import CountingCollate, IterableDatasetShard, StatefulDatasetShard, WorkerInit
 from shardwise.data_loader.sampling import BatchSamplerShard, Listed, Unlisted
@@ -37,6 +38,7 @@ class Source:
         per_read: batches of the given loader that one batch of ``base`` stands for.
         per_index: batches of the given loader that one batch counted by a batch sampler stands for.
         drop_last: the given loader's.
+        in_step: the ranks read shares of unknown lengths, and tell each other.
     """
 
     base: DataLoader[Any]
@@ -48,6 +50,7 @@ class Source:
     per_read: int
     per_index: int
     drop_last: bool
+    in_step: bool = False
 
     @classmethod
     def of(
@@ -72,6 +75,12 @@ class Source:
         size = loader.batch_size
         per_round = per_read = 1 if split else ranks
         per_index = 1
+        given = split_already(loader) if ranks > 1 else None
+        shares = given.agree(ranks) if given is not None else ()
+        together = given is not None and ranks == World.current().size
+        if given is not None:
+            per_round = per_read = per_index = ranks
+            split = False
         if isinstance(loader.dataset, IterableDataset):
             if split and size is None:
                 raise DataError(
@@ -79,27 +88,30 @@ class Source:
                     fix="give the dataloader a batch size, or pass dispatch_batches=True",
                 )
             kind = StatefulDatasetShard if is_stateful(loader) else IterableDatasetShard
-            shard: Any = kind(loader.dataset, size or 1, loader.drop_last and ranks > 1, ranks, rank, split, even)
+            n, own = (ranks, rank) if given is None else (1, 0)
+            shard: Any = kind(loader.dataset, size or 1, loader.drop_last and n > 1, n, own, split, even)
             parts |= _iterable_parts(loader, shard, ranks)
-        elif isinstance(loader.sampler, DistributedSampler):  # it has split the samples already
-            order.follow(loader.sampler)
-            batches = loader.batch_sampler if loader.batch_sampler is not None else Listed(loader.sampler)
-            shard = BatchSamplerShard(batches)
-            parts |= _map_parts(loader, shard)
-            per_round = per_read = per_index = ranks
         else:
             if loader.batch_sampler is not None:
                 batches = order.follow(loader.batch_sampler)
             else:  # batch_size=None: the dataset is asked for the sampler's items as they are
                 items = order.follow(loader.sampler)
                 batches = items if isinstance(loader.sampler, BatchSampler) else Listed(items)
-            shard = batches if isinstance(batches, BatchSamplerShard) else None
-            shard = shard or BatchSamplerShard(batches, ranks, rank, split, even)
+            if given is not None:
+                order.tell(given.by)
+                plan = Plan.of(given, _as_batches(loader), shares)
+                known = operations.gather_object(plan is not None) if together else [plan is not None]
+                together = together and not all(known)
+                shard = OwnBatches(batches, plan if all(known) else None, even)
+            else:
+                shard = batches if isinstance(batches, BatchSamplerShard) else None
+                shard = shard or BatchSamplerShard(batches, ranks, rank, split, even)
             size = shard.batch_size
             parts |= _map_parts(loader, shard)
         source = cls(
-            _with(loader, parts), order, shard, ranks, size, per_round, per_read, per_index, bool(loader.drop_last)
-        )
+            _with(loader, parts), order, shard, ranks, size, per_round, per_read, per_index, bool(loader.drop_last),
+            together,
+        )  # fmt: skip
         order.in_workers = source.base.dataset if isinstance(source.base.dataset, EpochDataset) else None
         source._agree(ranks if agree is None else agree, seed)
         return source
@@ -146,6 +158,12 @@ def _iterable_parts(loader: DataLoader[Any], shard: IterableDatasetShard, ranks:
         if loader.persistent_workers:
             shard.reach_workers()
     return parts
+
+
+def _as_batches(loader: DataLoader[Any]) -> Any:
+    if loader.batch_sampler is not None:
+        return loader.batch_sampler
+    return loader.sampler if isinstance(loader.sampler, BatchSampler) else Listed(loader.sampler)
 
 
 def _map_parts(loader: DataLoader[Any], shard: BatchSamplerShard) -> dict[str, Any]:

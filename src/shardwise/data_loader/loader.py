@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from shardwise import operations
+from shardwise.data_loader.already_split import in_step
 from shardwise.data_loader.build import Source, is_stateful
 from shardwise.data_loader.iterable import Counted, IterableDatasetShard
 from shardwise.data_loader.rows import rows_of
@@ -276,7 +277,7 @@ class PreparedLoader(DataLoader[Any]):
         elif base.num_workers:
             drop = start // self._source.per_read
         else:
-            shard.skip(start * (self._source.batch_size or 1))
+            shard.skip(start // self._source.per_index * (self._source.batch_size or 1))
         before = getattr(shard, "iterations", -1)
         for number, item in enumerate(base):
             own = getattr(shard, "iterations", 0) == before  # a subclass that reads something of its own
@@ -330,7 +331,10 @@ class DataLoaderShard(PreparedLoader):
         self.skip_batches = skip_batches
 
     def _rounds(self, start: int, snapshot: Any) -> Generator[tuple[Any, Tail | None], None, None]:
-        return self._read(start, snapshot)
+        own, source = self._read(start, snapshot), self._source
+        if source.in_step:
+            return in_step(own, source.batch_size, self.even_batches, source.drop_last)
+        return own
 
 
 def get_sampler(dataloader: Any) -> Any:

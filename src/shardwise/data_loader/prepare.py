@@ -8,8 +8,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from shardwise.data_loader.already_split import split_already
 from shardwise.data_loader.build import Source, as_stateful, rank_and_size
 from shardwise.data_loader.dispatch import DataLoaderDispatcher
 from shardwise.data_loader.loader import DataLoaderShard, PreparedLoader, Watcher
@@ -40,7 +41,8 @@ def prepare_data_loader(
 
     The loader keeps its class, settings and attributes; a subclass's own ``__iter__`` runs, over this rank's sampler.
     Shuffled orders are equal on all ranks, whatever their random states: a seed is agreed upon here, and epoch *e*
-    follows from it and *e*. A ``DistributedSampler`` is left alone: it has split the samples already.
+    follows from it and *e*. What a ``DistributedSampler`` (at any depth) or ``split_dataset_by_node`` has
+    split is not split again.
 
     Args:
         dataloader: a ``DataLoader``; a prepared one is returned as it is.
@@ -83,17 +85,20 @@ def prepare_data_loader(
             "torch_device_mesh is not supported: all ranks share the batches", fix="pass num_processes, process_index"
         )
     ranks, rank = rank_and_size(num_processes, process_index)
+    split = split_already(dataloader) if ranks > 1 else None
     if dispatch_batches is None:
-        dispatch_batches = put_on_device and isinstance(dataloader.dataset, IterableDataset)
+        dispatch_batches = put_on_device and isinstance(dataloader.dataset, IterableDataset) and split is None
     loader = as_stateful(dataloader) if use_stateful_dataloader else dataloader
     if data_seed is None and use_seedable_sampler:
         data_seed = torch.random.initial_seed()
     target = device if put_on_device else None
     if dispatch_batches:
-        if isinstance(dataloader.sampler, DistributedSampler) and ranks > 1:
+        if split is not None:
             raise DataError(
-                "dispatch_batches lets rank 0 read for all ranks, but its DistributedSampler yields only rank 0's part",
-                fix="leave out the DistributedSampler, or pass dispatch_batches=False",
+                f"dispatch_batches lets rank 0 read for all ranks, but its {type(split.by).__name__} yields only "
+                "rank 0's part",
+                fix="leave out what splits the samples over ranks (a DistributedSampler, split_dataset_by_node), or "
+                "pass dispatch_batches=False",
             )
         prepared: PreparedLoader = DataLoaderDispatcher(
             Source.of(loader, seed=data_seed, agree=ranks),

@@ -162,6 +162,10 @@ class Order:
             return own
         return _InStream(own, self.stream)
 
+    def tell(self, part: Any) -> None:
+        """Let ``part`` know the epoch too, wherever it is."""
+        self.parts.append(part)
+
     def _copied(self, sampler: Any) -> Any:
         changed: dict[str, Any] = {}
         for name in _INNER:
