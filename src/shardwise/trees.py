@@ -6,6 +6,7 @@ container has its class.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
@@ -25,7 +26,7 @@ def is_named_tuple(item: Any) -> bool:
 
 
 def _fields(tree: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(tree) if field.init]
+    return [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
 
 
 def children(tree: Any) -> Collection[Any] | None:
@@ -66,7 +67,10 @@ def rebuilt(tree: Any, items: Iterable[Any]) -> Any:
         return out
     if isinstance(tree, Mapping):
         return type(tree)(dict(zip(tree, items, strict=True)))  # type: ignore[call-arg]
-    return dataclasses.replace(tree, **dict(zip(_fields(tree), items, strict=True)))
+    out = copy.copy(tree)  # not made anew: __init__ and __post_init__ may ask for more, or change what they get
+    for name, item in zip(_fields(tree), items, strict=True):
+        object.__setattr__(out, name, item)  # frozen ones too
+    return out
 
 
 def map_leaves(

@@ -15,7 +15,7 @@ from shardwise.comm import World
 from shardwise.data_loader.build import Source
 from shardwise.data_loader.loader import PreparedLoader
 from shardwise.data_loader.messages import END, FAILED, Channel
-from shardwise.data_loader.rows import rows_of, take
+from shardwise.data_loader.rows import has_rows, rows_of, take, unknown
 from shardwise.data_loader.sampling import BatchSamplerShard, Tail, shares, tail_of
 from shardwise.errors import CommError, DataError
 
@@ -29,7 +29,8 @@ class DataLoaderDispatcher(PreparedLoader):
 
     With ``even_batches`` a batch of less than ``batch_size`` samples is filled up with its own samples, around and
     around, and ranks for which no batch is left get those of the last round again: the mean over the ranks is then
-    nearly the mean over the samples that are left. Without it they end earlier.
+    nearly the mean over the samples that are left. Without it they end earlier. A short batch whose rows are not known
+    is not filled up.
 
     Args:
         dataset: map-style or iterable.
@@ -75,6 +76,7 @@ class DataLoaderDispatcher(PreparedLoader):
         super().__init__(source, device, _non_blocking, rng_types)
         self.skip_batches, self.split_batches, self.slice_fn = skip_batches, split_batches, slice_fn
         self._even = even_batches
+        self._in_rows = True  # the batches of this epoch hold one row per sample, as far as was seen
         self._channel = Channel(operations.from_first(random.SystemRandom().getrandbits(62)))
 
     def __len__(self) -> int:
@@ -112,6 +114,7 @@ class DataLoaderDispatcher(PreparedLoader):
     def _lead(self, start: int, snapshot: Any) -> Generator[tuple[Any, Tail | None], None, None]:
         source = self._read(start, snapshot)
         channel = self._channel
+        self._in_rows = True
         live = list(range(1, self.num_processes))
         try:
             while True:
@@ -151,7 +154,10 @@ class DataLoaderDispatcher(PreparedLoader):
         real = rows + [0] * (n - len(rows))
         if self._even:
             for i, (batch, count) in enumerate(zip(group, rows, strict=True)):
-                if size is not None and count < size:
+                # Of one sample, dim 0 may have one row for another reason: a batch of more tells.
+                if self._in_rows and count > 1:
+                    self._in_rows = has_rows(batch, count)
+                if size is not None and count < size and self._in_rows and has_rows(batch, count):
                     group[i], rows[i] = take(batch, [k % count for k in range(size)], count), size
             m = len(group)
             group += [group[i % m] for i in range(m, n)]
@@ -168,22 +174,28 @@ class DataLoaderDispatcher(PreparedLoader):
         if found is None:
             return [], None
         batch, tail = found
-        count = rows_of(batch) if size is None else tail.rows[0] if tail is not None else size
+        read = tail.rows[0] if tail is not None else size or 1
+        # One index without a batch size may stand for a whole batch, made by the dataset.
+        count = rows_of(batch) if size is None and read == 1 else read
+        if n == 1 and self.slice_fn is None:
+            return [batch], tail_of([count or 1])
         if count is None or count < 1:
-            raise DataError(
-                f"split_batches found no rows to cut in a batch that is a {type(batch).__name__}",
-                fix="let the dataset yield tensors with one row per sample, or leave split_batches out",
-            )
+            raise unknown(batch)
         part = -(-(size if even and size is not None else count) // n)
         real = shares(count, n, part)
         rows = real
-        if even and count < n * part:
+        again = even and count < n * part
+        if again and (self.slice_fn is None or has_rows(batch, count)):
             batch = take(batch, [k % count for k in range(n * part)], count)
             count, rows = n * part, [part] * n
         if not even:  # as even as it goes
             rows = real = [count // n + (r < count % n) for r in range(n)]
         ends = list(accumulate(rows, initial=0))
         cuts = [slice(a, b) for a, b in pairwise(ends) if b > a]
+        if again:  # only slice_fn can cut it: the ranks that are left without rows get those of others
+            m = len(cuts)
+            cuts += [cuts[r % m] for r in range(m, n)]
+            rows = [c.stop - c.start for c in cuts]
         if self.slice_fn is None:
             return [take(batch, range(c.start, c.stop), count) for c in cuts], tail_of(rows, real)
         parts = [self.slice_fn(batch, c, process_index=r, num_processes=n) for r, c in enumerate(cuts)]
