@@ -39,6 +39,19 @@ class Unpadded(DistributedSampler):
         return iter(range(self.rank, self.total_size, self.num_replicas))
 
 
+class Own(DistributedSampler):
+    """Sets up nothing of its base: which share it reads is its own affair."""
+
+    def __init__(self, data):
+        self.length = len(data)
+
+    def __iter__(self):
+        return iter(range(self.length)[rank() :: world()])
+
+    def __len__(self):
+        return len(range(self.length)[rank() :: world()])
+
+
 class Node(IterableDataset):
     """A stream as ``datasets.distributed.split_dataset_by_node`` leaves it."""
 
@@ -74,6 +87,7 @@ KINDS = {
     ".base_sampler": lambda d: DataLoader(d, 2, sampler=Around("base_sampler", distributed(d, shuffle=True))),
     "._sampler": lambda d: DataLoader(d, batch_sampler=BatchSampler(Around("_sampler", distributed(d)), 2, False)),
     "unpadded": lambda d: DataLoader(d, sampler=Unpadded(d), batch_size=2),
+    "own": lambda d: DataLoader(d, sampler=Own(d), batch_size=2),
     "stream": lambda d: DataLoader(Node(len(d)), batch_size=2),
     "stream, other mark": lambda d: DataLoader(Node(len(d), "distributed"), batch_size=2),
     "stream inside": lambda d: DataLoader(Outer(Node(len(d))), batch_size=2),
@@ -107,7 +121,7 @@ def test_nothing_is_split_twice(kind, even):
         for epoch in range(2):
             parts = [out[n][epoch][0] for out in ranks]
             assert {v for part in parts for batch in part for v in batch} == set(range(n))
-            if even or not kind.startswith(("stream", "unpadded")):
+            if even or not kind.startswith(("stream", "unpadded", "own")):
                 assert [len(b) for b in parts[0]] == [len(b) for b in parts[1]]
             # A rank that has run out does not take part; the others go on.
             longest = max((out[n][epoch][1] for out in ranks), key=len)

@@ -331,7 +331,8 @@ def test_leaving_early_and_skipping(preset):
 def costs(inside):
     accelerator = Accelerator(strategy="zero3", cpu=True)
     model = make()
-    model, opt, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader_of((3, 3)))
+    loader = DataLoader(TensorDataset(torch.stack([tokens(k, 0) for k in range(6)])), batch_size=1)
+    model, opt, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
     shardwise.reset_stats()
     with accelerator.join_uneven_inputs([model, opt]) if inside else nullcontext():
         for (ids,) in loader:

@@ -85,6 +85,8 @@ class Training(Base):
         Gradients that :meth:`backward` computes are the mean over the micro-batches there are. A plain
         ``loss.backward()`` divides by the number of all ranks, as torch's ``Join`` does.
 
+        Samples that the ranks have split themselves, in shares of unknown lengths, are read as they are here.
+
         A loop over something else than a prepared dataloader works if its body runs a model. A rank that leaves
         its loop with ``break`` has ended too, if it does so before it uses a batch.
 

@@ -26,13 +26,13 @@ class Split:
 
     Attributes:
         by: the ``DistributedSampler``, or the iterable dataset that says it is one rank's share.
-        replicas: over how many.
-        rank: whose share this one is.
+        replicas: over how many; ``None`` if it does not say (a sampler of a user's own class, which chooses itself).
+        rank: whose share this one is; ``None`` likewise.
     """
 
     by: Any
-    replicas: int
-    rank: int
+    replicas: int | None
+    rank: int | None
 
     def agree(self, ranks: int) -> tuple[int, ...]:
         """Whose share each rank reads. A collective of a few bytes.
@@ -43,6 +43,7 @@ class Split:
         found = [(self.replicas, r) for r in range(ranks)]
         if ranks == World.current().size:  # otherwise ranks are only played, in one process
             found = operations.gather_object((self.replicas, self.rank))
+        found = [(ranks, r) if share == (None, None) else share for r, share in enumerate(found)]
         if sorted(found) != [(ranks, r) for r in range(ranks)]:
             shares = ", ".join(f"{rank} of {replicas}" for replicas, rank in found)
             raise DataError(
@@ -64,7 +65,11 @@ def split_already(loader: DataLoader[Any]) -> Split | None:
         return None
     for part in _reachable([loader.batch_sampler, loader.sampler], _INNER_SAMPLERS):
         if isinstance(part, DistributedSampler):
-            return Split(part, part.num_replicas, part.rank) if part.num_replicas > 1 else None
+            # Subclasses are found that never call the base's __init__: they yield this rank's share, and say no more.
+            replicas, rank = getattr(part, "num_replicas", None), getattr(part, "rank", None)
+            if not isinstance(replicas, int) or not isinstance(rank, int):
+                replicas = rank = None
+            return Split(part, replicas, rank) if replicas != 1 else None
     return None
 
 
@@ -111,15 +116,15 @@ class Plan:
         parts = list(_reachable([batches], _INNER_SAMPLERS))
         size = 1 if isinstance(batches, Listed) else _first(parts, "batch_size")
         drop_last = bool(_first(parts, "drop_last")) if not isinstance(batches, Listed) else False
-        n, total = split.replicas, int(sampler.total_size)
-        count = total // n
-        if not isinstance(size, int) or size < 1 or count * n != total:
+        n, total, dataset = split.replicas, getattr(sampler, "total_size", None), getattr(sampler, "dataset", None)
+        if n is None or not isinstance(total, int) or not isinstance(size, int) or size < 1 or total % n:
             return None
+        count = total // n
         samples = [part for part in parts if _length(part) is not None]
         whole = count // size if drop_last else -(-count // size)
         if {_length(part) for part in samples} - {whole, count} or _length(batches) != whole:
             return None
-        length = _length(sampler.dataset)
+        length = _length(dataset)
         if length is None or _length(sampler) != count:
             return None
         real = tuple(len(range(rank, min(length, total), n)) for rank in shares)
@@ -155,6 +160,13 @@ class OwnBatches(BatchSamplerShard):
             if index >= start:
                 own = list(batch)
                 yield own, tail_of([len(own)]) if self.plan is None else self.plan.tail(index)
+
+
+def untold(source: Generator[tuple[Any, Tail | None], None, None]) -> Generator[tuple[Any, None], None, None]:
+    """This rank's own batches, with nothing said about the others'."""
+    with closing(source):
+        for batch, _ in source:
+            yield batch, None
 
 
 def in_step(

@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from shardwise import operations
-from shardwise.data_loader.already_split import in_step
+from shardwise.comm import World
+from shardwise.data_loader.already_split import in_step, untold
 from shardwise.data_loader.build import Source, is_stateful
 from shardwise.data_loader.iterable import Counted, IterableDatasetShard
 from shardwise.data_loader.rows import rows_of
@@ -332,9 +333,11 @@ class DataLoaderShard(PreparedLoader):
 
     def _rounds(self, start: int, snapshot: Any) -> Generator[tuple[Any, Tail | None], None, None]:
         own, source = self._read(start, snapshot), self._source
-        if source.in_step:
-            return in_step(own, source.batch_size, self.even_batches, source.drop_last)
-        return own
+        if not source.in_step:
+            return own
+        if World.current().join is not None:  # ranks may run out one by one there: that is what it is for
+            return untold(own)
+        return in_step(own, source.batch_size, self.even_batches, source.drop_last)
 
 
 def get_sampler(dataloader: Any) -> Any:
