@@ -150,7 +150,9 @@ def test_the_cause_is_the_rank_that_was_first(
 
 
 def test_what_is_tested_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    cpu, one, eight = ({"cores": n, "cuda": [{}] * d} for n, d in ((8, 0), (2, 1), (64, 8)))
+    cpu, one, eight = (
+        {"cores": n, "accelerator": "cuda", "accelerators": [{}] * d} for n, d in ((8, 0), (2, 1), (64, 8))
+    )
     assert [(d, n) for d, n, _ in _plan(cpu, None, False, False)] == [("cpu", 4)]
     assert [(d, n) for d, n, _ in _plan(one, None, False, False)] == [("cuda", 1), ("cpu", 2), ("cpu", 4)]
     assert [(d, n) for d, n, _ in _plan(one, None, False, True)] == [("cuda", 1), ("cpu", 2)]

@@ -13,9 +13,9 @@ from torch import nn
 import shardwise
 from models import Block, adamw, assert_close, assert_same, batch, loss_of, make, rank, whole, world
 from ranks import run
-from shardwise import checkpoint, fsdp
+from shardwise import checkpoint, device, fsdp
 from shardwise.engine.hooks import engine_of
-from shardwise.errors import ConfigError, LeftOut, OptimizerError, StrategyError, UnitError
+from shardwise.errors import ConfigError, DeviceError, LeftOut, OptimizerError, StrategyError, UnitError
 from shardwise.fsdp import DistributedDataParallel as DDP
 from shardwise.fsdp import FullyShardedDataParallel as FSDP
 
@@ -68,8 +68,8 @@ def constructor() -> None:
     for kw, match in refused:
         with pytest.raises((StrategyError, ConfigError), match=match):
             FSDP(make(), **kw)
-    if not torch.cuda.is_available():
-        with pytest.raises(StrategyError, match="device_id=0"):
+    if device.accelerator() is None:
+        with pytest.raises(DeviceError, match="cuda:0 was asked for"):
             FSDP(make(), device_id=0)
 
 

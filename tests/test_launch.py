@@ -225,18 +225,20 @@ def test_how_many_ranks_and_which_devices_are_left(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(restart_policy, "_TRY", f"{tries}sys.exit(name == '1')")
     monkeypatch.setattr(restart_policy, "_TRY_S", 4.0)
     raised = [(0, RAISED), (1, RAISED), (2, RAISED), (3, RAISED)]
-    assert RestartPolicy(1, cuda=True).after(raised, four) == Attempt(2, ("0", "2"), ("1", "3"))
+    assert RestartPolicy(1, 1, "CUDA_VISIBLE_DEVICES", tried=True).after(raised, four) == Attempt(
+        2, ("0", "2"), ("1", "3")
+    )
 
 
 @pytest.mark.gpu
 def test_devices_are_tried() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    from shardwise import device
     from shardwise.cli.restart_policy import answering
 
-    assert answering(["0", "99"]) == [True, False]
+    shown_by = device.visible_variable()
+    if device.accelerator() is None or shown_by is None:
+        pytest.skip("no device that a variable shows")
+    assert answering(["0", "99"], shown_by) == [True, False]
 
 
 @pytest.mark.parametrize("numbered", [True, False])
@@ -292,8 +294,8 @@ def test_two_hosts_meet(tmp_path: Path, numbered: bool) -> None:
         (["--strategy", "hsdp,shard_size=2", "--nproc", "3", "x.py"], "does not divide 3 ranks"),
         (["--num_processes", "2", "x.py"], "no option --num_processes\n  fix: use --nproc"),
         (["--config_file=a.yaml", "x.py"], "use --config"),
-        (["--multi_gpu", "x.py"], "every CUDA device is used"),
-        (["--no-cpu", "x.py"], "there is no CUDA device here"),
+        (["--multi_gpu", "x.py"], "every device is used"),
+        (["--no-cpu", "x.py"], "there is no accelerator here"),
         (["--config", "nothere.yaml", "x.py"], "cannot read nothere.yaml"),
         (["--config", "x.py", "--no-config", "x.py"], "contradict"),
     ],
@@ -306,20 +308,26 @@ def test_a_wrong_request_is_refused_with_its_fix(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("shardwise.device.accelerator", lambda: None)
     script(tmp_path, "", "x.py")
     err = refused(monkeypatch, capsys, "launch", *args)
     assert err.startswith("error: ") and message in err and "Traceback" not in err
 
 
-def test_more_ranks_than_cuda_devices_needs_cpu_said(
+def accelerators(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """As on a machine with so many of them."""
+    monkeypatch.setattr("shardwise.device.accelerator", lambda: "cuda")
+    monkeypatch.setattr("shardwise.device.count", lambda: count)
+
+
+def test_more_ranks_than_devices_needs_cpu_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     script(tmp_path, "", "x.py")
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    accelerators(monkeypatch, 2)
     err = refused(monkeypatch, capsys, "launch", "--nproc", "4", "x.py")
-    assert "CUDA devices (2)" in err and "--cpu" in err
+    assert "cuda devices (2)" in err and "--cpu" in err
     err = refused(monkeypatch, capsys, "launch", "--min-nproc", "4", "--max-restarts", "1", "x.py")
     assert "--min-nproc 4 is more than the 2 ranks there are" in err
 
@@ -366,10 +374,10 @@ def test_named_devices_reach_the_ranks_as_what_this_process_sees(
     assert visible(["0", "2"], None) == ["0", "2"]
     assert visible(["1"], "4,5") == ["5"]
     assert visible(["GPU-1f"], "4,5") == ["GPU-1f"]
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    accelerators(monkeypatch, 4)
     assert choose_nproc(None, False, devices=["1", "3"]) == 2
-    assert "2 ranks of 2 CUDA devices" in capsys.readouterr().err
-    with pytest.raises(ShardwiseError, match="names 4, but there are 4 CUDA devices"):
+    assert "2 ranks of 2 cuda devices" in capsys.readouterr().err
+    with pytest.raises(ShardwiseError, match="names 4, but there are 4 cuda devices"):
         choose_nproc(None, False, devices=["4"])
 
 

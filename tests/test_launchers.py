@@ -20,7 +20,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 import shardwise
-from shardwise import debug_launcher, notebook_launcher
+from shardwise import debug_launcher, device, notebook_launcher
 {body}
 """
 TRAINS = """
@@ -182,10 +182,10 @@ def refused(**kw):
         notebook_launcher(print, num_processes=2, **kw)
     except shardwise.ShardwiseError as error:
         print(str(error).replace("\\n", " "))
-before = torch.cuda.is_initialized
-torch.cuda.is_initialized = lambda: True  # this machine may have no CUDA device to use
+before = device.started, device.accelerator
+device.started, device.accelerator = lambda: True, lambda: "cuda"  # this machine may have none to use
 refused()
-torch.cuda.is_initialized = before
+device.started, device.accelerator = before
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 refused()
 torch.distributed.destroy_process_group()
@@ -195,7 +195,7 @@ refused()
     )
     assert code == 0, err
     first, second, third = out.splitlines()
-    assert "CUDA was used in this process before" in first and "restart the notebook" in first
+    assert "cuda was used in this process before" in first and "restart the notebook" in first
     assert "has a process group already" in second
     assert "an Accelerator was created in this process before" in third and "inside the function" in third
 
@@ -262,8 +262,8 @@ def test_wrong_requests_are_refused(arguments: dict[str, object], message: str) 
 
 
 def test_more_ranks_than_devices_need_the_cpu_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers.torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ShardwiseError, match="more ranks than there are CUDA devices"):
+    monkeypatch.setattr(launchers.device, "count", lambda: 1)
+    with pytest.raises(ShardwiseError, match="more ranks than there are devices"):
         notebook_launcher(print, num_processes=2)
 
 

@@ -15,7 +15,7 @@ ROOT = Path(shardwise.__file__).parent
 FLOORS = [
     ["errors", "trees", "lazy", "naming", "sizes"],
     ["strategy", "environment", "deepspeed_config"],
-    ["layout", "placement"],
+    ["layout", "placement", "device"],
     ["comm"],
     ["tiers"],
     ["engine"],

@@ -9,7 +9,7 @@ A value given on the command line wins over the script's own, so that one script
 ``SHARDWISE_GRADIENT_ACCUMULATION_STEPS``
     from ``--gradient-accumulation-steps``; a number of micro-batches.
 ``SHARDWISE_CPU``
-    from ``--cpu``; ``1``. The launcher also hides the CUDA devices, so nothing has to read this to obey it.
+    from ``--cpu``; ``1``. The launcher also hides CUDA devices from what does not read this.
 
 A script started by ``accelerate launch`` finds that launcher's precision and accumulation steps as well, where it
 says nothing itself. Its FSDP and DeepSpeed settings come in variables that are its own affair: they are refused

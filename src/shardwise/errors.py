@@ -62,6 +62,10 @@ class UpdateFailed(ShardwiseError, RuntimeError):
     """An update that failed, so that the model is between two steps. Nothing uses it until a checkpoint is loaded."""
 
 
+class DeviceError(ShardwiseError, RuntimeError):
+    """A device that is not there, or cannot do what was asked of it."""
+
+
 class DataError(ShardwiseError, ValueError):
     """A dataloader that cannot be split over the ranks the way it was asked for."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardwise import operations
+from shardwise import device, operations
 from shardwise.errors import ConfigError
 
 
@@ -39,24 +39,24 @@ def synchronize_rng_state(rng_type: enum.Enum | str | None = None, generator: to
     """Give every rank the state of rank 0's generator. A collective.
 
     Args:
-        rng_type: ``torch`` (the CPU's default generator), ``cuda`` (that of the current device) or
-            ``generator``; ``None`` means ``generator`` if one is given and ``torch`` otherwise.
+        rng_type: ``torch`` (the CPU's default generator), a type of accelerator such as ``cuda`` (that of the current
+            device) or ``generator``; ``None`` means ``generator`` if one is given and ``torch`` otherwise.
         generator: for ``generator``.
 
     Raises:
-        ConfigError: another type, ``generator`` without one, or ``cuda`` without a device.
+        ConfigError: another type, ``generator`` without one, or a type of which there is no device.
     """
     kind = _kind(rng_type if rng_type is not None else "torch" if generator is None else "generator")
     if kind == "generator":
         if generator is None:
             raise ConfigError("no generator is given", where="synchronize_rng_state", fix="pass generator=")
         generator.set_state(operations.broadcast(generator.get_state()))
-    elif kind == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("there is no CUDA device", where="synchronize_rng_state", fix="leave 'cuda' out")
-        torch.cuda.set_rng_state(operations.broadcast(torch.cuda.get_rng_state()))
-    else:
+    elif kind == "torch":
         torch.set_rng_state(operations.broadcast(torch.get_rng_state()))
+    else:
+        if device.accelerator() != kind:
+            raise ConfigError(f"there is no {kind} device", where="synchronize_rng_state", fix=f"leave {kind!r} out")
+        device.set_rng_state(kind, operations.broadcast(device.get_rng_state(kind)))
 
 
 def synchronize_rng_states(rng_types: Iterable[enum.Enum | str], generator: torch.Generator | None = None) -> None:
@@ -68,6 +68,6 @@ def synchronize_rng_states(rng_types: Iterable[enum.Enum | str], generator: torc
 def _kind(rng_type: Any) -> str:
     """Its name, from that or from a member of ``RNGType``, ours or Accelerate's."""
     value = getattr(rng_type, "value", rng_type)
-    if value not in ("torch", "cuda", "generator"):
-        raise ConfigError(f"rng_type={value!r} is not served", fix="torch, cuda or generator")
+    if value not in ("torch", "generator", *device.KINDS, device.accelerator()):
+        raise ConfigError(f"rng_type={value!r} is not served", fix="torch, generator, or a device type such as cuda")
     return str(value)

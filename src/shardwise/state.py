@@ -21,7 +21,6 @@ from shardwise import operations
 from shardwise.comm import World, init
 from shardwise.comm.world import default_device
 from shardwise.compat.dataclasses import DistributedType, InitProcessGroupKwargs
-from shardwise.environment import CPU
 from shardwise.errors import DataError, StrategyError
 from shardwise.strategy import Strategy
 
@@ -79,7 +78,7 @@ class ProcessControl:
         """
         if not self.use_distributed:
             return DistributedType.NO
-        return DistributedType.MULTI_GPU if self.device.type == "cuda" else DistributedType.MULTI_CPU
+        return DistributedType.MULTI_GPU if self.device.type != "cpu" else DistributedType.MULTI_CPU
 
     # --- waiting ---------------------------------------------------------------------------
     def wait_for_everyone(self) -> None:
@@ -226,7 +225,7 @@ class PartialState(ProcessControl):
     """
 
     def __init__(self, cpu: bool = False, **kwargs: Any) -> None:
-        wanted = torch.device("cpu") if cpu or os.environ.get(CPU) == "1" else None
+        wanted = torch.device("cpu") if cpu else None
         known = World._current
         if wanted is None and known is not None and known.default_pg is not None:
             wanted = known.device

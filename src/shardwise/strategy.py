@@ -62,7 +62,7 @@ class Strategy:
             host memory, where the update is. On a CPU device, home ``cpu`` is the device.
         nvme_path: an existing folder on the disk that home ``nvme`` uses; ``None`` takes the first of ``$TMPDIR``,
             ``/var/tmp`` and the current folder that is on a disk. Must have no comma in it.
-        pin_memory: with a CUDA device, page-lock the host buffers.
+        pin_memory: with an accelerator, page-lock the host buffers.
         offload_buffers: host buffers before that disk, each as large as the largest unit's optimizer state: with 3,
             one unit is read and one is written while a third is updated.
         offload_depth: requests to the disk in flight, of reads and of writes each.
@@ -81,7 +81,7 @@ class Strategy:
         activation_checkpointing: compute each unit below the root again in backward instead of keeping what is inside:
             only its inputs are kept, for one more forward of it (a third more arithmetic as a rule).
         activation_offload: where what a forward saves for backward is kept: ``device`` or ``cpu``. Each saved byte then
-            crosses to the host and back once per micro-batch, on CUDA beside the computation. With
+            crosses to the host and back once per micro-batch, on an accelerator beside the computation. With
             ``activation_checkpointing`` these are the units' inputs. On a CPU device nothing moves.
         broadcast_buffers: send rank 0's buffers before each training forward, as DDP does.
         timeout: seconds a collective may wait before every rank ends with a report.

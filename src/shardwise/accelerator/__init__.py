@@ -49,7 +49,6 @@ from shardwise.compat.dataclasses import (
     ProfileKwargs,
     ProjectConfiguration,
 )
-from shardwise.environment import CPU
 from shardwise.state import AcceleratorState, GradientState
 from shardwise.stepping import Steps
 from shardwise.strategy import Strategy
@@ -151,7 +150,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         self.profile_handler = handlers.get(ProfileKwargs)
         self.rng_types = [str(getattr(kind, "value", kind)) for kind in (rng_types or ["generator"])]
 
-        self.device = torch.device("cpu") if cpu or os.environ.get(CPU) == "1" else default_device()
+        self.device = torch.device("cpu") if cpu else default_device()
         init(self.device, timeout=self.strategy.timeout)
 
         scaling: GradScalerKwargs | None = handlers.get(GradScalerKwargs)

@@ -37,7 +37,7 @@ raise. All errors are :class:`~shardwise.errors.CheckpointError` and name the fi
 ``latest(directory)``                    the newest complete checkpoint inside, or ``None``. Any one rank
 ``next_path(directory)``                 ``directory/checkpoint_<n>`` with the next free n. Any one rank
 ``prune(directory, total_limit)``        collective; deletes the oldest, never the newest complete one
-``rng_state()``, ``set_rng_state()``     Python, NumPy, torch CPU, current CUDA device
+``rng_state()``, ``set_rng_state()``     Python, NumPy, torch CPU, current device
 ``save_model(model, directory, ...)``    collective; safetensors files as transformers reads them
 ``load_model(model, path, ...)``         collective; weights from what others wrote, straight into the shards
 ``export(path, directory, ...)``         any checkpoint's weights as safetensors files, without a model. One process

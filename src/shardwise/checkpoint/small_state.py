@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shardwise import device as devices
 from shardwise.checkpoint.torch_format import archivable
 from shardwise.errors import CheckpointError
 from shardwise.trees import map_tensors
@@ -70,7 +71,7 @@ def _doubtful(value: Any) -> Iterator[Any]:
         for part in value:
             yield from _doubtful(part)
     elif kind is torch.Tensor:
-        simple = value.layout == torch.strided and value.device.type in ("cpu", "cuda") and archivable(value.dtype)
+        simple = value.layout == torch.strided and value.device.type != "meta" and archivable(value.dtype)
         if not simple or value.is_conj() or value.is_neg() or value.__dict__:
             yield value
     elif not (
@@ -143,7 +144,8 @@ def _first_line(error: BaseException) -> str:
 
 # --- random generators ---------------------------------------------------------------------------
 def rng_state() -> dict[str, Any]:
-    """The states of Python's ``random``, NumPy's global generator, torch's CPU one and the current CUDA device's."""
+    """The states of Python's ``random``, NumPy's global generator, torch's CPU one, and the current device's
+    if an accelerator is in use."""
     numpy_state = np.random.get_state(legacy=False)
     inner = numpy_state["state"]
     state: dict[str, Any] = {
@@ -154,21 +156,23 @@ def rng_state() -> dict[str, Any]:
         },
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    kind = devices.accelerator()
+    if kind is not None and devices.started(kind):  # asking would start it: hundreds of MB, for a run on the CPU
+        state[kind] = devices.get_rng_state(kind)
     return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put the generators into the states that :func:`rng_state` gave.
 
-    The state of a CUDA generator has no use on a machine without CUDA, and is left out there; without one in
-    ``state`` the CUDA generator stays as it is.
+    The state of a device's generator has no use where devices are of another type or not in use, and is left out
+    there; without one in ``state`` the device's generator stays as it is.
     """
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     inner = {k: v.numpy().astype(np.uint32) if k == "key" else v for k, v in state["numpy"]["state"].items()}
     np.random.set_state({**state["numpy"], "state": inner})
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    kind = devices.accelerator()
+    if kind in state and devices.started(kind):
+        devices.set_rng_state(kind, state[kind])

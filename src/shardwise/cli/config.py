@@ -30,7 +30,7 @@ _SCRIPT = "script"  # the answer that leaves a value to the script
 
 def config(
     nproc: Annotated[int | None, typer.Option("--nproc", "-n", help="Ranks on each host.")] = None,
-    devices: Annotated[str | None, typer.Option(metavar="0,1,...", help="The CUDA devices to use.")] = None,
+    devices: Annotated[str | None, typer.Option(metavar="0,1,...", help="The devices to use.")] = None,
     nnodes: Annotated[int | None, typer.Option(help="Hosts.")] = None,
     node_rank: Annotated[int | None, typer.Option(help="This host's number. Default: agreed upon.")] = None,
     rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the hosts meet.")] = None,

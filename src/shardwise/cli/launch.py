@@ -39,7 +39,7 @@ _ELSEWHERE = {
     "--config-file": "--config",
     "--gpu-ids": "--devices",
     "--num-gpus": "--nproc",
-    "--multi-gpu": "nothing: every CUDA device is used; --nproc says how many",
+    "--multi-gpu": "nothing: every device is used; --nproc says how many",
     "--use-fsdp": "--strategy zero3",
     "--use-deepspeed": "--strategy zero2",
     "--zero-stage": "--strategy zero1, zero2 or zero3",
@@ -67,10 +67,10 @@ def launch(
     script: Annotated[str, typer.Argument(help="The script to run, or a module name with -m.")],
     args: Annotated[list[str] | None, typer.Argument(help="The script's own arguments, passed on untouched.")] = None,
     nproc: Annotated[
-        int | None, typer.Option("--nproc", "-n", help="Ranks on this host. Default: one per CUDA device, else 1.")
+        int | None, typer.Option("--nproc", "-n", help="Ranks on this host. Default: one per accelerator, else 1.")
     ] = None,
     devices: Annotated[
-        str | None, typer.Option(metavar="0,1,...", help="The CUDA devices to use. Default: all that are visible.")
+        str | None, typer.Option(metavar="0,1,...", help="The devices to use. Default: all that are visible.")
     ] = None,
     nnodes: Annotated[int | None, typer.Option(help="Hosts. Run this command once on each.", show_default="1")] = None,
     node_rank: Annotated[
@@ -98,7 +98,7 @@ def launch(
     ] = None,
     cpu: Annotated[
         bool | None,
-        typer.Option("--cpu/--no-cpu", help="Run on the CPU over gloo; CUDA devices are hidden.", show_default="no"),
+        typer.Option("--cpu/--no-cpu", help="Run on the CPU over gloo; other devices are hidden.", show_default="no"),
     ] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module name, as in python -m.")] = False,
     config: Annotated[
@@ -152,38 +152,38 @@ def choose_nproc(
     Args:
         nproc: as asked for.
         cpu: the CPU was asked for; ``False`` if it was refused, ``None`` if it is what there is without devices.
-        default: when nothing was asked for; ``None`` for one per CUDA device, or 1.
-        devices: the CUDA devices that were named; empty for all.
+        default: when nothing was asked for; ``None`` for one per accelerator, or 1.
+        devices: the devices that were named; empty for all.
 
     Raises:
-        LaunchError: fewer than one, or more than there are CUDA devices to use, or devices that do not exist.
+        LaunchError: fewer than one, or more than there are devices to use, or devices that do not exist.
     """
-    import torch
+    from shardwise import device
 
-    present = 0 if cpu else torch.cuda.device_count()
+    kind, present = device.accelerator(), 0 if cpu else device.count()
     if devices:
         missing = [name for name in devices if name.isdigit() and int(name) >= present]
         if missing:
-            have = f"there are {present} CUDA devices" if present else "there is no CUDA device here"
-            raise LaunchError(f"--devices names {', '.join(missing)}, but {have}", fix="nvidia-smi lists them")
+            have = f"there are {present} {kind} devices" if present else "there is no accelerator here"
+            raise LaunchError(f"--devices names {', '.join(missing)}, but {have}", fix="shardwise doctor lists them")
         present = len(devices)
     if cpu is False and not present:
-        raise LaunchError("--no-cpu, but there is no CUDA device here", fix="--cpu, or 'shardwise doctor' to see why")
+        raise LaunchError("--no-cpu, but there is no accelerator here", fix="--cpu, or 'shardwise doctor' to see why")
     if nproc is None:
         number = default or present or 1
         number = min(number, present) if present else number
-        where = f"of {present} CUDA device{'s' * (present > 1)}" if present else "on the CPU"
+        where = f"of {present} {kind} device{'s' * (present > 1)}" if present else "on the CPU"
         say(f"shardwise: {number} rank{'s' * (number > 1)} {where} (--nproc chooses how many)")
         return number
     if nproc < 1:
         raise LaunchError(f"--nproc {nproc} is not a number of ranks", fix="give 1 or more")
     if present and nproc > present:
         raise LaunchError(
-            f"--nproc {nproc} asks for more ranks than there are CUDA devices ({present})",
+            f"--nproc {nproc} asks for more ranks than there are {kind} devices ({present})",
             fix=f"--nproc {present}, or --cpu to run {nproc} ranks on the CPU",
         )
     if not present and not cpu:
-        say(f"shardwise: {nproc} rank{'s' * (nproc > 1)} on the CPU, as there is no CUDA device (--cpu says so)")
+        say(f"shardwise: {nproc} rank{'s' * (nproc > 1)} on the CPU, as there is no accelerator (--cpu says so)")
     return nproc
 
 
@@ -193,6 +193,8 @@ def ranks_environment(wanted: Settings) -> dict[str, str]:
     Raises:
         ShardwiseError: the strategy or precision does not exist, or this version cannot serve it.
     """
+    from shardwise import device
+
     wanted.check()
     out = {}
     if wanted.strategy is not None:
@@ -203,9 +205,15 @@ def ranks_environment(wanted: Settings) -> dict[str, str]:
         out[environment.ACCUMULATION] = str(wanted.gradient_accumulation_steps)
     if wanted.cpu:
         out[environment.CPU] = "1"
-        out["CUDA_VISIBLE_DEVICES"] = ""
+        out |= device.hidden()
     elif wanted.devices is not None:
-        out["CUDA_VISIBLE_DEVICES"] = ",".join(visible(wanted.device_list(), os.environ.get("CUDA_VISIBLE_DEVICES")))
+        shown_by = device.visible_variable()
+        if shown_by is None:
+            raise LaunchError(
+                f"--devices cannot be served for {device.accelerator()}: no variable says which ones a process sees",
+                fix="leave it out, and use the first ones by --nproc",
+            )
+        out[shown_by] = ",".join(visible(wanted.device_list(), os.environ.get(shown_by)))
     return out
 
 
@@ -216,15 +224,17 @@ def _restart_policy(wanted: Settings, variables: dict[str, str]) -> dict[str, An
         wanted: settings with the number of ranks.
         variables: what the ranks get on top of this process's environment.
     """
-    import torch
+    from shardwise import device
 
     if wanted.min_nproc is None:
         return {}
-    count = 0 if wanted.cpu else torch.cuda.device_count()
-    said = {**os.environ, **variables}.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    count = 0 if wanted.cpu else device.count()
+    shown_by = device.visible_variable()
+    all_of_them = ",".join(map(str, range(count if shown_by is not None else 0)))
+    said = {**os.environ, **variables}.get(shown_by or "", all_of_them)
     multiple = Strategy.parse(wanted.strategy).shard_size if wanted.strategy is not None else None
     return {
-        "restart_policy": RestartPolicy(wanted.min_nproc, multiple or 1, cuda=count > 0),
+        "restart_policy": RestartPolicy(wanted.min_nproc, multiple or 1, shown_by, tried=count > 0),
         "devices": [name for part in said.split(",") if (name := part.strip())],
     }
 

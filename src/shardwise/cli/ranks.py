@@ -51,7 +51,7 @@ class Ranks:
         run_id: tells several runs at one endpoint apart.
         max_restarts: how often all ranks are started anew after a failure.
         restart_policy: how far they may become fewer then; ``None`` if there are as many each time. One host only.
-        devices: the devices the ranks see, as in ``CUDA_VISIBLE_DEVICES``; what ``restart_policy`` leaves some out of.
+        devices: what the ranks see, in the words of the variable that says so; ``restart_policy`` leaves some out.
         environment: variables for the ranks, on top of this process's. ``OMP_NUM_THREADS`` in it is this host's cores
             divided among the ranks, and divided anew when they become fewer.
         limit_s: all ranks are ended if they run for longer; ``None`` for no limit.
@@ -169,8 +169,8 @@ class _Agent(LocalElasticAgent):
         self.start = self._restart_policy.after(by_themselves, before)
         # torch's agent reads these each time it starts ranks; it goes on counting restarts.
         self._worker_group.spec.local_world_size = self.start.nproc
-        if self.start.left_out:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.start.devices)
+        if self.start.left_out and self._restart_policy.shown_by is not None:
+            os.environ[self._restart_policy.shown_by] = ",".join(self.start.devices)
         if self._divides_cores and self.start.nproc < before.nproc:
             os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // self.start.nproc))
         return self.start.words(before)

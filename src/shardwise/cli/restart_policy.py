@@ -1,6 +1,6 @@
 """Who was lost when ranks failed, and with how many ranks and which devices a run starts anew: ``--min-nproc``.
 
-A rank is *lost* if it will hardly do better next time: its CUDA device does not answer any more, or it was ended by a
+A rank is *lost* if it will hardly do better next time: its device does not answer any more, or it was ended by a
 signal, as a process is that takes more memory than there is. A rank that raised is not lost: that is a bug in the
 script, or the report of a survivor, and the same ranks start anew. So they do if all were lost.
 """
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_TRY = "import torch; torch.ones(1, device='cuda').add_(1).item()"
+_TRY = "import torch; torch.ones(1, device=torch.accelerator.current_accelerator()).add_(1).item()"
 _TRY_S = 60.0  # a device that has not answered by then does not
 
 
@@ -25,7 +25,7 @@ class Attempt:
 
     Attributes:
         nproc: ranks.
-        devices: the devices they see, as in ``CUDA_VISIBLE_DEVICES``; empty if they have none.
+        devices: the devices they see, as in the variable that shows them; empty if they have none.
         left_out: the devices that the start before had and this one has not.
     """
 
@@ -47,12 +47,14 @@ class RestartPolicy:
     Args:
         least: ranks that every start has at least.
         multiple: the number of ranks stays a multiple of this.
-        cuda: ranks run on CUDA devices, which are tried after a failure.
+        shown_by: the variable that says which devices a process sees, if there is one.
+        tried: ranks run on such devices, which are tried after a failure.
     """
 
     least: int
     multiple: int = 1
-    cuda: bool = False
+    shown_by: str | None = None
+    tried: bool = False
 
     def after(self, ended: Sequence[tuple[int, int]], now: Attempt) -> Attempt:
         """The start after a failure.
@@ -61,12 +63,14 @@ class RestartPolicy:
             ended: local rank and exit code of those that failed by themselves, the first to fail first.
             now: the start that failed.
 
-        Cost: where ranks run on CUDA devices, the seconds that a process takes to import torch and use one.
+        Cost: where ranks run on devices, the seconds that a process takes to import torch and use one.
         """
         devices = (
             now.devices if len(now.devices) >= now.nproc else ()
         )  # otherwise ranks are not on devices of their own
-        sick = [rank for rank, ok in enumerate(answering(devices[: now.nproc])) if not ok] if self.cuda else []
+        sick = []
+        if self.tried and self.shown_by is not None:
+            sick = [rank for rank, ok in enumerate(answering(devices[: now.nproc], self.shown_by)) if not ok]
         lost = lost_ranks(ended, now.nproc, sick)
         wanted = (now.nproc - len(lost)) // self.multiple * self.multiple
         nproc = max(wanted, self.least)
@@ -94,15 +98,15 @@ def lost_ranks(ended: Sequence[tuple[int, int]], nproc: int, sick: Sequence[int]
     return [] if len(lost) == nproc else lost
 
 
-def answering(devices: Sequence[str]) -> list[bool]:
-    """Whether each CUDA device computes in a new process. All are tried at the same time.
+def answering(devices: Sequence[str], shown_by: str) -> list[bool]:
+    """Whether each device computes in a new process. All are tried at the same time.
 
     Args:
-        devices: in the words of ``CUDA_VISIBLE_DEVICES``.
+        devices: in the words of the environment variable ``shown_by``.
     """
     tries = [
         subprocess.Popen(
-            [sys.executable, "-c", _TRY], env={**os.environ, "CUDA_VISIBLE_DEVICES": name},
+            [sys.executable, "-c", _TRY], env={**os.environ, shown_by: name},
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
         for name in devices

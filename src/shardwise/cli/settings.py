@@ -33,7 +33,7 @@ class Settings:
 
     Attributes:
         nproc: ranks on each host.
-        devices: the CUDA devices to use, as ``0,1``, in the words of ``CUDA_VISIBLE_DEVICES``.
+        devices: the devices to use, as ``0,1``, in the words of ``CUDA_VISIBLE_DEVICES`` or its like.
         nnodes, node_rank: hosts, and this host's number.
         rdzv_endpoint, rdzv_id: where the hosts meet (``host:port``), and as which run.
         max_restarts: how often all ranks are started anew after a failure.

@@ -21,7 +21,7 @@ from shardwise.comm.stats import Op
 
 
 class Transfer:
-    """Bytes on their way. ``wait()`` returns when they have arrived (on CUDA: orders the current
+    """Bytes on their way. ``wait()`` returns when they have arrived (on a device: orders the current
     stream after them) and may be called any number of times."""
 
     __slots__ = ("after", "done", "group", "op", "started", "works")

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardwise import device as devices
 from shardwise.comm.faults import Faults, install_excepthook
 from shardwise.comm.group import Group
 from shardwise.comm.mesh import Mesh, build_mesh
 from shardwise.comm.process import Process
+from shardwise.environment import CPU
 from shardwise.errors import CommError, StrategyError
 
 
@@ -23,7 +25,9 @@ def init(device: str | torch.device | None = None, *, timeout: float = 600.0) ->
     """Join the process group that the launcher prepared, and return the :class:`World`.
 
     Args:
-        device: ``cpu`` or ``cuda``; by default CUDA where there is a device for every local rank.
+        device: any device type that torch has (``cuda``, which is ROCm too, ``xpu``, ``mps`` for one rank, what a
+            plug-in registers, ``cpu``), with or without a number; it becomes this process's current one. By default
+            this rank's own: the accelerator of number ``LOCAL_RANK``, or the CPU where there is none.
         timeout: seconds before the rendezvous itself gives up.
 
     Without a launcher (``WORLD_SIZE`` unset or 1) this is a world of one rank and no process group.
@@ -31,8 +35,10 @@ def init(device: str | torch.device | None = None, *, timeout: float = 600.0) ->
 
     Raises:
         CommError: the launcher's variables are incomplete, or the other ranks did not come.
+        DeviceError: the device is not there, or cannot do this. The CPU is never taken instead.
     """
-    device = torch.device(device) if device is not None else default_device()
+    found = devices.named(device) if device is not None else default_device()
+    devices.use(found)
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if missing:
@@ -40,7 +46,7 @@ def init(device: str | torch.device | None = None, *, timeout: float = 600.0) ->
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but {', '.join(missing)} is not",
                 fix="start the script with 'shardwise launch' or torchrun",
             )
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = devices.backend(found, int(os.environ["WORLD_SIZE"]))
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **_after_a_restart(timeout))
         except RuntimeError as error:
@@ -49,7 +55,7 @@ def init(device: str | torch.device | None = None, *, timeout: float = 600.0) ->
                 where=f"rank {os.environ['RANK']}",
                 fix="check that all ranks started and that MASTER_ADDR:MASTER_PORT is reachable",
             ) from error
-    return World.current(device)
+    return World.current(found)
 
 
 def _after_a_restart(timeout: float) -> dict[str, Any]:
@@ -67,12 +73,8 @@ def _after_a_restart(timeout: float) -> dict[str, Any]:
 
 
 def default_device() -> torch.device:
-    """This rank's device: ``cuda:LOCAL_RANK`` where every local rank has one, else the CPU."""
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.is_available() and torch.cuda.device_count() >= count:
-        torch.cuda.set_device(local)
-        return torch.device("cuda", local)
-    return torch.device("cpu")
+    """This rank's device: see :func:`shardwise.device.of_rank`; the CPU if the launcher was told so."""
+    return devices.CPU if os.environ.get(CPU) == "1" else devices.of_rank()
 
 
 class World(Process):
@@ -126,23 +128,25 @@ class World(Process):
                 pg = new if ranks == mine else pg
             group = Group(self, mine, pg, False)
         else:
-            config = str(dist.get_backend_config(self.default_pg))
-            if "nccl" not in config:
+            config = dist.get_backend_config(self.default_pg)
+            backend = dist.BackendConfig(dist.Backend(config)).get_device_backend_map().get(device.type)
+            if backend is None or backend == "gloo":
                 raise CommError(
                     f"the model is on {device} but the process group speaks {config}",
                     where=f"rank {self.rank}",
-                    fix="initialise the process group with backend 'cpu:gloo,cuda:nccl', or move the model to the CPU",
+                    fix=f"initialise the process group with backend '{devices.backend(device, self.size)}', or move "
+                    "the model to the CPU",
                 )
             pg = None
             for ranks in partition:
-                new = dist.new_group(ranks, backend="nccl", timeout=timedelta(seconds=timeout))
+                new = dist.new_group(ranks, backend=backend, timeout=timedelta(seconds=timeout))
                 pg = new if ranks == mine else pg
             group = Group(self, mine, pg, True)
         self._groups[key] = group
         return group
 
     def control_group(self, timeout: float) -> Group:
-        """A gloo group of all ranks for small host-side exchanges, also when units travel over NCCL."""
+        """A gloo group of all ranks for small host-side exchanges, also when units travel between devices."""
         return self._make([list(range(self.size))], torch.device("cpu"), timeout)
 
     def mesh(self, device: torch.device, shard_size: int, timeout: float) -> Mesh:

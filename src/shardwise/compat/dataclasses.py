@@ -185,7 +185,7 @@ class InitProcessGroupKwargs(KwargsHandler):
     """How the ranks meet.
 
     Args:
-        backend: the device decides (gloo for the CPU, NCCL for CUDA); other backends are refused.
+        backend: the device decides (gloo for the CPU, NCCL for CUDA, ...); other backends are refused.
         init_method: ``None`` or ``env://``: the launcher's variables.
         timeout: how long a collective may wait; the strategy's ``timeout``. ``None`` is 600 seconds for ``nccl`` and
             1800 for others, as in torch.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from shardwise.compat.environment import patch_environment
+from shardwise import device
 from shardwise.compat.versions import compare_versions, is_torch_version
 
 
@@ -90,8 +90,7 @@ def is_torchdata_stateful_dataloader_available() -> bool:
 # --- devices ---------------------------------------------------------------------------------
 def is_cuda_available() -> bool:
     """Is there a CUDA device? Asks the driver without starting CUDA in this process."""
-    with patch_environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"):
-        return torch.cuda.is_available()
+    return device.available("cuda")
 
 
 def is_rocm_available() -> bool:
@@ -106,14 +105,13 @@ def is_mps_available(min_version: str = "1.12") -> bool:
 
 def is_xpu_available(check_device: bool = False) -> bool:
     """Is there a device of Intel's?"""
-    return torch.xpu.is_available()
+    return device.available("xpu")
 
 
 def _device(name: str, plugin: str) -> Callable[..., bool]:
     def available(check_device: bool = False) -> bool:
         # The plugin registers its device with torch when it is imported, which is the script's to do.
-        backend = getattr(torch, name, None)
-        return importlib.util.find_spec(plugin) is not None and backend is not None and bool(backend.is_available())
+        return importlib.util.find_spec(plugin) is not None and device.available(name)
 
     available.__doc__ = f"Is there a device of type ``{name}``, and ``{plugin}`` imported?"
     return available
@@ -151,11 +149,9 @@ def is_pippy_available() -> bool:
 # --- precisions ------------------------------------------------------------------------------
 def is_bf16_available(ignore_tpu: bool = False) -> bool:
     """Can the device compute in bf16? CPUs can."""
-    if is_cuda_available():
-        return torch.cuda.is_bf16_supported()
-    return True
+    return device.computes_in_bf16()
 
 
 def is_fp16_available() -> bool:
-    """Can the device compute in fp16? CPUs and CUDA devices can."""
+    """Can the device compute in fp16? They all can."""
     return True

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardwise import device as devices
 from shardwise.comm import World
 from shardwise.errors import ArgumentError, CommError, ConfigError, OutOfMemory
 from shardwise.operations import joined
@@ -39,8 +40,7 @@ def clear_device_cache(garbage_collection: bool = False) -> None:
     """
     if garbage_collection:
         gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    devices.empty_cache()
 
 
 def release_memory(*objects: Any) -> list[None]:

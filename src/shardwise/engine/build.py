@@ -13,6 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
+from shardwise import device as devices
 from shardwise.comm import Mesh, World, init
 from shardwise.comm.stats import Op
 from shardwise.comm.world import default_device
@@ -259,7 +260,7 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
             rank=world.rank,
             buffers=strategy.offload_buffers,
             depth=strategy.offload_depth,
-            pin=strategy.pin_memory and device.type == "cuda",
+            pin=strategy.pin_memory and devices.can_pin(device),
             checksum=strategy.offload_checksum,
             ratio=strategy.offload_ratio,
             device=device,

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.optim import Optimizer
 
+from shardwise import device as devices
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.offload import OptimizerShard, Pieces, pieces_of, settings_of, update
 from shardwise.tiers.home import Home
@@ -82,8 +83,8 @@ class DeferredUpdate:
         self.step, self.shard, self.pieces, self.remote = step, shard, pieces, remote
         self._grads = [(p, p.grad) for held in pieces for p in held if p.grad is not None]
         shard.take_grads()
-        self._mark: torch.cuda.Event | None = None
-        self._end: torch.cuda.Event | None = None
+        self._mark: torch.Event | None = None
+        self._end: torch.Event | None = None
         self._future: Future[None] | None = None
 
     def start(self, following: DeferredUpdate | None) -> None:
@@ -93,8 +94,8 @@ class DeferredUpdate:
             following: the next one, to be read ahead.
         """
         device = self.shard.bucket.device
-        if device.type == "cuda":
-            self._mark = torch.cuda.current_stream(device).record_event()
+        if devices.runs_late(device):
+            self._mark = devices.mark(device)
         self._future = _thread(self.shard.home).submit(self._run, following)
 
     def wait(self) -> None:
@@ -111,7 +112,7 @@ class DeferredUpdate:
             shard, error = self.step.failed
             raise shard.fail(error).error() from error
         if self._end is not None:
-            torch.cuda.current_stream(self.shard.bucket.device).wait_event(self._end)
+            devices.current_stream(self.shard.bucket.device).wait_event(self._end)
 
     def drain(self) -> None:
         """Until it does not run any more, however it ended."""
@@ -144,12 +145,12 @@ class DeferredUpdate:
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """On CUDA, a stream beside the one that the model computes on."""
+        """On a device that runs late, a stream beside the one that the model computes on."""
         if self._mark is None:
             yield
             return
         stream = self.shard.home.step_link.stream
-        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        with stream:
             stream.wait_event(self._mark)
             yield
             self._end = stream.record_event()

@@ -196,19 +196,22 @@ class Engine:
                 self.send_buffers(self._leader())
 
     def send_buffers(self, source: int) -> None:
-        """The buffers of rank ``source`` for everyone, one message per dtype (what DDP does before a forward).
+        """The buffers of rank ``source`` for everyone, one per dtype and place (what DDP does before a forward).
+
+        Those that are on the host, of a model that is not, travel between hosts.
 
         They are written under the version that they have: what a forward before this one saved of them for its
         backward (batch norms do, and do not use it in training) is not taken for a mistake of the script.
         """
-        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+        kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for b in self.module.buffers():
             if b.numel():
-                kinds.setdefault(b.dtype, []).append(b)
+                kinds.setdefault((b.dtype, b.device), []).append(b)
         with torch.no_grad():
-            for buffers in kinds.values():
+            for (_, device), buffers in kinds.items():
                 flat = torch.cat([b.detach().reshape(-1) for b in buffers])
-                self.mesh.whole.broadcast(flat, self.op("broadcast"), source).wait()
+                group = self.mesh.control if device.type == "cpu" else self.mesh.whole
+                group.broadcast(flat, self.op("broadcast"), source).wait()
                 if self.world.rank != source:
                     with torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
                         for b, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):

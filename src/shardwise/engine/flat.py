@@ -340,6 +340,8 @@ class FlatParameters:
         if low is None and on_disk:
             low = torch.empty(self.master.numel(), dtype=self.dtype)
         if low is None or (self.source is not None and not on_disk):
+            if self.source is not None:
+                self.source.settle()
             self.follower.copy_(self.master)
             return []
         low.copy_(self.master)
@@ -364,6 +366,8 @@ class FlatParameters:
             return
         opened = not self.values.resident
         self.values.materialise()
+        if write:
+            self.values.settle()
         try:
             yield self.master
             if write:

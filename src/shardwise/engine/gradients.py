@@ -156,6 +156,7 @@ class Gradients:
         self._reducing: torch.Tensor | None = None  # the ``raw`` that is being reduced
         self._merge: torch.Tensor | None = None  # what it is reduced to, if that is not its last place
         self._crossing: tuple[Copy, torch.Tensor, BufferLease | None] | None = None  # from there to the host
+        self._sent: Copy | None = None  # to the device, from their home on the host
         self._adding: list[bool] = []  # per parameter: what crosses is added to what is there
         self._shown: list[torch.Tensor] | None = None  # what ``p.grad`` shows
         self._unreduced: list[torch.Tensor] | None = None  # what it shows of gradients that wait for their reduce
@@ -167,6 +168,9 @@ class Gradients:
         """The reduced gradients; zeros if there are none yet."""
         self.bucket.finish_update()
         self._land()
+        if self._sent is not None:  # whoever looks may write: zero_grad(set_to_none=False) does
+            self._sent.wait()
+            self._sent = None
         if self.reduced is None:
             b = self.bucket
             n = b.held.stop - b.held.start if self.split else b.layout.numel
@@ -180,6 +184,10 @@ class Gradients:
                 self._shown = None  # handles of what was spent
             self._pieces = [[b.view(p, self.reduced, origin) for p in ps] for ps in b.pieces]
         return self.reduced
+
+    def sent(self, copy: Copy) -> None:
+        """They are on their way to the device, for an update there; :meth:`open` waits until they have left."""
+        self._sent = copy
 
     def held(self) -> torch.Tensor:
         """``(copies * n,)`` the reduced gradients of the held shards."""

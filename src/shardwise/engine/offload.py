@@ -144,7 +144,9 @@ class OptimizerShard:
         if send and not self.bucket.placement.step_on_host:
             held = self._held_grads()
             self._device_grad = torch.empty_like(held, device=self.bucket.device)
-            self._coming.append(StreamOrdered(self.home.step_link.to_device(held, self._device_grad)))
+            copy = self.home.step_link.to_device(held, self._device_grad)
+            self.bucket.grads.sent(copy)
+            self._coming.append(StreamOrdered(copy))
             self._grads_sent = True
         if not (self._state_extent is not None or (values and (self._values_bytes > 0 or self._low_bytes > 0))):
             return
@@ -172,6 +174,8 @@ class OptimizerShard:
         coming, self._coming = self._coming, []
         for transfer in coming:
             transfer.wait()
+        if values and self.bucket.values is not None:
+            self.bucket.values.settle()  # a forward between backward and step may have sent them to the device
         by_id = {id(piece): piece for piece in self._pieces}
         for slot in self.slots:
             value = state.get(by_id[slot.piece], {}).get(slot.key)

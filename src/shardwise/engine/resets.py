@@ -15,6 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardwise import device as devices
+
 
 class Slot(NamedTuple):
     """A parameter or buffer of a module, by name: the tensor itself may be replaced."""
@@ -167,8 +169,7 @@ def _random_put_back() -> Iterator[None]:
     """Random numbers that are drawn inside are drawn again after it."""
     state, numpy = random.getstate(), sys.modules.get("numpy")
     numpys = numpy.random.get_state() if numpy is not None else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with devices.fork_rng():
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from shardwise import device as devices
 from shardwise.comm import World
 from shardwise.engine.gathered import gathered
 from shardwise.engine.hooks import engine_of
@@ -293,9 +294,7 @@ def _move(module: nn.Module, device_id: int | torch.device | None) -> None:
     """Where torch would take a module that is on the CPU."""
     if device_id is None:
         return
-    device = torch.device("cuda", device_id) if isinstance(device_id, int) else torch.device(device_id)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise StrategyError(f"device_id={device_id} is a GPU, and there is none", fix="leave it out on a CPU")
+    device = devices.named(device_id)
     module._apply(lambda t: t if t.is_meta else t.to(device))
 
 

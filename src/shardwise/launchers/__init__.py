@@ -11,9 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from shardwise import environment
+from shardwise import device, environment
 from shardwise.errors import LaunchError
 from shardwise.launchers.processes import Job, run
 from shardwise.strategy import Strategy
@@ -43,12 +41,12 @@ def notebook_launcher(
 ) -> None:
     """Run ``function(*args)`` on several ranks, and return when all have ended.
 
-    Create the ``Accelerator`` inside the function, and use no CUDA device before. Asked for N processes, N run, on
+    Create the ``Accelerator`` inside the function, and use no device before. Asked for N processes, N run, on
     the CPU too; one process runs right here. In a process that a launcher started already, the function is called.
 
     Args:
         function, args: what every rank runs. It may be defined in a notebook's cell.
-        num_processes: ranks on this host. Default: one per CUDA device, else 1.
+        num_processes: ranks on this host. Default: one per accelerator, else 1.
         mixed_precision: ``fp16`` or ``bf16`` win over the Accelerator's own; ``no`` leaves it the word.
         use_port, master_addr: where the ranks meet. One host takes a free port if none is given, several 29500.
         node_rank, num_nodes: this host of several. The same call runs on each of them.
@@ -59,7 +57,7 @@ def notebook_launcher(
         monitor_interval: seconds between two looks at the ranks.
         log_line_prefix_template: put before every line a rank prints; ``${rank}`` and ``${local_rank}`` are filled in.
         strategy: the strategy of every rank, in place of the script's.
-        cpu: stay on the CPU where there are CUDA devices.
+        cpu: stay on the CPU where there are other devices.
 
     Raises:
         LaunchError: it cannot start; see the text.
@@ -70,7 +68,7 @@ def notebook_launcher(
     variables = _variables(function, args, mixed_precision, strategy, cpu)
     if _already_launched(num_processes, num_nodes):
         return _here(function, args, variables)
-    devices = 0 if cpu else torch.cuda.device_count()
+    devices = 0 if cpu else device.count()
     number = _number(num_processes, devices, num_nodes, node_rank)
     if number == 1 and num_nodes == 1:
         return _here(function, args, variables)
@@ -89,7 +87,7 @@ def notebook_launcher(
         function, tuple(args), number, num_nodes, node_rank, host, port, variables,
         max_restarts, monitor_interval, log_line_prefix_template, float((rdzv_conf or {}).get("timeout", 900)),
     )  # fmt: skip
-    where = f"{number} of {devices} CUDA devices" if devices else f"{number} ranks on the CPU"
+    where = f"{number} of {devices} {device.accelerator()} devices" if devices else f"{number} ranks on the CPU"
     print(f"shardwise: running on {where}", file=sys.stderr, flush=True)
     run(job)
     return None
@@ -141,7 +139,7 @@ def _variables(
         out[environment.STRATEGY] = str(Strategy.parse(strategy))
     if cpu:
         out[environment.CPU] = "1"
-        out["CUDA_VISIBLE_DEVICES"] = ""
+        out |= device.hidden()
     return out
 
 
@@ -169,7 +167,7 @@ def _number(number: int | None, devices: int, hosts: int, host: int) -> int:
         raise LaunchError(f"node_rank={host} is not a host of {hosts}", fix=f"give 0 to {hosts - 1}")
     if devices and number > devices:
         raise LaunchError(
-            f"num_processes={number} asks for more ranks than there are CUDA devices ({devices})",
+            f"num_processes={number} asks for more ranks than there are devices ({devices})",
             fix=f"num_processes={devices}, or cpu=True for {number} ranks on the CPU",
         )
     return number
@@ -188,7 +186,7 @@ def _meeting(address: str, port: str | int | None, endpoint: str, hosts: int) ->
 # --- one process ------------------------------------------------------------------------------
 def _here(function: Callable[..., Any], args: Sequence[Any], variables: dict[str, str]) -> None:
     """Call the function in this process. Errors are its own."""
-    if "CUDA_VISIBLE_DEVICES" in variables and torch.cuda.is_initialized():
-        variables = {name: value for name, value in variables.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if device.started():
+        variables = {name: value for name, value in variables.items() if name not in device.hidden()}
     with environment.patch_environment(**variables):
         function(*args)

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
+from shardwise import device
 from shardwise.errors import LaunchError, RankFailed
 from shardwise.state import AcceleratorState
 
@@ -51,14 +52,15 @@ def check_fork() -> None:
     """Refuse what forked ranks would inherit and cannot use.
 
     Raises:
-        LaunchError: CUDA, a process group or an Accelerator is in use in this process already.
+        LaunchError: a device, a process group or an Accelerator is in use in this process already.
     """
     if "fork" not in multiprocessing.get_all_start_methods():
         raise LaunchError("this system cannot fork", fix="put the function into a script: shardwise launch")
-    if torch.cuda.is_initialized():
+    if device.started():
+        kind = device.accelerator()
         raise LaunchError(
-            "CUDA was used in this process before, and a forked rank cannot use it any more",
-            fix="restart the notebook, and touch CUDA devices only inside the function",
+            f"{kind} was used in this process before, and a forked rank cannot use it any more",
+            fix=f"restart the notebook, and touch {kind} devices only inside the function",
         )
     if dist.is_initialized():
         raise LaunchError(

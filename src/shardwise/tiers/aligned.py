@@ -8,6 +8,7 @@ from collections import deque
 
 import torch
 
+from shardwise import device
 from shardwise.errors import OffloadError
 from shardwise.tiers.transfer import Transfer
 
@@ -54,31 +55,34 @@ class BufferPool:
     Args:
         count: how many buffers.
         nbytes: the length of each; rounded up to a multiple of :data:`ALIGN`.
-        pin: page-lock them for CUDA, so that copies to and from a device are asynchronous.
+        pin: page-lock them, so that copies to and from a device are asynchronous.
 
     Cost: ``count * nbytes`` bytes of host memory, all of it taken when first written to (at once with ``pin``).
 
     Raises:
-        OffloadError: ``count`` is below 1, or ``pin`` without a CUDA device, or more than may be locked.
+        OffloadError: ``count`` is below 1, or ``pin`` without an accelerator, or more than may be locked.
     """
 
     def __init__(self, count: int, nbytes: int, *, pin: bool = False) -> None:
         if count < 1 or nbytes < 1:
             raise OffloadError(f"a pool of {count} buffers of {nbytes} bytes", fix="ask for at least one of each")
-        if pin and not torch.cuda.is_available():
-            raise OffloadError("pinned host buffers need a CUDA device, and there is none", fix="pin_memory=False")
+        if pin and device.accelerator() is None:
+            raise OffloadError("pinned host buffers need an accelerator, and there is none", fix="pin_memory=False")
         self.count, self.buffer_bytes, self.pinned = count, padded(nbytes), pin
         self.peak_in_use = 0
-        maps = [_map(self.buffer_bytes) for _ in range(count)]
+        own = not pin or device.locks_pages()
+        maps = [_map(self.buffer_bytes) for _ in range(count if own else 0)]
         buffers = [torch.frombuffer(pages, dtype=torch.uint8) for pages in maps]
         registered: list[int] = []
         # The finalizer holds the pages: they must be unlocked before they are unmapped.
-        self._finalizer = weakref.finalize(self, _unpin, registered, maps)
-        if pin:
+        self._leaving: deque[tuple[Transfer, torch.Tensor]] = deque()
+        self._finalizer = weakref.finalize(self, _unpin, registered, maps, self._leaving)
+        if not own:
+            buffers = [_pinned(self.buffer_bytes) for _ in range(count)]
+        elif pin:
             for buffer in buffers:
                 _pin(buffer, registered)
         self._free: deque[torch.Tensor] = deque(buffers)
-        self._leaving: deque[tuple[Transfer, torch.Tensor]] = deque()
         self._used: dict[int, torch.Tensor] = {}
 
     @property
@@ -119,6 +123,14 @@ class BufferPool:
         self.peak_in_use = max(self.peak_in_use, len(self._used) + len(self._leaving))
         return buffer
 
+    def drain(self) -> None:
+        """Wait until no transfer reads or fills a buffer that was given back."""
+        while self._leaving:
+            transfer, buffer = self._leaving[0]
+            transfer.wait()
+            self._leaving.popleft()
+            self._free.append(buffer)
+
     def release(self, buffer: torch.Tensor, after: Transfer | None = None) -> None:
         """Give a buffer back, or any view that starts where it starts.
 
@@ -139,17 +151,28 @@ class BufferPool:
 
 def _pin(buffer: torch.Tensor, registered: list[int]) -> None:
     # Not torch's pinned allocator: it rounds up to powers of two, nearly twice the bytes at worst.
-    code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+    code = device.lock_pages(buffer)
     if code != 0:
         raise OffloadError(
-            f"CUDA could not lock a host buffer of {buffer.numel()} bytes (error {code})",
+            f"the driver could not lock a host buffer of {buffer.numel()} bytes (error {code})",
             fix="fewer or smaller buffers, a higher `ulimit -l`, or pin_memory=False",
         )
     registered.append(buffer.data_ptr())
 
 
-def _unpin(registered: list[int], maps: list[mmap.mmap]) -> None:
-    for pointer in registered:
-        torch.cuda.cudart().cudaHostUnregister(pointer)
-    registered.clear()
-    maps.clear()
+def _unpin(registered: list[int], maps: list[mmap.mmap], leaving: deque[tuple[Transfer, torch.Tensor]]) -> None:
+    try:
+        while leaving:  # a device or a disk would go on with pages that are somebody else's by then
+            leaving.popleft()[0].wait()
+    finally:
+        for pointer in registered:
+            device.unlock_pages(pointer)
+        registered.clear()
+        maps.clear()
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    """From torch's pinned memory, for devices whose drivers lock no memory of ours."""
+    room = torch.empty(nbytes + ALIGN, dtype=torch.uint8, pin_memory=True)
+    start = -room.data_ptr() % ALIGN
+    return room[start : start + nbytes]

@@ -47,7 +47,7 @@ class Home:
         rank: for names and reports.
         buffers: host buffers before the disk, each as large as the largest part that goes through.
         depth: requests to the disk in flight, of reads and of writes each.
-        pin: page-lock the buffers, for copies to and from a CUDA device.
+        pin: page-lock the buffers, for copies to and from a device.
         ratio: the part of the bytes that goes to the disk; to within 4 KiB of all there are.
         device: where the model computes; ``None`` for the CPU.
         ahead: values that are read ahead from the disk to a device with memory of its own, in a buffer each.
@@ -126,6 +126,7 @@ class Home:
             if pool is not None:
                 if self.disk is not None:
                     self.disk.drain()
+                pool.drain()
                 self.count(-pool.nbytes)
             pool = self._pools[purpose] = BufferPool(count or self.buffers, nbytes, pin=self.pin)
             self.count(pool.nbytes)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from shardwise import device as devices
+
 
 class Copy:
-    """A copy on its way; a :class:`shardwise.tiers.transfer.Transfer`. ``wait()`` blocks the host until it is done."""
+    """A copy on its way; a :class:`shardwise.tiers.transfer.Transfer`. ``wait()`` blocks the host until it is done.
 
-    def __init__(self, event: torch.cuda.Event | None = None) -> None:
-        self._event = event
+    Args:
+        event: behind it, on a stream of ``device``; ``None`` if it is done.
+        device: the one that it goes to or comes from.
+    """
+
+    def __init__(self, event: torch.Event | None = None, device: torch.device = devices.CPU) -> None:
+        self._event, self._device = event, device
 
     def wait(self) -> None:
         if self._event is not None:
@@ -19,10 +26,14 @@ class Copy:
     def done(self) -> bool:
         return self._event is None or self._event.query()
 
-    def order(self) -> None:
-        """What the device is told from here on waits for it there; the host does not."""
+    def order(self, stream: torch.Stream | None = None) -> None:
+        """What the device is told from here on waits for it there; the host does not.
+
+        Args:
+            stream: where it is told so; by default what is current for the device, which need not be the current one.
+        """
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            (stream or devices.current_stream(self._device)).wait_event(self._event)
 
 
 class StreamOrdered:
@@ -36,7 +47,9 @@ class StreamOrdered:
 
 
 class Link:
-    """The way between one device and the host, with a stream of its own. On a CPU device copies are done at once.
+    """The way between one device and the host, with a stream of its own.
+
+    On a CPU, and on a device without streams, copies are done when they return.
 
     Attributes:
         to_host_bytes, to_device_bytes: what crossed it.
@@ -45,38 +58,43 @@ class Link:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.to_host_bytes = self.to_device_bytes = 0
-        self._stream: torch.cuda.Stream | None = None
+        self._late = devices.runs_late(device)
+        self._stream: torch.Stream | None = None
 
     def to_host(self, source: torch.Tensor, host: torch.Tensor) -> Copy:
         """Start to copy into a host tensor of equal size, in the host tensor's dtype. Pinned ones do not block."""
         self.to_host_bytes += host.nbytes
-        if self.device.type != "cuda":
+        if not self._late:
             host.copy_(source)
             return Copy()
         low = source.to(host.dtype)  # before it crosses: half the bytes
-        event = self._beside(low, host)
-        low.record_stream(self.stream)
-        return Copy(event)
+        return Copy(self._beside(low, host, low), self.device)
 
     def to_device(self, host: torch.Tensor, target: torch.Tensor) -> Copy:
         """Start to copy into a device tensor of equal size and dtype; see :meth:`Copy.order`."""
         self.to_device_bytes += host.nbytes
-        if self.device.type != "cuda":
+        if not self._late:
             target.copy_(host)
             return Copy()
-        return Copy(self._beside(host, target))
+        return Copy(self._beside(host, target, target), self.device)
 
-    def _beside(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
-        """Copy on the stream of our own, after what the device was told so far."""
+    def _beside(self, source: torch.Tensor, target: torch.Tensor, there: torch.Tensor) -> torch.Event:
+        """Copy on the stream of our own, after what the device was told so far.
+
+        Args:
+            there: the one that is on the device. Its memory is not used for something else before the copy has
+                ended, whatever becomes of the tensor: an exception may drop it at any moment.
+        """
         stream = self.stream
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        stream.wait_stream(devices.current_stream(self.device))
+        with stream:
             target.copy_(source, non_blocking=True)
+            there.record_stream(stream)
             return stream.record_event()
 
     @property
-    def stream(self) -> torch.cuda.Stream:
+    def stream(self) -> torch.Stream:
         """A stream of its own."""
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)
+            self._stream = torch.Stream(self.device)
         return self._stream

@@ -40,6 +40,7 @@ class OffloadedValues:
         self.nbytes = padded(tensor.nbytes) if self.on_disk else 0
         self._own = tensor.nbytes
         self.resident = True
+        self._leaving: Copy | None = None
         if self.on_disk:
             self.state_extent = StateExtent(home, f"{name} values", tensor.nbytes, whole=state == "parameters")
             TransferGroup(self.write(tensor.view(torch.uint8))).wait()
@@ -54,7 +55,8 @@ class OffloadedValues:
         """
         if not self.on_disk:
             if self.home.separate:
-                return [StreamOrdered(self.home.link.to_device(self.tensor, target))]
+                self._leaving = self.home.link.to_device(self.tensor, target)
+                return [StreamOrdered(self._leaving)]
             target.copy_(self.tensor)
             return []
         if not self.home.separate:
@@ -66,6 +68,12 @@ class OffloadedValues:
         bounced = _BounceBufferRead(self.home.link, lease, self.state_extent.read(lease.buffer[: self._own]), target)
         prefetches.append(bounced)
         return [bounced]
+
+    def settle(self) -> None:
+        """They are about to be written to: wait until no copy to the device reads them any more."""
+        if self._leaving is not None:
+            self._leaving.wait()
+            self._leaving = None
 
     def read(self, buffer: torch.Tensor) -> list[Transfer]:
         """Start to bring them into the beginning of a buffer."""

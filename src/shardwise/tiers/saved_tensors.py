@@ -2,8 +2,8 @@
 
 :meth:`SavedOnHost.hooks` is a pair of torch's saved-tensor hooks. What is moved is a storage, once, however many
 tensors in it are saved. It comes back under the same strides and offsets, so that backward computes the same bits. On
-CUDA copies run beside what the device computes, and in backward each storage that is asked for begins to bring the one
-that was saved before it, which is asked for next.
+a device that runs late copies go on beside what it computes, and in backward each storage that is asked for begins to
+bring the one that was saved before it, which is asked for next.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
+from shardwise import device as devices
 from shardwise.errors import OffloadError
 from shardwise.tiers.ledger import Ledger
 from shardwise.tiers.link import Copy, Link
@@ -44,7 +45,7 @@ class SavedOnHost:
         device: where the model computes.
         ledger: counts the host's bytes, under ``host_activations``.
         other: packs tensors that are never moved: views of flat buffers, which come and go by themselves.
-        pin: page-lock host memory, so that copies to and from a CUDA device run beside its work. torch's allocator for
+        pin: page-lock host memory, so that copies to and from a device run beside its work. torch's allocator for
             it rounds sizes up to powers of two.
         separate: the device's memory is not the host's; by default what the device says. Where it is, nothing moves.
     """
@@ -61,7 +62,7 @@ class SavedOnHost:
         self.ledger, self.other = ledger, other
         self.link = Link(device)
         self.separate = device.type != "cpu" if separate is None else separate
-        self.pin = pin and device.type == "cuda"
+        self.pin = pin and devices.can_pin(device)
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage -> its version and _Bytes, by weak reference
         self._last: weakref.ref[_Bytes] | None = None
         self._leaving: deque[tuple[Copy, torch.Tensor, int]] = deque()
@@ -193,8 +194,7 @@ class _Bytes:
         return storage
 
     def __del__(self) -> None:
-        if self._coming is not None:
-            self._coming[1].order()  # before its memory is used for something else
+        # In whatever thread: a copy that nobody waits for keeps its memory until it has ended (Link sees to that).
         self.owner.ledger.drop(self.host, STATE)
 
 

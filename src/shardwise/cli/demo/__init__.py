@@ -30,7 +30,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the trained model.")] = Path("shardwise-demo"),
     seed: Annotated[int, typer.Option(help="Of initial values, text and sample.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU even where there are CUDA devices.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU even where there are accelerators.")] = False,
 ) -> None:
     """Train a small GPT on this Python's own source, and show what sharding saved.
 
@@ -129,10 +129,10 @@ def _prepare(
 
 
 def _fit_device(strategy: Strategy, cpu: bool) -> Strategy:
-    """Compute in bf16 on CUDA, unless the user chose a dtype. On a CPU fp32 is the faster one as a rule."""
-    import torch
+    """In bf16 on an accelerator that has it, unless the user chose a dtype. On a CPU fp32 is the faster one."""
+    from shardwise import device
 
-    if cpu or not torch.cuda.device_count() or strategy.param_dtype is not None:
+    if cpu or device.accelerator() is None or not device.computes_in_bf16() or strategy.param_dtype is not None:
         return strategy
     return strategy.replace(param_dtype="bf16")
 

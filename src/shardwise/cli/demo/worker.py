@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import shardwise
+from shardwise import device
 from shardwise.cli.demo.job import Job
 from shardwise.cli.demo.model import GPT, SIZES
 from shardwise.cli.demo.progress import Progress
@@ -28,7 +29,7 @@ from shardwise.engine.build import require_engine
 from shardwise.tiers.probe import probe
 
 STEP_KINDS = ("gather", "reduce")  # what shardwise.expected(model).sent_per_step is about
-_CUDA_ROWS = 16  # times the rows that suit a CPU core
+_DEVICE_ROWS = 16  # times the rows that suit a CPU core
 
 
 def main(job: Job) -> None:
@@ -50,7 +51,7 @@ def main(job: Job) -> None:
     finally:
         progress.stop()
     facts["strategy"] = job.strategy
-    facts["device"] = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    facts["device"] = device.name(world.device)
     if world.rank == 0:
         Path(job.facts).write_text(json.dumps(facts))
     if dist.is_initialized():
@@ -59,7 +60,7 @@ def main(job: Job) -> None:
 
 def _train(model: GPT, world: Any, job: Job, progress: Progress) -> dict[str, Any]:
     shape = model.shape
-    rows = shape.rows * (_CUDA_ROWS if world.device.type == "cuda" else 1)
+    rows = shape.rows * (_DEVICE_ROWS if world.device.type != "cpu" else 1)
     text = torch.from_numpy(np.load(Path(job.data) / "train.npy"))
     # Each rank draws its own windows of the text; together they are the batch.
     draw = torch.Generator().manual_seed(1_000_003 * job.seed + world.rank)

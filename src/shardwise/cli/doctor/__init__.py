@@ -24,9 +24,9 @@ _WORKS = "Everything works on this machine."
 
 def doctor(
     nproc: Annotated[
-        int | None, typer.Option("--nproc", "-n", help="Ranks. Default: one per CUDA device; on the CPU 4, or 2.")
+        int | None, typer.Option("--nproc", "-n", help="Ranks. Default: one per accelerator; on the CPU 4, or 2.")
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Test the CPU even where there are CUDA devices.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Test the CPU even where there are accelerators.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="fp32 only, fewer steps: about 20 seconds.")] = False,
     patience: Annotated[float, typer.Option(help="Seconds after which a phase of the test counts as hanging.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as one JSON object.")] = False,
@@ -87,7 +87,7 @@ def _before(facts: dict[str, Any], cpu: bool) -> list[dict[str, str]]:
         out.append(
             {
                 "what": f"the driver shows {count} CUDA device{'s' * (count > 1)} that this torch cannot use "
-                f"(CUDA: {facts['versions']['cuda']})",
+                f"(CUDA: {facts['versions'].get('cuda', 'this torch is built without')})",
                 "fix": "install a torch built for your driver's CUDA version, see pytorch.org",
             }
         )
@@ -103,17 +103,17 @@ def _plan(devices: dict[str, Any], nproc: int | None, cpu: bool, quick: bool) ->
     """The test runs: device, number of ranks and strategies of each.
 
     Raises:
-        LaunchError: more ranks than there are CUDA devices.
+        LaunchError: more ranks than there are accelerators.
     """
-    count = 0 if cpu else len(devices["cuda"])
+    kind, count = devices["accelerator"], 0 if cpu else len(devices["accelerators"])
     if count and nproc is not None and nproc > count:
         raise LaunchError(
-            f"--nproc {nproc} asks for more ranks than there are CUDA devices ({count})",
+            f"--nproc {nproc} asks for more ranks than there are {kind} devices ({count})",
             fix=f"--nproc {count}, or --cpu to test {nproc} ranks on the CPU",
         )
-    on_cuda = nproc or count if count else 0
-    out = [("cuda", on_cuda, strategies(on_cuda))] if on_cuda else []
-    if not on_cuda or (on_cuda == 1 and nproc is None):
+    there = nproc or count if count else 0
+    out = [(kind, there, strategies(there))] if there else []
+    if not there or (there == 1 and nproc is None):
         # One rank sends nothing to anyone, so with one device the strategies are tested on the CPU as well.
         ranks = nproc or (4 if devices["cores"] >= 4 else 2)
         out.append(("cpu", ranks, strategies(ranks)))
@@ -149,7 +149,7 @@ def _test(device: str, ranks: int, chosen: list[str], quick: bool, patience: flo
         )
         path = Path(folder) / "job.json"
         job.write(path)
-        where = f"{ranks} rank{'s' * (ranks > 1)} on {'CUDA' if device == 'cuda' else 'the CPU'}"
+        where = f"{ranks} rank{'s' * (ranks > 1)} on {'the CPU' if device == 'cpu' else device}"
         say(f"\ndoctor: testing {where}; Ctrl-C stops it")
         settings = {**ranks_environment(Settings(cpu=device == "cpu")), **thread_environment(ranks)}
         phases = 3 + len(job.strategies) * len(job.precisions)

@@ -1,4 +1,4 @@
-"""What this machine has: versions, CPU, memory, CUDA devices, and the backends of this build of torch."""
+"""What this machine has: versions, CPU, memory, accelerators, and the backends of this build of torch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ _TELLING_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "SHA
 
 def versions() -> dict[str, str]:
     """Name and version of what is installed, and of the system."""
-    import torch
-
-    from shardwise import __version__
+    from shardwise import __version__, device
 
     out = {"shardwise": __version__, "python": platform.python_version()}
     for name in (*_NEEDED, *_OPTIONAL):
@@ -33,34 +31,19 @@ def versions() -> dict[str, str]:
             out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    out["cuda"] = str(torch.version.cuda or "this torch is built without CUDA")
-    if torch.version.cuda and torch.cuda.is_available():
-        out["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    out |= device.versions()
     out["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
     return out
 
 
 def devices() -> dict[str, Any]:
-    """CPU cores and bytes of memory, and per CUDA device its name, memory, capability and the peers it reaches."""
-    import torch
+    """CPU cores and bytes of memory, and per accelerator its name, memory, capability and the peers it reaches."""
+    from shardwise import device
 
-    count = torch.cuda.device_count()
-    cuda = []
-    for index in range(count):
-        facts = torch.cuda.get_device_properties(index)
-        with torch.cuda.device(index):
-            free, total = torch.cuda.mem_get_info()
-        cuda.append(
-            {
-                "name": facts.name,
-                "bytes": total,
-                "free_bytes": free,
-                "capability": f"{facts.major}.{facts.minor}",
-                "bf16": torch.cuda.is_bf16_supported(),
-                "peers": [o for o in range(count) if o != index and torch.cuda.can_device_access_peer(index, o)],
-            }
-        )
-    return {"cores": cores(), **_memory(), "cuda": cuda, "driver_devices": 0 if cuda else _driver_devices()}
+    kind = device.accelerator()
+    found = [device.facts(device.named(f"{kind}:{index}")) for index in range(device.count())]
+    out = {"cores": cores(), **_memory(), "accelerator": kind, "accelerators": found}
+    return out | {"driver_devices": 0 if found else _driver_devices()}
 
 
 def _driver_devices() -> int:

@@ -19,19 +19,18 @@ def machine(facts: dict[str, Any]) -> None:
         ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
         ("CPU", f"{found['cores']} cores" + _memory(found)),
     ]
-    for index, device in enumerate(found["cuda"]):
+    for index, device in enumerate(found["accelerators"]):
         peers = f", reaches {', '.join(map(str, device['peers']))} directly" if device["peers"] else ""
         bf16 = "" if device["bf16"] else ", no bf16"
-        rows.append(
-            (f"cuda:{index}", f"{device['name']}, capability {device['capability']}{_memory(device)}{bf16}{peers}")
-        )
-    if not found["cuda"]:
+        capability = f", capability {device['capability']}" if device["capability"] else ""
+        rows.append((f"{found['accelerator']}:{index}", f"{device['name']}{capability}{_memory(device)}{bf16}{peers}"))
+    if not found["accelerators"]:
         hint = (
             f": the driver shows {found['driver_devices']}, but this torch cannot use them"
             if found["driver_devices"]
             else ""
         )
-        rows.append(("CUDA", f"no device{hint}"))
+        rows.append(("accelerator", f"none{hint}"))
     rows.append(("backends", ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in facts["backends"].items())))
     config = facts["surroundings"]["config"]
     rows.append(("settings", f"{config['path']}: {config['state']}"))
@@ -48,9 +47,8 @@ def machine(facts: dict[str, Any]) -> None:
 def test(result: dict[str, Any]) -> None:
     """One run of the self test: links, then a row per strategy."""
     console = Console(highlight=False)
-    where = (
-        f"{result['ranks']} rank{'s' * (result['ranks'] > 1)} on {'CUDA' if result['device'] == 'cuda' else 'the CPU'}"
-    )
+    on = "the CPU" if result["device"] == "cpu" else result["device"]
+    where = f"{result['ranks']} rank{'s' * (result['ranks'] > 1)} on {on}"
     if result["links"]:
         table = _table(f"Links between {where}", "ranks", ">latency, µs", ">bandwidth, GB/s")
         slowest = sorted(result["links"], key=lambda link: link["bytes_per_s"])

@@ -21,7 +21,7 @@ def judge(job: Job, ranks: int, device: str, code: int, failed: list[int]) -> di
     Args:
         job: what the ranks were told.
         ranks: how many there were.
-        device: ``cpu`` or ``cuda``.
+        device: its type.
         code: what :func:`shardwise.cli.ranks.run_ranks` returned.
         failed: the ranks that failed, in that order.
 
@@ -109,7 +109,7 @@ def _why(job: Job, ranks: int, device: str, failed: list[int]) -> dict[str, str]
 
 
 def _transport(device: str) -> str:
-    if device == "cuda":
+    if device != "cpu":
         return "NCCL_DEBUG=INFO shardwise doctor shows what NCCL does; NCCL_P2P_DISABLE=1 leaves peer access out"
     return "gloo needs a network interface between ranks: try GLOO_SOCKET_IFNAME=lo, and look at firewalls"
 

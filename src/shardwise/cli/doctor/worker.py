@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import shardwise
+from shardwise import device as devices
 from shardwise.cli.doctor.job import DONE, FAILURE, HANG, SECOND, Job, write_whole
 from shardwise.errors import RankFailed
 
@@ -156,8 +157,7 @@ def _ping(tensor: torch.Tensor, other: int, first: bool, rounds: int) -> float:
                 dist.send(tensor, other)
             else:
                 dist.recv(tensor, other)
-        if tensor.is_cuda:
-            torch.cuda.synchronize()
+        devices.synchronize(tensor.device)
         times.append(time.perf_counter() - begun)
     return sorted(times)[len(times) // 2]
 
