@@ -59,17 +59,26 @@ def clip_grad_norm_(
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     if held:
         with announced(Command.MULTIPLY, held, factor.cpu):
-            multiply_(pieces_of(spreads, plain), factor)
+            multiply_(held, pieces_of(spreads, plain), factor)
     return total
 
 
-def multiply_(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
-    """Multiply tensors, which may be on several devices, by a number on any."""
+def multiply_(params: Sequence[nn.Parameter], grads: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply gradients, which may be on several devices, by a number on any.
+
+    Args:
+        params: whose they are.
+        grads: what :func:`settled` gave for these: pieces of them.
+    """
     places: dict[torch.device, list[torch.Tensor]] = {}
-    for t in tensors:
-        places.setdefault(t.device, []).append(t)
+    for grad in grads:
+        places.setdefault(grad.device, []).append(grad)
     for device, there in places.items():
         torch._foreach_mul_(there, factor.to(device))
+    for p in params:
+        if (unit := unit_of(p)) is not None:
+            bucket, index = unit.places[id(p)]
+            bucket.grads.scalings.add(index, factor)
 
 
 def clip_grad_value_(params: nn.Module | Iterable[nn.Parameter], clip_value: float) -> None:
@@ -84,6 +93,10 @@ def clip_grad_value_(params: nn.Module | Iterable[nn.Parameter], clip_value: flo
         raise GradientError("complex gradients cannot be clamped", fix="use clip_grad_norm_")
     if held:
         with announced(Command.CLAMP, held, clip_value):
+            for p in held:
+                if (unit := unit_of(p)) is not None:
+                    bucket, index = unit.places[id(p)]
+                    bucket.grads.scalings.forget(index)
             if pieces := pieces_of(spreads, plain):
                 torch._foreach_clamp_min_(pieces, -abs(clip_value))
                 torch._foreach_clamp_max_(pieces, abs(clip_value))

@@ -231,6 +231,8 @@ class Engine:
                 slots = [s for u in self.units for s in u.slots if s.param.grad is not None]
                 if pieces := [g for s in slots for g in s.bucket.grads.for_step(s.index) or ()]:
                     torch._foreach_mul_(pieces, factor)
+                for s in slots:
+                    s.bucket.grads.scalings.add(s.index, factor)
 
     # --- one table: what a rank without data does with the others -------------------------------------------
     def execute(self, command: Command, *args: Any) -> None:

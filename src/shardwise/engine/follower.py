@@ -60,8 +60,9 @@ def _norms(join: Followed, places: Any, norm_type: float) -> None:
 
 
 def _multiply(join: Followed, places: Any, factor: torch.Tensor) -> None:
-    spreads, plain = clip.settled(join.params(places))
-    clip.multiply_(clip.pieces_of(spreads, plain), factor)
+    params = join.params(places)
+    spreads, plain = clip.settled(params)
+    clip.multiply_(params, clip.pieces_of(spreads, plain), factor)
 
 
 def _clamp(join: Followed, places: Any, bound: float) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 
 from shardwise.comm.reduction import Reduction
 from shardwise.engine.flat import FlatParameters
+from shardwise.engine.scalings import Scaling, Scalings
 from shardwise.errors import GradientError, InternalError
 from shardwise.tiers.aligned import padded
 from shardwise.tiers.home import BufferLease
@@ -138,6 +139,7 @@ class Gradients:
 
     Attributes:
         states: of each parameter's gradient.
+        scalings: what they were multiplied by since they were reduced.
         reduced: the reduced gradients, in the master dtype: ``(copies * n,)`` where they are split, else
             ``(parts * n,)``. Made when needed.
         raw: ``(parts * n,)`` what arrived in a backward and is not yet reduced, in the dtype of the wire.
@@ -150,6 +152,7 @@ class Gradients:
         # Alone, nothing is to be reduced: gradients add up in their last place, whatever is there already.
         self._alone = bucket.mesh.parts == 1 and not self.split and bucket.reduce_dtype == bucket.master_dtype
         self.states = GradStates(len(bucket.params), bucket.label)
+        self.scalings = Scalings(len(bucket.params))
         self.reduced: torch.Tensor | None = None
         self.raw: torch.Tensor | None = None
         self.reduction: Reduction | None = None
@@ -188,6 +191,10 @@ class Gradients:
     def sent(self, copy: Copy) -> None:
         """They are on their way to the device, for an update there; :meth:`open` waits until they have left."""
         self._sent = copy
+
+    def scaled(self) -> tuple[Scaling, ...]:
+        """What all gradients that there are were multiplied by since they were reduced."""
+        return self.scalings.common(i for i, state in enumerate(self.states.states) if state is GradState.REDUCED)
 
     def held(self) -> torch.Tensor:
         """``(copies * n,)`` the reduced gradients of the held shards."""
@@ -275,6 +282,7 @@ class Gradients:
     def launch_reduce(self) -> None:
         """Start reducing what arrived; parameters without a gradient on this rank count as zeros."""
         self.finish_reduce()
+        self.scalings.forget()
         b = self.bucket
         raw = self.raw if self.raw is not None else self._open_raw()
         self.raw = None
@@ -380,6 +388,7 @@ class Gradients:
         raw, grad = self.raw, self.open()
         if raw is None:
             return
+        self.scalings.forget()
         for i, slot in enumerate(self.bucket.layout.slots):
             mine = slice(slot.offset, slot.stop)
             if raw is grad:
@@ -446,6 +455,7 @@ class Gradients:
             self.raw[slot.offset : slot.stop].view(slot.shape).copy_(grad).mul_(self.bucket.share)
             return
         self.states.to(index, GradState.REDUCED)
+        self.scalings.forget(index)
         for (lo, hi), piece in zip(self.bucket.ranges(index), self.pieces(index), strict=True):
             piece.copy_(grad.detach().reshape(-1)[lo:hi].view(piece.shape))
 
@@ -464,6 +474,7 @@ class Gradients:
         if self.states[index] in (GradState.SPENT, GradState.LOST):
             self.bucket.params[index].grad = None
             return
+        self.scalings.forget(index)
         for piece in self.pieces(index):
             piece.zero_()
         if self.raw is not None and self.states.waits(index):

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.elementwise import unhooked
 from shardwise.engine.failure import Failure
+from shardwise.engine.scalings import Scaling, factors_of, lowered, scale_
 from shardwise.errors import OptimizerError
 from shardwise.tiers.aligned import padded
 from shardwise.tiers.home import TENSOR_ALIGN, BufferLease, Home, StateExtent
@@ -116,6 +117,8 @@ class OptimizerShard:
         self._lease: BufferLease | None = None
         self._grads_sent = False
         self._grads: torch.Tensor | None = None  # of an update to come
+        self._scalings: tuple[Scaling, ...] = ()  # of the gradients that cross
+        self._factors: torch.Tensor | None = None  # of these, on the host
         self._coming: list[Transfer] = []
         self.laid_out = False  # has there been an update, which made its state and gave it its place?
 
@@ -159,11 +162,25 @@ class OptimizerShard:
                 self._coming += self._state_extent.read(self._mine)
         if send and self.bucket.placement.step_on_host:
             self._grads_sent = True
-            self._coming.append(self.home.step_link.to_host(self._held_grads(), self._low))
+            self._send_grads()
 
     def take_grads(self) -> None:
         """Look for the gradients now: the update takes place in another thread."""
         self._grads = self.bucket.grads.held() if self.remote_grads else None
+        self._scalings = self.bucket.grads.scaled() if self.remote_grads else ()
+
+    def _send_grads(self) -> None:
+        """To the host, in the compute dtype and as they were reduced: see :mod:`shardwise.engine.scalings`."""
+        held, link = self._held_grads(), self.home.step_link
+        if self._grads is None:
+            self._scalings = self.bucket.grads.scaled()
+        if self._low.dtype == held.dtype:
+            self._scalings = ()
+        self._factors, factors = None, factors_of(self._scalings, held)
+        if factors is not None:
+            self._factors = self.bucket.empty(factors.numel(), factors.dtype, on_host=True)
+            self._coming.append(link.to_host(factors, self._factors))
+        self._coming.append(link.to_host(lowered(held, self._scalings, self._low.dtype), self._low))
 
     def _held_grads(self) -> torch.Tensor:
         return self.bucket.grads.held() if self._grads is None else self._grads
@@ -192,6 +209,7 @@ class OptimizerShard:
         else:
             full = self._area(self._low_bytes, self._grad_bytes, self.bucket.master_dtype)
             full.copy_(self._low)
+            scale_(full, self._scalings, self._factors)
         wanted = {id(piece) for piece in pieces}
         at = {id(p): k for p, k in zip(self._pieces, self.bucket.piece_starts, strict=True)}
         for piece in self._pieces:
@@ -245,6 +263,7 @@ class OptimizerShard:
 
     def _release(self, after: Sequence[Transfer] = ()) -> None:
         self._grads_sent, self._device_grad, self._grads = False, None, None
+        self._scalings, self._factors = (), None
         if self._lease is not None:
             lease, self._lease = self._lease, None
             lease.release(after)

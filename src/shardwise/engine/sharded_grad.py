@@ -112,6 +112,8 @@ class ShardedGrad(torch.Tensor):
         if whole and (rule is None or func in _LOOKS):
             for handle in whole:
                 handle.grads.require_reduced(handle.slot)
+                if func._schema.is_mutable:
+                    handle.grads.scalings.forget(handle.slot)
             plain = map_tensors((args, kwargs or {}), _unwrapped)
             return func(*plain[0], **plain[1])
         if rule is None:
@@ -162,8 +164,20 @@ def _beside(device: torch.device, args: Any) -> Any:
     return map_tensors(args, lambda t: t.to(device))
 
 
-def _each(inplace: Callable[..., Any]) -> Callable[..., Any]:
+def _note(grads: Sequence[torch.Tensor], by: Any, divide: bool | None) -> None:
+    """Remember by which number gradients were multiplied or divided; ``divide=None``: they were changed otherwise."""
+    number = isinstance(by, (int, float)) or (isinstance(by, torch.Tensor) and by.numel() == 1)
+    for g in grads:
+        if isinstance(g, ShardedGrad):
+            if divide is None or not number or isinstance(by, ShardedGrad):
+                g.grads.scalings.forget(g.slot)
+            else:
+                g.grads.scalings.add(g.slot, by if isinstance(by, torch.Tensor) else float(by), divide)
+
+
+def _each(inplace: Callable[..., Any], divide: bool | None = None) -> Callable[..., Any]:
     def one(grad: ShardedGrad, *args: Any, **kwargs: Any) -> ShardedGrad:
+        _note([grad], args[0] if args else None, divide)
         for device, pieces in _places([grad]).items():
             beside = _beside(device, args)
             for piece in pieces:
@@ -173,8 +187,9 @@ def _each(inplace: Callable[..., Any]) -> Callable[..., Any]:
     return one
 
 
-def _many(inplace: Callable[..., Any]) -> Callable[..., None]:
+def _many(inplace: Callable[..., Any], divide: bool | None = None) -> Callable[..., None]:
     def all_(grads: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        _note(grads, args[0] if args else None, divide)
         for device, pieces in _places(grads).items():
             inplace(pieces, *_beside(device, args), **kwargs)
 
@@ -232,23 +247,24 @@ def _unscale(grads: Sequence[torch.Tensor], found_inf: torch.Tensor, inv_scale: 
         real = [torch.view_as_real(p) if p.is_complex() else p for p in pieces]
         torch._amp_foreach_non_finite_check_and_unscale_(real, found, inverse)
         found_inf.copy_(found)
+    _note(grads, inv_scale, divide=False)
     norms.agree(found_inf, spreads)
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
     aten.detach.default: lambda grad: grad,
-    aten.mul_.Tensor: _each(torch.Tensor.mul_),
-    aten.mul_.Scalar: _each(torch.Tensor.mul_),
-    aten.div_.Tensor: _each(torch.Tensor.div_),
-    aten.div_.Scalar: _each(torch.Tensor.div_),
+    aten.mul_.Tensor: _each(torch.Tensor.mul_, divide=False),
+    aten.mul_.Scalar: _each(torch.Tensor.mul_, divide=False),
+    aten.div_.Tensor: _each(torch.Tensor.div_, divide=True),
+    aten.div_.Scalar: _each(torch.Tensor.div_, divide=True),
     aten.clamp_.default: _real_only(_each(torch.Tensor.clamp_)),
     aten.nan_to_num_.default: _each(torch.Tensor.nan_to_num_),
     aten.zero_.default: _zero,
     aten._foreach_zero_.default: _zero_all,
-    aten._foreach_mul_.Tensor: _many(torch._foreach_mul_),
-    aten._foreach_mul_.Scalar: _many(torch._foreach_mul_),
-    aten._foreach_div_.Tensor: _many(torch._foreach_div_),
-    aten._foreach_div_.Scalar: _many(torch._foreach_div_),
+    aten._foreach_mul_.Tensor: _many(torch._foreach_mul_, divide=False),
+    aten._foreach_mul_.Scalar: _many(torch._foreach_mul_, divide=False),
+    aten._foreach_div_.Tensor: _many(torch._foreach_div_, divide=True),
+    aten._foreach_div_.Scalar: _many(torch._foreach_div_, divide=True),
     aten._foreach_clamp_min_.Scalar: _real_only(_many(torch._foreach_clamp_min_)),
     aten._foreach_clamp_max_.Scalar: _real_only(_many(torch._foreach_clamp_max_)),
     aten.linalg_vector_norm.default: _vector_norm,
