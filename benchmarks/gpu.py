@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,6 +31,7 @@ from llama import SHAPES
 from memory import ResidentMeter
 from offload_peers import first_line
 from report import RESULTS, head, quartiles, save, told
+from shardwise import device
 
 WARM_UP = 2
 ARM_S = 1800.0
@@ -46,16 +48,14 @@ def batches(job: Job, rank: int, step: int) -> list[torch.Tensor]:
 
 
 def wait(job: Job) -> None:
-    if job.device == "cuda":
-        torch.cuda.synchronize()
+    device.synchronize(torch.device(job.device))
     dist.barrier()
 
 
 def measure(rank: int, key: str, job: Job) -> dict[str, Any]:
     """One arm on this rank."""
     arm = next(a for a in ARMS if a.key == key)
-    if job.device == "cuda":
-        torch.zeros(1, device="cuda")  # the context is not the arm's
+    torch.zeros(1, device=job.device)  # what the driver takes is not the arm's
     if key.startswith("sw"):
         import shardwise
 
@@ -71,8 +71,8 @@ def measure(rank: int, key: str, job: Job) -> dict[str, Any]:
     wait(job)
     out: dict[str, Any] = {"start_s": perf_counter() - begin, "host_peak_start": meter.peak}
     meter.reset()
-    if job.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    if job.device != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
     if key.startswith("sw"):
         shardwise.reset_stats(trainer.model)
     seconds = []
@@ -84,9 +84,9 @@ def measure(rank: int, key: str, job: Job) -> dict[str, Any]:
         wait(job)
         seconds.append((perf_counter() - begin) / job.steps)
     out |= {"step_s": seconds, "first_loss": first, "last_loss": loss.item(), "host_peak": meter.peak}
-    if job.device == "cuda":
-        out["device_peak"] = torch.cuda.max_memory_allocated()
-        out["device_reserved"] = torch.cuda.max_memory_reserved()
+    if job.device != "cpu":
+        out["device_peak"] = torch.accelerator.max_memory_allocated()
+        out["device_reserved"] = torch.accelerator.max_memory_reserved()
     if key.startswith("sw"):
         stats, count = shardwise.stats(trainer.model), job.loops * job.steps
         out |= {
@@ -101,17 +101,25 @@ def measure(rank: int, key: str, job: Job) -> dict[str, Any]:
     return out
 
 
-def run_arms(keys: list[str], job: Job, nproc: int, repeats: int) -> tuple[dict[str, Any], list[str]]:
+def run_arms(
+    keys: list[str], job: Job, nproc: int, repeats: int, plugin: str | None, keep: Callable[..., None]
+) -> tuple[dict[str, Any], list[str]]:
+    """Every arm in turn.
+
+    Args:
+        keep: is given the results and notes so far, after each arm: a run that is cut off keeps what it had.
+    """
     results: dict[str, Any] = {}
     notes: list[str] = []
     failed: set[str] = set()
-    backend = "cpu:gloo,cuda:nccl" if job.device == "cuda" else "gloo"
+    on = torch.device(job.device)
+    backend, peak = device.backend(on, nproc), device.peak_flops(on) if on.type != "cpu" else None
     for _ in range(repeats):
         for key in keys:
             if key in failed:
                 continue
             try:
-                by_rank = ranks.run(nproc, measure, key, job, backend=backend, timeout=ARM_S)
+                by_rank = ranks.run(nproc, measure, key, job, backend=backend, timeout=ARM_S, plugin=plugin)
             except RuntimeError as error:
                 failed.add(key)
                 notes.append(f"{key} has no figures: {first_line(error)}")
@@ -125,7 +133,13 @@ def run_arms(keys: list[str], job: Job, nproc: int, repeats: int) -> tuple[dict[
                 if k in by_rank[0]:
                     entry[k] = max(r[k] for r in by_rank)
             entry["tokens_per_s"] = quartiles([nproc * job.tokens / s for s in entry["all_step_s"]])
-            print(f"  {key}: {told(entry['tokens_per_s'], 1, 0)} tokens/s", flush=True)
+            used = ""
+            if peak is not None:
+                flops = SHAPES[job.shape].flops_per_token(job.length)
+                entry["mfu"] = entry["tokens_per_s"]["median"] / nproc * flops / peak
+                used = f", {entry['mfu']:.1%} of the peak"
+            print(f"  {key}: {told(entry['tokens_per_s'], 1, 0)} tokens/s{used}", flush=True)
+            keep(results, notes)
     return results, notes
 
 
@@ -137,7 +151,6 @@ def verdict(arms: dict[str, Any]) -> dict[str, Any]:
         if ours in arms and theirs in arms:
             value = arms[ours]["tokens_per_s"]["median"] / arms[theirs]["tokens_per_s"]["median"]
             out[name] = {"ratio": value, "reach": reach}
-            print(f"{name}: {value:.2f} (reach: {reach})")
 
     for key in ("sw-cpu", "sw-cpu-backward"):
         ratio(f"{key} over no offload", key, BASE, 0.9)
@@ -158,18 +171,21 @@ def main() -> None:
     parser.add_argument("--loops", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=1, help="times that all arms run")
     parser.add_argument("--arms", help="comma-separated: " + ", ".join(a.key for a in ARMS))
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--device", help="its type; default: the accelerator's")
+    parser.add_argument("--plugin", help="a module to import first, which teaches torch a device type")
     parser.add_argument("--nproc", type=int, help="ranks; default: all devices, one on the CPU")
     parser.add_argument("--tiny", action="store_true", help="a model of a moment: no figures to keep")
     parser.add_argument("--check", action="store_true", help="compare every home with plain torch on the CPU, and end")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk for arms on nvme")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here; --tiny --device cpu tries the script")
-    nproc = args.nproc or (torch.cuda.device_count() if args.device == "cuda" else 1)
+    ranks.load(args.plugin)
+    args.device = args.device or device.accelerator()
+    if args.device is None or (args.device != "cpu" and device.accelerator() != args.device):
+        raise SystemExit("no such device here; --tiny --device cpu tries the script")
+    nproc = args.nproc or (device.count() if args.device != "cpu" else 1)
     if args.check:
-        check(args.device, nproc, args.folder)
+        check(args.device, nproc, args.folder, args.plugin, args.out)
         return
     scratch = tempfile.mkdtemp(prefix="offload-gpu-", dir=args.folder)
     sizes = {"shape": args.shape, "rows": args.rows, "length": args.length, "accumulate": args.accumulate}
@@ -195,20 +211,25 @@ def main() -> None:
         f"{SHAPES[job.shape].parameters / 1e9:.2f} B parameters, {job.tokens} tokens per step and rank, {nproc} rank(s)"
     )
     print("\n".join(f"note: {n}" for n in run["notes"]))
+    name = "gpu-tiny" if args.tiny else f"gpu-{args.shape}-{nproc}x"
+
+    def keep(arms: dict[str, Any], notes: list[str]) -> None:
+        stuck = [key for key, arm in arms.items() if not arm["last_loss"] < arm["first_loss"]]
+        more = [*notes, *(f"the loss of {key} did not fall" for key in stuck)]
+        result = {
+            **run, "notes": run["notes"] + more, **sizes, "device": args.device, "ranks": nproc,
+            "parameters": SHAPES[job.shape].parameters, "tokens_per_step": nproc * job.tokens,
+            "labels": {a.key: a.label for a in ARMS if a.key in arms}, "arms": arms, "verdict": verdict(arms),
+        }  # fmt: skip
+        save(result, args.out / f"{name}.json")
+
     try:
-        arms, notes = run_arms(keys, job, nproc, args.repeats)
+        arms, notes = run_arms(keys, job, nproc, args.repeats, args.plugin, keep)
+        keep(arms, notes)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    run["notes"] += notes
-    stuck = [key for key, arm in arms.items() if not arm["last_loss"] < arm["first_loss"]]
-    run["notes"] += [f"the loss of {key} did not fall" for key in stuck]
-    result = {
-        **run, **sizes, "device": args.device, "ranks": nproc, "parameters": SHAPES[job.shape].parameters,
-        "tokens_per_step": nproc * job.tokens, "labels": {a.key: a.label for a in ARMS if a.key in arms}, "arms": arms,
-        "verdict": verdict(arms),
-    }  # fmt: skip
-    name = "gpu-tiny" if args.tiny else f"gpu-{args.shape}-{nproc}x"
-    save(result, args.out / f"{name}.json")
+    for ratio, entry in verdict(arms).items():
+        print(f"{ratio}: {entry['ratio']:.2f} (reach: {entry['reach']})")
     try:
         import offload_plot
     except ImportError as error:

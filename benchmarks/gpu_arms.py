@@ -92,7 +92,7 @@ def _fsdp(offload: bool) -> Callable[[Job], LlamaTrainer]:
             "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
         }
         if offload:
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=job.device == "cuda")
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=job.device != "cpu")
         model = fresh(job, "cpu" if offload else job.device)
         for block in model.blocks:
             fully_shard(block, **options)
@@ -107,7 +107,7 @@ def _deepspeed(optimizer: str, params: str | None) -> Callable[[Job], LlamaTrain
         import deepspeed
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        pin = job.device == "cuda"
+        pin = job.device != "cpu"
         folder = tempfile.mkdtemp(prefix="deepspeed-", dir=job.folder)
         zero: dict[str, Any] = {
             "stage": 3,

@@ -9,9 +9,11 @@ import torch
 import ranks
 from gpu_arms import HOMES
 from llama import SHAPES, Llama, loss_of
+from report import head, save
+from shardwise import device
 
 STEPS = 4
-FP32, BF16 = 1e-3, 8e-2  # norm of the difference over that of the change that training made
+TOLERANCES = {"": 1e-3, ",param_dtype=bf16": 8e-2}  # norm of the difference over that of the change training made
 LEARNING_RATE = 3e-3
 
 
@@ -33,12 +35,12 @@ def _norm(tensors: list[torch.Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.cat([t.flatten() for t in tensors])))
 
 
-def compared(rank: int, device: str, strategy: str) -> tuple[float, float]:
+def compared(rank: int, kind: str, strategy: str) -> tuple[float, float]:
     """Norms of the weights' difference to the reference's after some steps, and of the reference's change."""
     import shardwise
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    world = shardwise.init(device)
+    torch.set_float32_matmul_precision("highest")
+    world = shardwise.init(kind)
     reference = _model()
     before = [p.detach().clone() for p in reference.parameters()]
     model = shardwise.fully_shard(_model().to(world.device), strategy=strategy)
@@ -58,23 +60,30 @@ def compared(rank: int, device: str, strategy: str) -> tuple[float, float]:
     return difference, change
 
 
-def check(device: str, nproc: int, folder: Path) -> None:
-    """Every home, in fp32 and in bf16.
+def both(rank: int, kind: str, strategy: str) -> dict[str, tuple[float, float]]:
+    """:func:`compared` in fp32 and in bf16: starting a rank costs more than training in it."""
+    return {low: compared(rank, kind, strategy + low) for low in TOLERANCES}
+
+
+def check(kind: str, nproc: int, folder: Path, plugin: str | None, out: Path) -> None:
+    """Every home, in fp32 and in bf16. The findings go to ``gpu-check.json``, one by one.
 
     Raises:
         SystemExit: one differs by more than rounding.
     """
-
-    wrong = []
+    wrong: list[str] = []
+    run, found = head(), {}
+    backend = device.backend(torch.device(kind), nproc)
     for key, strategy in HOMES.items():
-        for low, tolerance in (("", FP32), (",param_dtype=bf16", BF16)):
-            full = f"{strategy}{low},nvme_path={folder}"
-            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            by_rank = ranks.run(nproc, compared, device, full, backend=backend, timeout=300)
-            difference, change = (max(r[i] for r in by_rank) for i in (0, 1))
+        full = f"{strategy},nvme_path={folder}"
+        by_rank = ranks.run(nproc, both, kind, full, backend=backend, timeout=300, plugin=plugin)
+        for low, tolerance in TOLERANCES.items():
+            difference, change = (max(r[low][i] for r in by_rank) for i in (0, 1))
             good = difference <= tolerance * change
             print(f"  {key}{low}: {'right' if good else 'WRONG'}; off by {difference / change:.1e} of the change")
             if not good:
                 wrong.append(key + low)
+            found[key + low] = {"off": difference / change, "tolerance": tolerance, "right": good}
+        save({**run, "device": kind, "ranks": nproc, "homes": found}, out / "gpu-check.json")
     if wrong:
         raise SystemExit(f"not the reference's numbers: {', '.join(wrong)}")

@@ -27,6 +27,14 @@ class LlamaShape:
         block = 2 * self.width**2 + 2 * self.width * kv + 3 * self.width * self.inner + 2 * self.width
         return self.layers * block + 2 * self.vocab * self.width + self.width
 
+    def flops_per_token(self, length: int) -> float:
+        """Forward and backward of one token in sequences of ``length``: what the model needs, without recomputing.
+
+        Six per parameter but the embedding's, and causal attention (PaLM, appendix B, which counts twice this much of
+        attention because it counts what the mask leaves out).
+        """
+        return 6 * (self.parameters - self.vocab * self.width) + 6 * self.layers * self.width * length
+
 
 SHAPES = {
     "tiny": LlamaShape(2, 64, 4, 2, 160, 256),

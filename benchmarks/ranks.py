@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing as mp
 import os
 import socket
@@ -14,11 +15,15 @@ from typing import Any
 
 
 def run(
-    nproc: int, function: Callable[..., Any], *args: Any, backend: str = "gloo", timeout: float | None = None
-) -> list[Any]:
+    nproc: int, function: Callable[..., Any], *args: Any, backend: str = "gloo", timeout: float | None = None,
+    plugin: str | None = None,
+) -> list[Any]:  # fmt: skip
     """Call a module-level function as ``function(rank, *args)`` on ``nproc`` new ranks.
 
     Args:
+        backend: of the process group; with ``device:backend`` in it each rank uses a device of its own, if there are
+            as many.
+        plugin: a module that teaches torch a device type; see :func:`load`.
         timeout: seconds until all must have answered.
 
     Raises:
@@ -33,7 +38,7 @@ def run(
     processes = []
     for rank in range(nproc):
         ours, theirs = context.Pipe(duplex=False)
-        told = (theirs, rank, nproc, port, backend, function, args)
+        told = (theirs, rank, nproc, port, backend, plugin, function, args)
         process = context.Process(target=_rank, args=told, daemon=True)
         process.start()
         theirs.close()  # so that a rank that dies is read as an end of file
@@ -64,9 +69,16 @@ def run(
     return results
 
 
+def load(plugin: str | None) -> None:
+    """Import a module that registers a device type with torch, and call its ``install()`` if it has one."""
+    if plugin is not None:
+        getattr(importlib.import_module(plugin), "install", lambda: None)()
+
+
 def _rank(
-    pipe: Connection, rank: int, nproc: int, port: int, backend: str, function: Callable[..., Any], args: Any
-) -> None:
+    pipe: Connection, rank: int, nproc: int, port: int, backend: str, plugin: str | None,
+    function: Callable[..., Any], args: Any,
+) -> None:  # fmt: skip
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -78,8 +90,9 @@ def _rank(
     import torch.distributed as dist
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // nproc))
-    if "nccl" in backend:
-        torch.cuda.set_device(rank)
+    load(plugin)
+    if backend != "gloo":
+        torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
     try:
         dist.init_process_group(backend, rank=rank, world_size=nproc)
         value = function(rank, *args)

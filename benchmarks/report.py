@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from shardwise import device
+
 RESULTS = Path(__file__).resolve().parent / "results"
 BUSY = 0.5  # load per core before the start that makes absolute times doubtful
 BUSY_NOTE = "the machine was busy: ratios are paired by round, but absolute times are not to be relied on"
@@ -61,11 +63,13 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        out["gpus"] = [torch.cuda.get_device_name(i) for i in range(count)]
-        out["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-        out["cuda"] = torch.version.cuda
+    kind = device.accelerator()
+    if kind is not None:
+        found = [torch.device(kind, index) for index in range(device.count())]
+        out["gpus"] = [device.name(one) for one in found]
+        told = device.memory(found[0])
+        out |= {"gpu_memory_gib": round(told[1] / 2**30, 1)} if told is not None else {}
+        out |= device.versions()
     return out
 
 

@@ -258,6 +258,19 @@ def computes_in_bf16(kind: str | None = None) -> bool:
     return True if asked is None else bool(asked())
 
 
+# Dense multiply-adds of 16-bit matrices, as the makers' data sheets give them, by a part of the device's name.
+_PEAK_TFLOPS = {
+    "GB200": 2250, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
+    "L4": 121, "A10": 125, "RTX 4090": 165, "MI300X": 1307, "MI250X": 191.5,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Floating-point operations per second of 16-bit matrix products, if its maker's figure is known."""
+    called = name(device)
+    return next((tera * 1e12 for part, tera in _PEAK_TFLOPS.items() if part in called), None)
+
+
 def name(device: torch.device) -> str:
     """What the maker calls it; the type where torch does not tell."""
     told = _offer(device.type, "get_device_name")
