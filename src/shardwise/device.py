@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -174,6 +174,30 @@ def current_stream(device: torch.device) -> torch.Stream:
 def mark(device: torch.device) -> torch.Event:
     """An event behind all that the device was told so far."""
     return current_stream(device).record_event()
+
+
+class StreamsOfThisThread:
+    """The streams and the current device of the thread that makes it, for threads that work for it.
+
+    A new thread has the default streams, whose work is not ordered with that of the streams that a script may have
+    chosen; and the first device as its current one.
+    """
+
+    def __init__(self) -> None:
+        self._streams: list[torch.Stream] = []
+        kind = accelerator()
+        if kind is not None and started(kind) and runs_late(torch.device(kind)):
+            now = torch.accelerator.current_device_index()
+            devices = [torch.device(kind, index) for index in range(count())]
+            self._streams = [current_stream(d) for d in sorted(devices, key=lambda d: d.index == now)]
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """A block, in another thread, with these."""
+        with ExitStack() as stack:
+            for stream in self._streams:  # the one of the current device last: each makes its device the current one
+                stack.enter_context(stream)
+            yield
 
 
 def synchronize(device: torch.device) -> None:

@@ -28,6 +28,7 @@ from shardwise.checkpoint.optimizer_state import OptimizerState
 from shardwise.checkpoint.storage_writer import BlockBuffers, WorkerThreads
 from shardwise.checkpoint.writing import CachedPlan, OutputFiles, PendingSave, PlannedTensors, TensorCopy
 from shardwise.comm import World
+from shardwise.device import StreamsOfThisThread
 from shardwise.engine.optimizer_state import add_reader
 from shardwise.errors import CheckpointError, ShardwiseError
 
@@ -43,7 +44,7 @@ class AsyncSave:
 
     def __init__(self, path: Path, work: Callable[[Callable[[], None]], None]) -> None:
         self.path = path
-        self._work = work
+        self._work, self._streams = work, StreamsOfThisThread()
         self._copied = threading.Event()
         self._error: BaseException | None = None
         self.reported = False  # somebody knows how it ended
@@ -84,7 +85,7 @@ class AsyncSave:
 
     def _run(self) -> None:
         try:
-            with self:
+            with self, self._streams.taken():
                 self._work(self._copied.set)
         finally:
             self._copied.set()

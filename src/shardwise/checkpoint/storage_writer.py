@@ -23,6 +23,7 @@ import torch
 
 from shardwise.checkpoint.coordination import Progress
 from shardwise.checkpoint.manifest import BLOCK, GRAIN, FileEntry
+from shardwise.device import StreamsOfThisThread
 from shardwise.errors import CheckpointError
 from shardwise.tiers.aligned import aligned_empty, padded
 from shardwise.tiers.direct_io import naming, open_direct, write_full
@@ -69,6 +70,7 @@ class WorkerThreads:
 
     def __init__(self) -> None:
         self.failure: BaseException | None = None
+        self._streams = StreamsOfThisThread()
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name="shardwise-blocks") for _ in range(_THREADS)]
         for thread in self._threads:
@@ -99,12 +101,13 @@ class WorkerThreads:
             raise self.failure
 
     def _work(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            job, after = item
-            with self:
-                if self.failure is None:
-                    job()
-            after()
+        with self._streams.taken():
+            while (item := self._jobs.get()) is not None:
+                job, after = item
+                with self:
+                    if self.failure is None:
+                        job()
+                after()
 
     def __enter__(self) -> None:
         return
