@@ -47,6 +47,12 @@ class Reduction:
         self._second: Transfer | None = None
         self._first: Transfer | None = self._start_builtin() if axes.whole.builtin else self._start_ordered()
 
+    @property
+    def _out_is_free(self) -> bool:
+        """May what is received go where the sum goes? With two ranks a reduce takes no memory of its own then."""
+        out, raw = self.out, self.raw
+        return out.dtype == raw.dtype and out.untyped_storage()._cdata != raw.untyped_storage()._cdata
+
     # --- rank-ordered sums over sends and receives --------------------------------------------
     def _start_ordered(self) -> Transfer:
         group = self.axes.whole
@@ -56,8 +62,10 @@ class Reduction:
         if group.size == 1:
             self.sources = [mine]
             return Transfer(None, None)
-        self.received = [self._take(n) for _ in group.peers()]
-        spare = iter(self.received)
+        row = self.axes.replicate.rank
+        into = [self.out[row * n : (row + 1) * n]] if self._out_is_free else []
+        self.received = [self._take(n) for _ in group.peers()[len(into) :]]
+        spare = iter([*into, *self.received])
         self.sources = [mine if r == group.rank else next(spare) for r in range(group.size)]
         recvs = [(self.sources[r], r) for r in reversed(group.peers())]
         sends = [(chunk[r], r) for r in group.peers()]
@@ -72,7 +80,7 @@ class Reduction:
         total = first if first.dtype == out.dtype else first.to(out.dtype)
         for source in between:
             total.add_(source)
-        # ``out`` may be this rank's own source, so it is written by the very last sum only.
+        # ``out`` may be one of the sources, so it is written by the very last sum only.
         if last is not None:
             torch.add(total, last, out=out)
         elif total.data_ptr() != out.data_ptr():
@@ -88,8 +96,11 @@ class Reduction:
             whole._count(self.op, 2 * (whole.size - 1) * raw.numel() * raw.element_size() // whole.size)
             work = dist.all_reduce(raw, group=whole.pg, async_op=True)
             return Transfer(whole, self.op, [work], lambda: self._store(raw))
-        part = self._take(raw.numel() // shard.size)
-        self.received = [part]
+        if self._out_is_free:
+            part = self.out
+        else:
+            part = self._take(raw.numel() // shard.size)
+            self.received = [part]
         shard._count(self.op, (shard.size - 1) * part.numel() * part.element_size())
         work = reduce_scatter_builtin(part, raw, shard.pg)
         return Transfer(shard, self.op, [work], lambda: self._store(part))
@@ -123,6 +134,7 @@ class Reduction:
             group = axes.replicate
             group._count(self.op, 2 * (group.size - 1) * self.out.numel() * self.out.element_size() // group.size)
             self._second = Transfer(group, self.op, [dist.all_reduce(self.out, group=group.pg, async_op=True)])
+        self.raw = self.out  # what was sent is not needed any more
 
     def wait(self) -> None:
         self.advance()
