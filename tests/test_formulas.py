@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 
@@ -53,9 +56,44 @@ def test_live_bytes_by_state(strategy):
         assert 0.7 * formula.gather_buffers <= stats.peak["gather_buffers"] <= formula.gather_buffers
         assert peak_total == sum(peak.values())
         assert peak["activations"] > 0
-        for state in ("parameters", "gradients", "optimizer"):
+        for state in ("parameters", "optimizer"):
             assert peak[state] == stats.live[state]
+        split = strategy in ("zero2", "zero3")  # at the peak some are still to come
+        assert peak["gradients"] <= stats.live["gradients"] if split else peak["gradients"] == stats.live["gradients"]
         assert peak_total <= formula.states + formula.gather_buffers + steps + peak["activations"]
+
+
+LARGE = {"d": 320, "layers": 5, "vocab": 97}  # blocks of 2.5 MB, a batch of nothing beside them
+
+
+def at_the_peak(strategy: str):
+    model = shardwise.fully_shard(make(**LARGE), strategy=strategy)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    found = []
+    for k in range(5):
+        shardwise.reset_stats()
+        ids = batch(k, rank(), rows=1, length=1)
+        with shardwise.memory_meter(model) if k == 4 else nullcontext() as meter:
+            loss_of(model, ids).backward()
+            opt.step()
+        opt.zero_grad()
+        found.append(shardwise.stats(model).peak_total)
+    counters = 4 * len(opt.state)  # of Adam's steps, one number per piece
+    largest = max(p.numel() for p in model.parameters()) * 4
+    return found, shardwise.expected(model).peak + counters, meter.peak_total, largest
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy"),
+    [(w, s) for w in (2, 3) for s in PRESETS]
+    + [(2, f"{s},reduce_dtype=bf16") for s in ("ddp", "zero2", "zero3")]
+    + [(2, "zero3,param_dtype=bf16"), (4, "hsdp,shard_size=2")],
+)
+def test_live_bytes_at_the_peak(world, strategy):
+    for steps, formula, metered, largest in run(world, at_the_peak, strategy):
+        assert steps[2] == steps[3] == steps[4], "nothing piles up"
+        assert 0.98 * formula <= steps[3] <= formula
+        assert steps[3] <= metered <= 1.02 * formula + 3 * largest, "what is not counted by state is one layer's"
 
 
 def shrinking() -> list[int]:
@@ -74,6 +112,41 @@ def test_released_means_released():
     for before, inside, after in run(2, shrinking):
         assert before == after == 0
         assert inside >= sum(p.numel() for p in LM(**SIZES).parameters()) * 4
+
+
+def zeroed_gradients(strategy: str) -> tuple[list[int], list[float]]:
+    model = shardwise.fully_shard(make(**SIZES), strategy=strategy)
+    ids, live, norms = batch(0, rank()), [], []
+
+    def look(after: Any) -> None:
+        after()
+        live.append(shardwise.stats(model).live["gradients"])
+
+    look(lambda: loss_of(model, ids).backward())
+    norms.append(shardwise.clip_grad_norm_(model, 1e9).item())
+    kept = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    look(lambda: model(ids))  # whoever keeps a gradient may put it back
+    for p, grad in zip(model.parameters(), kept, strict=True):
+        p.grad = grad
+    norms.append(shardwise.clip_grad_norm_(model, 1e9).item())
+    del kept, p, grad
+    model.zero_grad()
+    look(lambda: model(ids))
+    loss = loss_of(model, ids)
+    look(loss.backward)
+    norms.append(shardwise.clip_grad_norm_(model, 1e9).item())
+    look(lambda: model(ids))  # an evaluation between backward and step
+    norms.append(shardwise.clip_grad_norm_(model, 1e9).item())
+    return live, norms
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "hsdp,shard_size=1"])
+def test_zeroed_gradients_are_freed_before_the_next_forward(strategy):
+    for live, norms in run(2, zeroed_gradients, strategy):
+        full = live[0]
+        assert live == [full, full, full if strategy.startswith("hsdp") else 0, full, full]
+        assert len(set(norms)) == 1 and norms[0] > 0
 
 
 def communication_counts(strategy: str) -> dict[str, int]:

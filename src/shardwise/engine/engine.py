@@ -189,6 +189,9 @@ class Engine:
             self.check()
             for unit in self.units:
                 unit.reconcile_values()
+                if not unit.updating:  # an update that is under way may be reading gradients on another stream
+                    for b in unit.buckets:
+                        b.grads.free_zeroed()
         self.forward.begin()
         training = torch.is_grad_enabled() and self.module.training
         if training and self.strategy.broadcast_buffers and self.sync and self.world.size > 1:

@@ -1,8 +1,12 @@
 """A bucket's gradients: how they arrive, are reduced, and what ``p.grad`` and the optimizer see of them.
 
-They are copied into a flat buffer in the order autograd makes them, which is reduced as a whole. Where the gradient is
-kept whole that buffer is the gradient itself, and the reduce works in place; where it is split, or has its home on the
-host, the buffer lives until the reduce has ended.
+They are copied into a flat buffer, which is reduced as a whole. Where the gradient is kept whole that buffer is the
+gradient itself, they are copied as autograd makes them, and the reduce works in place. Where it is split, or has its
+home on the host, the buffer lives from just before the reduce to its end: until then they stay as autograd made them,
+one by one, beside activations that go.
+
+What the script zeroes (``p.grad = None``) is freed before the next forward, as without us, where gradients are split:
+each rank then has none beside the activations of a forward, which are most when gradients are fewest.
 
 Each parameter's gradient is in one state::
 
@@ -16,6 +20,7 @@ What arrived *in this backward*, reduced or not, is the backward's to know, not 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
@@ -143,6 +148,7 @@ class Gradients:
         reduced: the reduced gradients, in the master dtype: ``(copies * n,)`` where they are split, else
             ``(parts * n,)``. Made when needed.
         raw: ``(parts * n,)`` what arrived in a backward and is not yet reduced, in the dtype of the wire.
+        arrived: per parameter (by index), what arrived in this backward and is not in ``raw`` yet.
     """
 
     def __init__(self, bucket: FlatParameters, handle: Handle) -> None:
@@ -155,6 +161,7 @@ class Gradients:
         self.scalings = Scalings(len(bucket.params))
         self.reduced: torch.Tensor | None = None
         self.raw: torch.Tensor | None = None
+        self.arrived: dict[int, torch.Tensor] = {}
         self.reduction: Reduction | None = None
         self._reducing: torch.Tensor | None = None  # the ``raw`` that is being reduced
         self._merge: torch.Tensor | None = None  # what it is reduced to, if that is not its last place
@@ -245,14 +252,40 @@ class Gradients:
         if self.raw is not None and not self.states.any_waits:
             self._close(self.raw)
             self.raw = None
+        self.free_zeroed()
         self._waited = [self.states.waits(i) for i in range(len(shown))]
         return shown
+
+    def free_zeroed(self) -> None:
+        """Free reduced gradients that are split, if the script has zeroed all of them and keeps no handle of one.
+
+        No update may be under way. Pinned memory of the host stays: making it takes longer than a step may.
+        """
+        if self.reduced is None or not self.split or self.on_host or self.reduction is not None:
+            return
+        with torch._C.DisableTorchFunctionSubclass():  # of parameters that are released
+            if any(p.grad is not None for p in self.bucket.params):
+                return
+        if self.states.any_waits or any(_is_kept(handles) for handles in (self._shown, self._unreduced)):
+            return
+        self.bucket.ledger.drop(self.reduced, "gradients")
+        self.reduced = None
+        self._pieces = []
+
+    @property
+    def _at_once(self) -> bool:
+        """Is what arrives copied straight into the reduced gradient?"""
+        return (
+            not self.split
+            and self.bucket.reduce_dtype == self.bucket.master_dtype
+            and self.reduction is None
+            and (self._alone or not self.states.any_reduced)
+        )
 
     def _open_raw(self) -> torch.Tensor:
         """The flat buffer gradients arrive in: the whole gradient itself where that is kept and empty."""
         b = self.bucket
-        in_place = not self.split and b.reduce_dtype == b.master_dtype
-        if in_place and self.reduction is None and (self._alone or not self.states.any_reduced):
+        if self._at_once:
             return self.open()
         return b.ledger.empty(b.layout.numel, b.reduce_dtype, b.device, "gather_buffers")
 
@@ -261,19 +294,41 @@ class Gradients:
             self.bucket.ledger.drop(raw, "gather_buffers")
 
     def arrive(self, index: int, grad: torch.Tensor) -> None:
-        """Copy one gradient into its place as autograd hands it over."""
+        """Take one gradient as autograd hands it over."""
         if self.raw is None:
-            self.raw = self._open_raw()
-        slot, share = self.bucket.layout.slots[index], self.bucket.share
-        place = self.raw[slot.offset : slot.stop].view(slot.shape)
-        # The mean is taken here, in the pass that copies anyway, so that a reduce is a plain sum.
+            if not self._at_once and index not in self.arrived:
+                self.states.arrive(index)
+                self.arrived[index] = grad
+                self.bucket.ledger.adopt(grad, "gather_buffers")
+                return
+            self.collect()
+            self.raw = self.raw if self.raw is not None else self._open_raw()
         more = self._in_place(index)
-        if not self.states.arrive(index) or more:
+        self._put(self.raw, index, grad, add=not self.states.arrive(index) or more)
+
+    def _put(self, raw: torch.Tensor, index: int, grad: torch.Tensor, *, add: bool) -> None:
+        """Copy a gradient to its place in ``raw``, or add it there.
+
+        The mean is taken here, in the pass that copies anyway, so that a reduce is a plain sum.
+        """
+        slot, share = self.bucket.layout.slots[index], self.bucket.share
+        place = raw[slot.offset : slot.stop].view(slot.shape)
+        if add:
             place.add_(grad, alpha=share)
         elif grad.dtype == place.dtype:
             torch.mul(grad, share, out=place)
         else:
             place.copy_(grad).mul_(share)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Copy what has arrived one by one into the flat buffer, and free it."""
+        while self.arrived:
+            if self.raw is None:
+                self.raw = self._open_raw()
+            index, grad = self.arrived.popitem()
+            self._put(self.raw, index, grad, add=self._in_place(index))
+            self.bucket.ledger.drop(grad, "gather_buffers")
 
     def _in_place(self, index: int) -> bool:
         """Is what arrives added to what is reduced already?"""
@@ -283,6 +338,7 @@ class Gradients:
         """Start reducing what arrived; parameters without a gradient on this rank count as zeros."""
         self.finish_reduce()
         self.scalings.forget()
+        self.collect()
         b = self.bucket
         raw = self.raw if self.raw is not None else self._open_raw()
         self.raw = None
@@ -308,6 +364,7 @@ class Gradients:
         """Start the second stage of the reduce, if it has one and the first has ended."""
         if self.reduction is not None:
             self.reduction.advance()
+            self._close_reducing()
 
     def finish_reduce(self) -> None:
         """Wait for the reduce and add its result to what was already there."""
@@ -335,11 +392,14 @@ class Gradients:
             return None
         self.reduction.wait()
         self.reduction = None
-        if self._reducing is None:
-            raise InternalError("a reduce without a buffer has ended", where=f"unit {self.bucket.label}")
-        self._close(self._reducing)
-        self._reducing = None
+        self._close_reducing()
         return self._merge
+
+    def _close_reducing(self) -> None:
+        """The first stage is over: what was sent is not needed any more."""
+        if self._reducing is not None:
+            self._close(self._reducing)
+            self._reducing = None
 
     def _drop_merge(self) -> None:
         if self._merge is not None:
@@ -385,6 +445,7 @@ class Gradients:
     # --- other ends of a backward -------------------------------------------------------------------
     def keep(self) -> None:
         """Take what arrived as it is, without the other ranks. For whole gradients."""
+        self.collect()
         raw, grad = self.raw, self.open()
         if raw is None:
             return
@@ -407,6 +468,8 @@ class Gradients:
 
         Those that waited for their reduce are in one buffer with what arrived: they are lost, and say so when used.
         """
+        while self.arrived:
+            self.bucket.ledger.drop(self.arrived.popitem()[1], "gather_buffers")
         if self.raw is not None:
             self._close(self.raw)
             self.raw = None
@@ -428,6 +491,7 @@ class Gradients:
     # --- what others see ------------------------------------------------------------------------
     def show(self, index: int, param: nn.Parameter) -> None:
         """Put the gradient's public face into ``p.grad``."""
+        self.collect()
         unreduced = self.states[index] is GradState.LOST or (self.states.waits(index) and not self._alone)
         if unreduced and not self.shows_handles:
             if self._unreduced is None:
@@ -509,3 +573,13 @@ class Gradients:
         else:
             return
         raise GradientError(f"the gradient is gone: {why}", where=f"parameter '{self.bucket.names[index]}'", fix=fix)
+
+
+def _is_kept(handles: Sequence[torch.Tensor] | None) -> bool:
+    """Has the script one of these, which no ``p.grad`` shows? It may put it back."""
+    return bool(handles) and _references(handles) > _references([object()])
+
+
+def _references(items: Sequence[object] | None) -> int:
+    """The most that anything in a list is referred to, the list and this look included."""
+    return max(sys.getrefcount(item) for item in items or ())

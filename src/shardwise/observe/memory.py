@@ -53,7 +53,7 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _plain(t)}
         out = func(*args, **(kwargs or {}))
-        if not self.paused:
+        if not self.paused and func._schema.name != "aten::set_":  # which takes memory that is there
             for t in tree_iter(out):
                 if _plain(t) and t.untyped_storage()._cdata not in before:
                     self._follow(t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,12 @@ def reset_stats(module: nn.Module | None = None) -> None:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the formulas say for one rank and one step (bytes)."""
+    """What the formulas say for one rank and one step (bytes).
+
+    Attributes:
+        peak: most bytes of all states together, beside activations and the optimizer's temporaries, in a step of one
+            micro-batch whose gradients are set to ``None`` before the next.
+    """
 
     sent_per_step: int
     parameters: int
@@ -113,6 +119,7 @@ class Expected:
     optimizer: int
     gather_buffers: int
     offload_buffers: int = 0
+    peak: int = 0
 
     @property
     def states(self) -> int:
@@ -131,25 +138,35 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
     along the replicate axis) and a gather (S-1)/S · P. Split parameters are gathered for forward and for backward,
     but for the root's own and the last two units, which stay; whole ones with split optimizer state once per step.
     ``gather_buffers`` bounds what comes and goes: the values of the root's own and two other units, their arriving
-    gradients where gradients are split, and what one reduce receives. ``offload_buffers`` lacks padding: 64 bytes per
-    state tensor and 4 KiB per buffer at most.
+    gradients where gradients are split, and what one reduce receives, or adds to what is there. ``offload_buffers``
+    lacks padding: 64 bytes per state tensor and 4 KiB per buffer at most. ``peak``: see :func:`_peak`.
     """
     engine = require_engine(module)
     row = Strategy.parse(strategy) if strategy is not None else engine.strategy
     return _formula(engine, row, optimizer_tensors)
 
 
+@dataclass
+class _Coming:
+    """What comes and goes with one unit, in bytes."""
+
+    values: int = 0  # gathered
+    arrived: int = 0  # gradients as autograd made them
+    flat: int = 0  # gradients on their way into the reduce
+    reduced: int = 0  # gradients, where they are split
+    received: int = 0  # by its reduce, beyond what becomes the sum
+
+
 def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
-    own = row == engine.strategy
+    own, size = row == engine.strategy, engine.world.size
     sent = parameters = gradients = optimizer = largest = 0
-    values: list[int] = []  # per unit: bytes of gathered values, of what arrives in a backward
-    arriving: list[int] = []
+    units: list[_Coming] = []
     ahead = split = 0
     for unit in engine.units:
-        values.append(0)
-        arriving.append(0)
+        coming = _Coming()
+        units.append(coming)
         for b in unit.buckets:
-            plan = b.placement if own else _placed(row, b, engine.world.size)
+            plan = b.placement if own else _placed(row, b, size)
             ranks, n = plan.ranks, b.layout.shard_numel
             kept = 1 - row.offload_ratio if plan.state_on_disk else 1.0  # the part that stays in memory
             master, shard, flat = (plan.nbytes(x, n) for x in (plan.master, plan.shard, plan.values))
@@ -163,27 +180,65 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
             # What comes and goes.
             if plan.released:
                 gathers = 1 if unit in engine.forward.stay_gathered else 2
-                values[-1] += flat
+                coming.values += flat
                 ahead = max(ahead, row.offload_prefetch if plan.params_offloaded else 0)
             else:
                 gathers = 1 if plan.split_state and plan.trainable else 0
             sent += gathers * (ranks.shard - 1) * (flat // ranks.shard)
             if plan.trainable:
-                wire = plan.nbytes(plan.arriving, n)
+                wire, grads = plan.nbytes(plan.arriving, n), plan.nbytes(plan.grads, n)
                 sent += (ranks.parts - 1) * (wire // ranks.parts) + (ranks.copies - 1) * n * plan.master.width
-                gradients += plan.nbytes(plan.grads, n)
+                gradients += grads
                 optimizer += round(kept * tensors * plan.nbytes(plan.state, n))
                 on_disk = plan.params_on_disk and not plan.follows_home
                 through = (tensors + plan.follows_home if plan.state_on_disk else 0) + on_disk
                 low = shard if plan.params_on_disk and plan.follows_home else 0
                 largest = max(largest, through * master + low)
-                arriving[-1] += wire
+                apart = plan.grads_split or plan.wire_dtype != plan.master.dtype
+                coming.arrived += flat if apart else 0
+                coming.flat += wire
+                coming.reduced += grads if plan.grads_split and not plan.grads_on_host else 0
+                there = int(plan.grads_split and not plan.grads_on_host and plan.wire_dtype == plan.master.dtype)
+                if not engine.mesh.whole.builtin:
+                    coming.received += wire // size * max(0, size - 1 - there)
+                elif ranks.shard > 1 and not there:
+                    coming.received += wire // ranks.shard
                 split |= plan.grads_split and ranks.shard > 1
-    size = engine.world.size
-    buffers = _root_and(2 + ahead, values) + max(arriving) * (size - 1) // size
+    buffers = _root_and(2 + ahead, [u.values for u in units])
+    buffers += max(u.flat for u in units) * (size - 1) // size
     if split:
-        buffers += _root_and(2, arriving)
-    return Expected(sent, parameters, gradients, optimizer, buffers, row.offload_buffers * largest)
+        buffers += _root_and(2, [u.flat for u in units])
+    through = row.offload_buffers * largest
+    kept_bytes = parameters + gradients + optimizer - sum(u.reduced for u in units) + through
+    peak = kept_bytes + _peak(units, 1 + ahead)
+    return Expected(sent, parameters, gradients, optimizer, buffers, through, peak)
+
+
+def _peak(units: Sequence[_Coming], ahead: int) -> int:
+    """The most bytes that come and go at one moment of a backward, of units in the order of the forward.
+
+    A backward computes with the values of a unit and of those gathered ahead, beside the root's own. Its gradients stay
+    as autograd made them until it is over, while those of the unit before are reduced. Then they are copied into their
+    flat buffer. What was reduced before has become this rank's.
+    """
+    *below, root = units
+    found, reduced = [0], 0
+    before: _Coming | None = None
+    for k, unit in reversed(list(enumerate(below))):
+        values = root.values + sum(u.values for u in below[max(0, k - ahead) : k])
+        computing = unit.values + unit.arrived
+        if before is not None:
+            computing += (before.flat if before.arrived else 0) + before.received
+        copying = unit.arrived + unit.flat if unit.arrived else 0
+        found.append(values + root.arrived + reduced + max(computing, copying))
+        reduced += unit.reduced
+        before = unit
+    if before is not None:
+        found.append(root.values + root.arrived + (before.flat if before.arrived else 0) + before.received + reduced)
+    ends = [root.arrived + root.flat if root.arrived else 0]
+    ends.append((root.flat if root.arrived else 0) + root.received + root.reduced)
+    found.append(root.values + reduced + max(ends))
+    return max(found)
 
 
 def _placed(row: Strategy, bucket: Bucket, size: int) -> Placement:
