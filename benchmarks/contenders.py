@@ -81,7 +81,7 @@ class Contender:
     @property
     def imports(self) -> list[str]:
         """Modules that its library imports late."""
-        own = {"Shardwise": ["shardwise"], "DeepSpeed": ["deepspeed"]}.get(self.library, ["torch.distributed.fsdp"])
+        own = {"Shardwise": ["shardwise.fsdp"], "PyTorch": ["torch.distributed.fsdp"]}.get(self.library, ["deepspeed"])
         return ["torch._dynamo", "torch.distributed.optim", *own]
 
 

@@ -1,4 +1,4 @@
-"""The model that the benchmarks on a CPU train, its data, and the two settings of the peer comparison."""
+"""The model that the benchmarks on a CPU train, its data, and the settings of the peer comparison."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ SETTINGS = {
     for s in (
         Setting("comm", 1, 64, "bound by communication: micro-batch 1 x 64 tokens"),
         Setting("compute", 4, 128, "bound by computation: micro-batch 4 x 128 tokens"),
+        Setting("deep", 4, 128, "38 M in 12 blocks: micro-batch 4 x 128 tokens", Shape(layers=12, vocab=256)),
     )
 }
 
