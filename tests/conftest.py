@@ -17,3 +17,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def _no_process_is_left_behind() -> Iterator[None]:
     yield
     processes.end_all()
+
+
+@pytest.fixture(scope="session")
+def simulated_device() -> None:
+    """The simulated accelerator is built. It is loaded in the processes of ``ranks.run(..., device="sim")`` only."""
+    from simulated_device import NoCompiler, build
+
+    try:
+        build()
+    except NoCompiler as error:
+        pytest.skip(str(error))

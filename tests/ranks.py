@@ -3,6 +3,9 @@
 ``run(world, function, *args)`` calls a module-level function on every rank of a gloo process group and
 returns the results by rank. A rank that raises, or does not answer in time, fails the test with every
 rank's traceback; the pool of that size is then thrown away, since its ranks may disagree about what comes next.
+
+With ``device="sim"`` the ranks have a simulated accelerator, ``sim:0`` is theirs, and a function during which two
+operations raced there fails its test (see simulated_device/README.md).
 """
 
 from __future__ import annotations
@@ -19,26 +22,26 @@ from typing import Any
 import processes
 
 _TIMEOUT = 120.0
-_pools: dict[int, _Pool] = {}
+_pools: dict[tuple[str, int], _Pool] = {}
 
 
-def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    pool = _pools.get(world)
+def run(world: int, function: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
+    pool = _pools.get((device, world))
     if pool is None:
-        pool = _pools[world] = _Pool(world)
+        pool = _pools[device, world] = _Pool(device, world)
     return pool.run(function, args)
 
 
 class _Pool:
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, device: str, world: int) -> None:
+        self.device, self.world = device, world
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.pipes: list[Any] = []
         self.processes: list[processes.Process] = []
         for rank in range(world):
-            process, pipe = processes.fork(_serve, rank, world, port, number=rank, connected=True)
+            process, pipe = processes.fork(_serve, device, rank, world, port, number=rank, connected=True)
             processes.keep(process)
             self.pipes.append(pipe)
             self.processes.append(process)
@@ -73,7 +76,7 @@ class _Pool:
         return results
 
     def close(self) -> None:
-        _pools.pop(self.world, None)
+        _pools.pop((self.device, self.world), None)
         for process in self.processes:
             process.kill()
         for pipe in self.pipes:
@@ -86,15 +89,19 @@ def close_all() -> None:
         pool.close()
 
 
-def _serve(pipe: Any, rank: int, world: int, port: int) -> None:
+def _serve(pipe: Any, device: str, rank: int, world: int, port: int) -> None:
     os.environ.update(processes.rank_environment(rank, world, port))
     import torch
 
     import shardwise
 
     torch.set_num_threads(1)
-    if world > 1:
-        shardwise.init("cpu", timeout=60)
+    if device == "sim":
+        import simulated_device
+
+        simulated_device.install().configure(check="count")
+    if world > 1 or device == "sim":
+        shardwise.init("cpu" if device == "cpu" else f"{device}:0", timeout=60)
     while True:
         try:
             function, args = pipe.recv()
@@ -102,6 +109,17 @@ def _serve(pipe: Any, rank: int, world: int, port: int) -> None:
             os._exit(0)
         try:
             torch.manual_seed(0)
-            pipe.send((True, function(*args)))
+            value = function(*args)
+            if device == "sim":
+                _assert_no_races()
+            pipe.send((True, value))
         except BaseException:  # noqa: BLE001  (whatever it is, the test must hear of it)
             pipe.send((False, traceback.format_exc()))
+
+
+def _assert_no_races() -> None:
+    import torch
+
+    races = torch.sim.races()
+    torch.sim.forget_races()
+    assert not races, "\n".join([f"{len(races)} races, the first:", *races[:5]])

@@ -1,0 +1,12 @@
+// All sources as one: torch's headers are most of what there is to compile, and are read once.
+#include "allocator.cpp"
+#include "autocast.cpp"
+#include "bindings.cpp"
+#include "checker.cpp"
+#include "guard.cpp"
+#include "kernels.cpp"
+#include "memory.cpp"
+#include "operators.cpp"
+#include "pinned.cpp"
+#include "runtime.cpp"
+#include "simccl.cpp"
