@@ -100,7 +100,7 @@ def _serve(pipe: Any, device: str, rank: int, world: int, port: int) -> None:
         import simulated_device
 
         simulated_device.install().configure(check="count")
-    if world > 1 or device == "sim":
+    if world > 1 or device != "cpu":
         shardwise.init("cpu" if device == "cpu" else f"{device}:0", timeout=60)
     while True:
         try:

@@ -17,25 +17,18 @@ from shardwise.compat.memory import release_memory
 from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_first_batches
 from shardwise.engine.build import shard
-from shardwise.engine.deferred import Deferred, has_meta
+from shardwise.engine.deferred import Deferred
 from shardwise.engine.elementwise import check, needs_whole_tensors
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.mixed_precision import compute_in
+from shardwise.engine.move import move
 from shardwise.engine.optimizer import attach
 from shardwise.errors import DataError, UnitError
 from shardwise.optimizer import AcceleratedOptimizer
 from shardwise.scheduler import AcceleratedScheduler
 from shardwise.strategy import Strategy
 from shardwise.trees import map_tensors
-
-
-def _move(model: nn.Module, device: torch.device) -> None:
-    """All but what is on the meta device, which gets its memory where it is sharded."""
-    if has_meta(model):
-        model._apply(lambda t: t if t.is_meta else t.to(device))
-    else:
-        model.to(device)
 
 
 class Preparing(Base):
@@ -114,7 +107,7 @@ class Preparing(Base):
         if evaluation_mode and not chosen.split_params and engine_of(model) is None:
             self._check_device_map(model)
             if self.device_placement if device_placement is None else device_placement:
-                _move(model, self.device)
+                move(model, self.device)
             Deferred(model, self.device, self._param_init_fn).materialise_all()
             if chosen.param_dtype in HALVES:
                 compute_in(model, chosen)
@@ -141,7 +134,7 @@ class Preparing(Base):
             for optimizer in holding:
                 check(optimizer, [])  # before anything is changed: will it ever work?
             if self.device_placement if placement is None else placement:
-                _move(model, self.device)
+                move(model, self.device)
             chosen = self.strategy if strategy is None else self._in_precision(Strategy.parse(strategy))
             if any(needs_whole_tensors(o) for o in holding):
                 chosen = chosen.replace(layout="tensor")

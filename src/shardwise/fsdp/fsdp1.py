@@ -14,6 +14,7 @@ from shardwise import device as devices
 from shardwise.comm import World
 from shardwise.engine.gathered import gathered
 from shardwise.engine.hooks import engine_of
+from shardwise.engine.move import move
 from shardwise.engine.select import UnitRule
 from shardwise.errors import LeftOut, StrategyError
 from shardwise.fsdp.arguments import entry_of, offloads, parameters_of, precision_of, preset_of
@@ -294,8 +295,7 @@ def _move(module: nn.Module, device_id: int | torch.device | None) -> None:
     """Where torch would take a module that is on the CPU."""
     if device_id is None:
         return
-    device = devices.named(device_id)
-    module._apply(lambda t: t if t.is_meta else t.to(device))
+    move(module, devices.named(device_id))
 
 
 def _without_wrappers(name: str) -> str:
