@@ -7,6 +7,8 @@ import pytest
 
 import processes
 
+pytest_plugins = ["sharing"]
+
 # With it, a print() is two writes, and the lines of several processes that share a pipe come out mixed.
 os.environ.pop("PYTHONUNBUFFERED", None)
 # Before torch is imported. The models are tiny: more threads only wait for each other, long on a busy machine.
