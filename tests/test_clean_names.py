@@ -64,9 +64,18 @@ def crossing(path, strategy, saved_as, loaded_as):
     return values
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-@pytest.mark.parametrize("kind", ["checkpoint_wrapper", "compiled", "both"])
-def test_runs_with_and_without_wrappers_read_each_others_checkpoints(tmp_path, strategy, kind):
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        ("both", "ddp"),
+        ("both", "zero3"),
+        ("compiled", "zero3"),
+        ("checkpoint_wrapper", "ddp"),
+        pytest.param("compiled", "ddp", marks=pytest.mark.slow),
+        pytest.param("checkpoint_wrapper", "zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_runs_with_and_without_wrappers_read_each_others_checkpoints(tmp_path, kind, strategy):
     for world in (1, 2):
         for saved_as, loaded_as in ((kind, "none"), ("none", kind)):
             path = tmp_path / f"{world} {saved_as}"

@@ -21,7 +21,7 @@ STEPS = 6
 
 @pytest.mark.parametrize(
     "preset",
-    [*(pytest.param(p, marks=pytest.mark.slow) for p in PRESETS[:-1]), "zero3", "zero3,offload_optimizer=nvme"],
+    [*(pytest.param(p, marks=pytest.mark.slow) for p in PRESETS), "zero3,offload_optimizer=nvme"],
 )
 def test_demo_states_what_happened(preset: str, tmp_path: Path) -> None:
     code, out, err = command(

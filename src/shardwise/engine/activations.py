@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from shardwise.engine.binding import binding_of
 from shardwise.engine.engine import Engine
 from shardwise.engine.saved_tensors import SavedTensors, SavedView
+from shardwise.engine.uncompiled import uncompiled_itself
 from shardwise.errors import StrategyError, UnitError
 from shardwise.strategy import Strategy
 from shardwise.tiers.saved_tensors import SavedOnHost
@@ -113,7 +114,7 @@ def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return next((type(value).__name__ for value in args if hasattr(value, "get_seq_length")), "")
 
 
-@functools.partial(torch.compiler.disable, recursive=False)
+@uncompiled_itself
 def _offloaded(forward: WrappedForward, saved: SavedOnHost, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In a compiled model the hooks stay outside of what is compiled."""
     with saved.hooks():

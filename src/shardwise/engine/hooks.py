@@ -13,6 +13,7 @@ from torch import nn
 
 from shardwise.engine.binding import Installed, bind, binding_of
 from shardwise.engine.engine import Engine
+from shardwise.engine.uncompiled import uncompiled
 
 ENGINE = "_shardwise_engine"
 
@@ -41,13 +42,13 @@ def engine_of(module: nn.Module) -> Engine | None:
     return found
 
 
-@torch.compiler.disable
+@uncompiled
 def _root_enters(module: nn.Module, args: Any) -> None:
     engine: Engine = vars(module)[ENGINE]
     engine.before_forward()
 
 
-@torch.compiler.disable
+@uncompiled
 def _enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
     bound = binding_of(module)
     assert bound is not None
@@ -56,7 +57,7 @@ def _enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
     return bound.forward.enter(bound.unit, args, kwargs)
 
 
-@torch.compiler.disable
+@uncompiled
 def _leave(module: nn.Module, args: Any, output: Any) -> Any:
     bound = binding_of(module)
     assert bound is not None

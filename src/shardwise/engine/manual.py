@@ -15,6 +15,7 @@ from torch import nn
 from shardwise.engine.binding import binding_of
 from shardwise.engine.engine import Engine
 from shardwise.engine.residency import Pin
+from shardwise.engine.uncompiled import uncompiled
 from shardwise.engine.unit import Unit, unit_of
 
 _MANUAL = "_shardwise_manual"
@@ -142,7 +143,7 @@ def _let_go(unit: Unit) -> None:
         unit.residence.unpin(Pin.USER)
 
 
-@torch.compiler.disable
+@uncompiled
 def _before_forward(module: nn.Module, args: Any) -> None:
     bound = binding_of(module)
     if bound is None:
