@@ -115,7 +115,8 @@ class Attachment:
             engine.recover()
             engine.check()
         for unit in self.known.moving:
-            unit.reconcile()
+            if unit.apart or unit.updating or unit.failure is not None:
+                unit.reconcile()
 
     def exchange(self, *, grads: bool = False, loading: bool = False) -> None:
         """Parameters out, pieces in.

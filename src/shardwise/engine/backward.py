@@ -207,7 +207,8 @@ class Backward:
     def start(self, keep_graph: bool = False) -> None:
         """Nothing has arrived yet and nothing is launched."""
         for unit in self.moving:
-            unit.finish_update()
+            if unit.updating or unit.failure is not None:
+                unit.finish_update()
         self.passes.backward = True
         self.count += 1
         run = self._run = _Run(self.units, keep_graph)
@@ -265,6 +266,8 @@ class Backward:
         """The backward of ``now`` begins: what came after it in the forward is over."""
         if not run.open or run.open[-1] is now:
             return
+        if len(run.open) == 1 and run.open[0] is now.parent and now.parent.parent is None:
+            return  # the root's, which this is inside of
         around = list(now.around())
         for call in [c for c in run.open if c not in around]:
             if number is not None and number >= call.since and now in call.around():

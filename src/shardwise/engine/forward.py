@@ -143,7 +143,7 @@ class Forward:
         elif parent is not None:
             self._parents[unit.index] = parent
         call = Call(unit, parent) if torch.is_grad_enabled() else None
-        self._running.append(_Running(unit, call, self._autocast(unit)))
+        self._running.append(_Running(unit, call, self._autocast(unit) if unit.strategy.autocast else None))
         self.tracker.phase, self.tracker.unit = "forward", unit.label
         if self.passes.backward:  # recomputing under activation checkpointing
             unit.gather()
@@ -155,6 +155,8 @@ class Forward:
                 self.prefetch(following)
             if call is not None:
                 unit.calls_made += 1
+        if unit.strategy.param_dtype is None:
+            return None
         dtype = param_dtype(unit.strategy)
         if dtype is None or unit.strategy.autocast or not any(b.dtype.is_floating_point for b in unit.buckets):
             return None

@@ -31,7 +31,7 @@ from torch import nn
 from shardwise.comm.joined import JoinedReduction
 from shardwise.comm.reduction import Reduction
 from shardwise.engine.flat import FlatParameters
-from shardwise.engine.scalings import Scaling, Scalings
+from shardwise.engine.scalings import Scaling, Scalings, Unasked
 from shardwise.errors import GradientError, InternalError
 from shardwise.tiers.aligned import padded
 from shardwise.tiers.home import BufferLease
@@ -178,7 +178,7 @@ class Gradients:
         # Alone, nothing is to be reduced: gradients add up in their last place, whatever is there already.
         self._alone = bucket.mesh.parts == 1 and not self.split and bucket.reduce_dtype == bucket.master_dtype
         self.states = GradStates(len(bucket.params), bucket.label)
-        self.scalings = Scalings(len(bucket.params))
+        self.scalings = Scalings(len(bucket.params)) if plan.grads_cross else Unasked()
         self.reduced: torch.Tensor | None = None
         self.raw: torch.Tensor | None = None
         self.arrived: dict[int, torch.Tensor] = {}
@@ -205,7 +205,8 @@ class Gradients:
     def open(self) -> torch.Tensor:
         """The reduced gradients; zeros if there are none yet."""
         self.bucket.finish_update()
-        self._land()
+        if self._crossing is not None:
+            self._land()
         if self._sent is not None:  # whoever looks may write: zero_grad(set_to_none=False) does
             self._sent.wait()
             self._sent = None

@@ -110,6 +110,7 @@ class Unit:
         slots: one per parameter, bucket by bucket.
         places: per parameter (by ``id``), its bucket and index, in the order of ``slots``.
         unwatched: slots whose gradients would have to be listened to, and are not, since their parameters need none.
+        apart: values of some bucket are another tensor than the master values.
         released: values of some bucket come and go. ``settled``: nothing of any bucket ever moves.
         offloaded: what gathers read is at another home.
         residence: where the values are, and who needs them.
@@ -149,6 +150,7 @@ class Unit:
                 mark(p, self, names[0])
                 self.slots.append(Slot(self, bucket, i, p, names, [holders(n) for n in names]))
         self.places = {id(s.param): (s.bucket, s.index) for s in self.slots}
+        self.apart = any(not b.placement.aliased for b in self.buckets)
         self.settled = all(b.placement.settled for b in self.buckets)
         self.unwatched = [s for s in self.slots if not s.bucket.placement.settled]
         self.released = any(b.placement.released for b in self.buckets)
@@ -502,9 +504,11 @@ class Unit:
 
     def reconcile_values(self) -> None:
         """What the script wrote to values goes to the master values, if they are another tensor."""
+        if not self.apart:
+            return  # they are one tensor
         if self.released:
             self.take_writes()
-        for b in self.buckets:  # where they are one tensor, they agree
+        for b in self.buckets:
             if not (b.placement.released or b.placement.aliased) and b.written():
                 self.finish_transfers()
                 b.note()  # first, for the same reason
