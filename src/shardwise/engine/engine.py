@@ -208,7 +208,7 @@ class Engine:
         backward (batch norms do, and do not use it in training) is not taken for a mistake of the script.
         """
         kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-        for b in self.module.buffers():
+        for b in self.module.buffers() if self.integrity is None else self.integrity.buffers:
             if b.numel():
                 kinds.setdefault((b.dtype, b.device), []).append(b)
         with torch.no_grad():

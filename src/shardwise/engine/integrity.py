@@ -50,7 +50,7 @@ class _Seen:
         return True
 
 
-_PARAMS, _CHILDREN = attrgetter("_parameters"), attrgetter("_modules")
+_PARAMS, _BUFFERS, _CHILDREN = map(attrgetter, ("_parameters", "_buffers", "_modules"))
 
 
 def _all(modules: Iterable[nn.Module], kind: Callable[[Any], dict[str, Any]]) -> Iterator[Any]:
@@ -96,6 +96,12 @@ class Integrity:
     def look(self) -> None:
         """From here on, the model is as it is now."""
         self._seen = _Seen.of(self.root)
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """As ``root.buffers()`` has them, without a walk through the modules: they are the same as at the last look."""
+        found = _all(self._seen.modules, _BUFFERS)
+        return list({id(b): b for b in found if b is not None}.values())
 
     def copied(self, of: Callable[[Any], Any]) -> Integrity:
         """The same of a copy of the model; ``of`` gives the copy of a module or parameter."""

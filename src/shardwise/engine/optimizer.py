@@ -364,7 +364,8 @@ def _after_step(record: Attachment, optimizer: Optimizer, args: Any, kwargs: Any
             buckets = [b for b in unit.buckets if id(b) in stepped]
             if not buckets:
                 continue
-            if known.with_home and deferred_update.some_deferred(optimizer, buckets):  # on all ranks alike, whatever this one holds
+            # On all ranks alike, whatever this one holds.
+            if known.with_home and deferred_update.some_deferred(optimizer, buckets):
                 unit.defer_update([updates[id(b)] for b in buckets if id(b) in updates], buckets)
             else:
                 changed.append((unit, buckets))
