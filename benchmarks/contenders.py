@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gpt import Block, Setting, loss_of, make_model
+from gpt import BLOCKS, Setting, loss_of, make_model
 
 LEARNING_RATE = 3e-4
 
@@ -89,6 +89,11 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=LEARNING_RATE, fused=True)
 
 
+def _plain(setting: Setting) -> Trainer:
+    model = make_model(setting.shape)
+    return Trainer(model, adamw(model.parameters()))
+
+
 def _ddp(views: bool) -> Callable[[Setting], Trainer]:
     def build(setting: Setting) -> Trainer:
         model = nn.parallel.DistributedDataParallel(make_model(setting.shape), gradient_as_bucket_view=views)
@@ -114,7 +119,7 @@ def _fsdp1(strategy: str) -> Callable[[Setting], Trainer]:
 
         model = FullyShardedDataParallel(
             make_model(setting.shape),
-            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            auto_wrap_policy=ModuleWrapPolicy(BLOCKS),
             sharding_strategy=ShardingStrategy[strategy],
             use_orig_params=True,
             device_id=torch.device("cpu"),
@@ -206,6 +211,7 @@ def _shardwise(strategy: str) -> Callable[[Setting], Trainer]:
 
 
 CONTENDERS = (
+    Contender("plain", "plain torch, one rank", "none", _plain),
     Contender("ddp", "torch DDP", "ddp", _ddp(views=False)),
     Contender("ddp-views", "torch DDP, bucket views", "ddp", _ddp(views=True)),
     Contender("sw-ddp", "shardwise ddp", "ddp", _shardwise("ddp")),
@@ -237,7 +243,10 @@ def choose(keys: list[str] | None, nproc: int) -> tuple[list[Contender], list[st
     for c in CONTENDERS:
         if keys is not None and c.key not in keys:
             continue
-        if c.stage == "hsdp" and (nproc < 4 or nproc % 2):
+        if c.stage == "none" and nproc > 1:
+            if keys is not None:
+                notes.append(f"{c.label} skipped: it is for one rank")
+        elif c.stage == "hsdp" and (nproc < 4 or nproc % 2):
             if keys is not None:
                 notes.append(f"{c.label} skipped: it needs an even number of at least 4 ranks")
         elif c.library == "DeepSpeed" and not have_deepspeed:

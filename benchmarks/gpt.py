@@ -1,8 +1,9 @@
-"""The model that the benchmarks on a CPU train, its data, and the settings of the peer comparison."""
+"""The models that the benchmarks on a CPU train, their data, and the settings of the peer comparison."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,25 @@ class Shape:
         block = 12 * self.width**2 + 13 * self.width
         return self.layers * block + (2 * self.vocab + self.context + 2) * self.width
 
+    def build(self) -> nn.Module:
+        return GPT(self)
+
+
+@dataclass(frozen=True)
+class SmallShape(Shape):
+    """The sizes of a :class:`Small`: hardly anything to compute, so that what is left is what a library does."""
+
+    layers: int = 64
+    width: int = 32
+    vocab: int = 64
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * 2 * (self.width + 1) * self.width
+
+    def build(self) -> nn.Module:
+        return Small(self)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -44,6 +64,7 @@ SETTINGS = {
         Setting("comm", 1, 64, "bound by communication: micro-batch 1 x 64 tokens"),
         Setting("compute", 4, 128, "bound by computation: micro-batch 4 x 128 tokens"),
         Setting("deep", 4, 128, "38 M in 12 blocks: micro-batch 4 x 128 tokens", Shape(layers=12, vocab=256)),
+        Setting("small", 1, 8, "many small units: 64 blocks of two 32 x 32 layers, 8 rows", SmallShape()),
     )
 }
 
@@ -86,10 +107,37 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def make_model(shape: Shape) -> GPT:
+class SmallBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Small(nn.Module):
+    """Blocks between a table and its transpose, which are fixed."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(shape.vocab, shape.width), persistent=False)
+        self.blocks = nn.ModuleList(SmallBlock(shape.width) for _ in range(shape.layers))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table[ids]
+        for block in self.blocks:
+            x = block(x)
+        return x @ self.table.T * 0.05
+
+
+BLOCKS = {Block, SmallBlock}
+
+
+def make_model(shape: Shape) -> Any:
     """The same initial values on every rank and for every contender."""
     torch.manual_seed(0)
-    return GPT(shape)
+    return shape.build()
 
 
 def batch(setting: Setting, step: int, rank: int) -> torch.Tensor:

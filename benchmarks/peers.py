@@ -30,6 +30,7 @@ from report import RESULTS, head, paired, quartiles, save
 
 WARM_UP = 3  # rounds and, alone, turns
 PASSES = 4  # batches, which come again and again: a contender that does not learn them does not train
+REFERENCES = ("plain", "ddp", "ddp-views", "fsdp2")  # what every contender is also compared to
 FIRST_TOLERANCE, TOLERANCE = 1e-5, 1e-3  # relative, on losses: after the warm-up, and after all rounds
 
 
@@ -118,6 +119,12 @@ def measure_time(field: list[Contender], setting: Setting, nproc: int, rounds: i
     for c in field:
         cpu = statistics.median(s for r in by_rank for s in r["cpu"][c.key])
         entry = {"step_s": quartiles(times[c.key]), "cpu_s_per_rank": cpu, "to_ddp": paired(times[c.key], times["ddp"])}
+        cpus = {k: [sum(turn) for turn in zip(*(r["cpu"][k] for r in by_rank), strict=True)] for k in keys}
+        for base in REFERENCES:
+            if base in keys:
+                name = base.replace("-", "_")
+                entry[f"to_{name}"] = paired(times[c.key], times[base])
+                entry[f"cpu_to_{name}"] = paired(cpus[c.key], cpus[base])
         peers = [p.key for p in field if p.stage == c.stage and p.library != "Shardwise"]
         if c.library == "Shardwise" and peers:
             best = min(peers, key=lambda k: statistics.median(times[k]))
@@ -145,13 +152,13 @@ def table(field: list[Contender], result: dict[str, Any]) -> str:
     memory = result.get("memory", {})
     lines = [
         "| contender | stage | step ms | CPU ms | to torch DDP (quartiles) | to best peer of the stage "
-        "| peak MB | states MB | wire MB per step |",
-        "|---|---|---:|---:|---|---|---:|---:|---:|",
+        "| peak MB | states MB | wire MB per step | to " + ", ".join(REFERENCES) + " (CPU) |",
+        "|---|---|---:|---:|---|---|---:|---:|---:|---|",
     ]
     labels = {c.key: c.label for c in field}
     for c in field:
         t, m = times.get(c.key), memory.get(c.key)
-        cells = [c.label, c.stage, *[""] * 7]
+        cells = [c.label, c.stage, *[""] * 8]
         if t:
             r, best = t["to_ddp"], t.get("to_best_peer")
             cells[2] = f"{t['step_s']['median'] * 1e3:.0f}"
@@ -159,6 +166,11 @@ def table(field: list[Contender], result: dict[str, Any]) -> str:
             cells[4] = f"{r['median']:.3f} ({r['q1']:.3f} to {r['q3']:.3f})"
             if best:
                 cells[5] = f"{best['median']:.3f} ({best['q1']:.3f} to {best['q3']:.3f}), {labels[best['peer']]}"
+            names = [base.replace("-", "_") for base in REFERENCES]
+            cells[9] = ", ".join(
+                f"{t[f'to_{n}']['median']:.2f} ({t[f'cpu_to_{n}']['median']:.2f})" if f"cpu_to_{n}" in t else "-"
+                for n in names
+            )
         if m:
             cells[6:8] = [f"{m[k] / 1e6:.0f}" for k in ("peak", "states")]
             cells[8] = "" if m["wire"] is None else f"{m['wire'] / 1e6:.1f}"

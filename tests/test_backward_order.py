@@ -58,8 +58,11 @@ class Record:
 
 
 def sharded(model: nn.Module, tmp_path: Any = None, units: Any = None) -> Record:
-    """``tmp_path``: parameters are offloaded there, so that values come and go on one rank, too."""
-    strategy = "ddp" if tmp_path is None else f"zero3,offload_params=nvme,nvme_path={tmp_path}"
+    """``tmp_path``: parameters are offloaded there, so that values come and go on one rank, too.
+
+    Without it gradients cross in another dtype, so that there is something to reduce.
+    """
+    strategy = "ddp,reduce_dtype=bf16" if tmp_path is None else f"zero3,offload_params=nvme,nvme_path={tmp_path}"
     shardwise.fully_shard(model, strategy=strategy, units=units)
     return Record(model)
 

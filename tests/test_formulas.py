@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +12,18 @@ import torch
 import shardwise
 from models import LM, PRESETS, batch, loss_of, make, rank
 from ranks import run
+from shardwise.comm import joined
 
 SIZES = {"d": 64, "layers": 4, "vocab": 97}
 
 
-def measured(strategy: str):
+def measured(strategy: str, joins: bool = False):
+    """``joins``: these small units travel together, as they do by themselves."""
+    with nullcontext() if joins else mock.patch.object(joined, "JOINED_BYTES", 0):
+        return _measured(strategy)
+
+
+def _measured(strategy: str):
     model = shardwise.fully_shard(make(**SIZES), strategy=strategy)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
@@ -94,6 +102,16 @@ def test_live_bytes_at_the_peak(world, strategy):
         assert steps[2] == steps[3] == steps[4], "nothing piles up"
         assert 0.98 * formula <= steps[3] <= formula
         assert steps[3] <= metered <= 1.02 * formula + 3 * largest, "what is not counted by state is one layer's"
+
+
+@pytest.mark.parametrize("strategy", PRESETS)
+def test_what_travels_together_costs_no_more_than_the_formula_says(strategy):
+    apart, together = run(2, measured, strategy)[0], run(2, measured, strategy, True)[0]
+    assert together[0] == apart[0], "the same bytes are sent"
+    calls = [sum(c.calls for kind, c in one[1].comm.items() if kind != "control") for one in (apart, together)]
+    assert calls[1] <= calls[0] // 2
+    assert apart[3]["gather_buffers"] < together[3]["gather_buffers"] <= together[2].gather_buffers
+    assert together[4] - apart[4] <= 3 * joined.JOINED_BYTES
 
 
 def shrinking() -> list[int]:

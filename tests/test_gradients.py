@@ -150,7 +150,7 @@ class Values(RuleBasedStateMachine):
         gone: parameters whose gradient an update has spent, or a failed backward has lost.
     """
 
-    strategy = "ddp"
+    strategy = "ddp,optimizer_in_backward=true"  # otherwise they are left to autograd
     separate = False
 
     @initialize()

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from shardwise.strategy import Strategy
 
@@ -108,6 +109,8 @@ class Placement:
         state: optimizer state, per tensor of it; ``None`` for frozen parameters.
         grads: reduced gradients; ``None`` for frozen parameters.
         arriving: the gradients of one backward, until they are reduced, in the dtype that crosses the wire.
+        settled: nothing of it ever moves: values are whole and the master values, and this rank is alone, so that
+            gradients are nobody else's. Nothing is left to do for it in a forward, a backward or a step.
         aliased: master values are a view of the values: a write to either is a write to both.
         separate: the device has memory of its own, so that homes on the host are another memory.
         step_on_host: the update runs on the host: master values and state are not in the device's memory.
@@ -122,65 +125,66 @@ class Placement:
     state: BufferPlan | None
     grads: BufferPlan | None
     arriving: BufferPlan | None
+    settled: bool
     aliased: bool
     separate: bool
     step_on_host: bool
     steps_apart: bool
 
     # --- questions about it --------------------------------------------------------------------
-    @property
+    @cached_property
     def released(self) -> bool:
         """Do values come with a gather and go with a release?"""
         return self.values.lifetime is Lifetime.GATHERED
 
-    @property
+    @cached_property
     def source(self) -> BufferPlan:
         """What a gather reads."""
         return self.master if self.shard is None else self.shard
 
-    @property
+    @cached_property
     def params_offloaded(self) -> bool:
         """Is what a gather reads at another home than the device?"""
         return self.released and self.source.where is not Where.DEVICE
 
-    @property
+    @cached_property
     def params_on_disk(self) -> bool:
         """Is what a gather reads on a disk?"""
         return self.params_offloaded and self.source.where is Where.DISK
 
-    @property
+    @cached_property
     def split_state(self) -> bool:
         """Does each rank update a part of the bucket only, so that whole values are gathered after a step?"""
         return self.ranks.shard > 1
 
-    @property
+    @cached_property
     def follows_home(self) -> bool:
         """Have master values a home of their own, from which what gathers read (or the values) has to follow?"""
         return self.steps_apart and not self.aliased and not (self.released and self.shard is None)
 
-    @property
+    @cached_property
     def state_on_disk(self) -> bool:
         return self.state is not None and self.state.where is Where.DISK
 
-    @property
+    @cached_property
     def grads_on_host(self) -> bool:
         return self.grads is not None and self.grads.on_host
 
-    @property
+    @cached_property
     def grads_cross(self) -> bool:
         """Are reduced gradients on the other side of the link from the update?"""
         return self.step_on_host != self.grads_on_host
 
-    @property
+    @cached_property
     def shows_handles(self) -> bool:
         """Is ``p.grad`` a ShardedGrad? Where pieces are elsewhere, or an update may still need what it shows."""
         return self.split_state or self.grads_on_host or self.steps_apart
 
-    @property
+    @cached_property
     def grads_split(self) -> bool:
         return self.grads is not None and self.grads.extent is Extent.HELD
 
-    @property
+    @cached_property
     def wire_dtype(self) -> str:
         """The dtype in which gradients cross the wire."""
         return self.master.dtype if self.arriving is None else self.arriving.dtype
@@ -254,6 +258,7 @@ def place(
         master_at = Where.DISK if on_disk else Where.HOST if step_on_host else Where.DEVICE
     else:
         master_at = params_at
+    own = ranks.parts == 1 and not offloaded and (wire == dtype or not steps)
     split_grads = (strategy.split_grads and split) or grads_at is Where.HOST
     return Placement(
         ranks=ranks,
@@ -266,6 +271,7 @@ def place(
         else None,
         grads=BufferPlan(Extent.HELD if split_grads else Extent.WHOLE, dtype, grads_at) if steps else None,
         arriving=BufferPlan(Extent.WHOLE, wire, Where.DEVICE, Lifetime.BACKWARD) if steps else None,
+        settled=aliased and own and not strategy.optimizer_in_backward,
         aliased=aliased,
         separate=separate,
         step_on_host=step_on_host,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
+from operator import is_
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from shardwise.engine import deferred_update
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.deferred_update import DeferredStep
 from shardwise.engine.failure import Failure, require_valid
@@ -51,6 +54,9 @@ class Attachment:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
+        self._known: _Known | None = None
+        self._lent: list[Bucket] = []  # whose pieces have gradients for as long as a call takes
+        self._written: list[torch.Tensor] = []  # pieces and state, when an update began
         self.phase = Phase.PARAMETERS
         self.failure: Failure | None = None
         self.depth = CallDepth()
@@ -61,6 +67,7 @@ class Attachment:
         self.remote: set[int] = set()
         self.deferred: DeferredStep | None = None
         self._before_update: list[int] = []
+        self._entries = -1  # of ``optimizer.state``, then
         self._updating: list[Unit] = []
         self.shards: dict[int, OptimizerShard] = {}
         self.hooks = (-1, -1)
@@ -83,22 +90,33 @@ class Attachment:
         return (p for params in self.originals for p in params)
 
     @property
+    def known(self) -> _Known:
+        """Where its parameters are. Looked up again when the groups hold others, or more of them were sharded."""
+        groups: list[list[Any]] = self.originals
+        if self.phase is Phase.PARAMETERS:
+            groups = [group["params"] for group in self.optimizer.param_groups]
+        found = self._known
+        if found is None or not found.holds(groups):
+            found = self._known = _Known(groups)
+        return found
+
+    @property
     def units(self) -> list[Unit]:
-        return units_of(self.params)
+        return self.known.units
 
     @property
     def buckets(self) -> list[Bucket]:
-        found = (place_of(p) for p in self.params)
-        return list({id(place[0]): place[0] for place in found if place is not None}.values())
+        return self.known.buckets
 
     def finish_updates(self) -> None:
-        """Wait for updates that were asked for."""
+        """Wait for updates that were asked for, and for what the script wrote to reach the master values."""
         units = self.units
         for engine in {id(unit.upward): unit.upward for unit in units}.values():
             engine.recover()
             engine.check()
-        for unit in units:
-            unit.reconcile()
+        for unit in self.known.moving:
+            if unit.apart or unit.updating or unit.failure is not None:
+                unit.reconcile()
 
     def exchange(self, *, grads: bool = False, loading: bool = False) -> None:
         """Parameters out, pieces in.
@@ -118,35 +136,39 @@ class Attachment:
         else:
             require_valid(self)
             self.finish_updates()
-        groups = self.optimizer.param_groups
-        originals = [list(g["params"]) for g in groups]
-        for params in originals:
-            self.pieces.append([])
-            for p in params:
-                self.pieces[-1] += self._pieces(p, grads)
-        self.originals, self.phase = originals, Phase.PIECES
-        for group, pieces in zip(groups, self.pieces, strict=True):
-            group["params"] = [piece for piece, _ in pieces]
-
-    def _pieces(self, param: nn.Parameter, grads: bool) -> list[tuple[torch.Tensor, Bucket | None]]:
-        place = place_of(param)
-        if place is None:
-            return [(param, None)]
-        bucket, index = place
-        held = bucket.piece_params[index]
+        groups, known = self.optimizer.param_groups, self.known
         if grads:
-            found = bucket.grads.for_step(index) if param.requires_grad else None
-            for k, piece in enumerate(held):
-                piece.grad = None if found is None or bucket.placement.grads_cross else found[k]
-            if found is not None and bucket.placement.grads_cross:
-                self.remote.update(id(piece) for piece in held)
-        return [(piece, bucket) for piece in held]
+            self._give_grads(known)
+        self.originals, self.phase = [list(g["params"]) for g in groups], Phase.PIECES
+        self.pieces = known.pieces
+        for group, held in zip(groups, known.held, strict=True):
+            group["params"] = list(held)
+
+    def _give_grads(self, known: _Known) -> None:
+        """Give pieces their gradients. Most have them: those of the step before, in the same memory."""
+        for bucket in known.buckets:
+            plan, grads = bucket.placement, bucket.grads
+            if plan.settled:
+                continue
+            found = grads.all_for_step()
+            if grads.given is found:
+                continue
+            for held, mine in zip(bucket.piece_params, found, strict=True):
+                if mine is not None and plan.grads_cross:
+                    self.remote.update(id(piece) for piece in held)
+                for k, piece in enumerate(held):
+                    piece.grad = None if mine is None or plan.grads_cross else mine[k]
+            stays = not (plan.steps_apart or grads.split)  # in the same memory
+            grads.given = found if stays else None
+            if not stays:
+                self._lent.append(bucket)
 
     def restore(self) -> None:
         """Pieces out, parameters in."""
-        for piece, bucket in (pair for pieces in self.pieces for pair in pieces):
-            if bucket is not None:
+        for bucket in self._lent:
+            for piece in (piece for held in bucket.piece_params for piece in held):
                 piece.grad = None
+        self._lent.clear()
         if self.phase is not Phase.PARAMETERS:
             for group, params in zip(self.optimizer.param_groups, self.originals, strict=False):  # one may be new
                 group["params"] = params
@@ -171,24 +193,37 @@ class Attachment:
         self.phase = Phase.UPDATING
         name, units = type(self.optimizer).__name__, self.units
         self._updating = units
-        self._before_update = self._versions()
+        entries = len(self.optimizer.state)
+        if entries != self._entries or not self._written or not deferred_update.is_plain(self.optimizer):
+            self._entries, self._written = entries, self._changing()
+        self._before_update = [t._version for t in self._written]
         self.failure = Failure.of_update(name, _where(units), look=self.look)
         for unit in units:
             unit.failure = self.failure
 
-    def _versions(self) -> list[int]:
-        """Numbers that grow when what the optimizer's own step works on is written to."""
-        state, out = self.optimizer.state, [len(self.optimizer.state)]
+    def _changing(self) -> list[torch.Tensor]:
+        """What the optimizer's own step writes to: pieces, and their state."""
+        state, out = self.optimizer.state, []
         for piece in (p for group in self.optimizer.param_groups for p in group["params"]):
-            out.append(piece._version)
-            out += [v._version for v in state.get(piece, {}).values() if isinstance(v, torch.Tensor)]
+            out.append(piece)
+            mine = dict.get(state, piece)  # not through what refuses parameters
+            if mine:
+                out += [v for v in mine.values() if isinstance(v, torch.Tensor)]
         return out
+
+    def _has_changed(self) -> bool:
+        """Since an update began, has something been written to, or replaced?"""
+        now = self._changing()
+        same = len(now) == len(self._written) and all(map(is_, now, self._written))
+        return not same or [t._version for t in now] != self._before_update
 
     def interrupted(self, error: BaseException) -> None:
         """A call ended in an exception: mend the groups. If an update had begun to change something, it has failed."""
-        if self.phase is Phase.UPDATING and self._versions() != self._before_update:
+        if self.phase is Phase.UPDATING and self._has_changed():
             self.fail(error)
         self.end_update()
+        for bucket in self.known.buckets:
+            bucket.grads.given = None
         self.restore()
 
     def look(self) -> None:
@@ -225,6 +260,60 @@ class Attachment:
         for unit in units:
             unit.fail(self.failure)
         return self.failure
+
+
+class _Known:
+    """Where the parameters of an optimizer's groups are.
+
+    Attributes:
+        places: per group and parameter, its bucket and index there; ``None``: it is not sharded.
+        pieces: per group, what this rank holds of them, and of which bucket it is; ``held``: without that.
+        units, buckets: theirs; units in the order of their model. ``moving``: units that are not settled.
+        with_home: some of them are updated at a home of their own.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
+        self._params = [list(params) for params in groups]
+        self.places = [[place_of(p) for p in params] for params in self._params]
+        self.pieces: list[list[tuple[torch.Tensor, Bucket | None]]] = []
+        buckets: dict[int, Bucket] = {}
+        for params, places in zip(self._params, self.places, strict=True):
+            self.pieces.append([])
+            for p, place in zip(params, places, strict=True):
+                if place is None:
+                    self.pieces[-1].append((p, None))
+                    continue
+                bucket, index = place
+                self.pieces[-1] += [(piece, bucket) for piece in bucket.piece_params[index]]
+                buckets[id(bucket)] = bucket
+        self.held = [[piece for piece, _ in pieces] for pieces in self.pieces]
+        self.units = units_of(p for params in self._params for p in params)
+        self.moving = [unit for unit in self.units if not unit.settled]
+        self.buckets = list(buckets.values())
+        self.with_home = any(b.home is not None for b in self.buckets)
+        self._loose = [
+            p
+            for params, places in zip(self._params, self.places, strict=True)
+            for p, place in zip(params, places, strict=True)
+            if place is None
+        ]
+
+    def with_gradients(self) -> set[int]:
+        """Buckets (by ``id``) of which a parameter in the groups has a gradient."""
+        return {
+            id(place[0])
+            for params, places in zip(self._params, self.places, strict=True)
+            for p, place in zip(params, places, strict=True)
+            if place is not None and p.grad is not None
+        }
+
+    def holds(self, groups: Sequence[Sequence[Any]]) -> bool:
+        """Is this about these groups, and still so?"""
+        return (
+            len(groups) == len(self._params)
+            and all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(groups, self._params, strict=True))
+            and all(unit_of(p) is None for p in self._loose)
+        )
 
 
 def _where(units: list[Unit]) -> str:

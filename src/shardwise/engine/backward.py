@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
+from shardwise.comm import joined
 from shardwise.comm.faults import Tracker
 from shardwise.comm.mesh import Mesh
 from shardwise.comm.stats import Op
@@ -37,12 +38,14 @@ from shardwise.engine.control import Agreed, Exchange
 from shardwise.engine.forward import Forward
 from shardwise.engine.gradmask import mask
 from shardwise.engine.in_backward import InBackward
+from shardwise.engine.joined import LOOK_AHEAD, start_reduces
+from shardwise.engine.own_gradients import OwnGradients
 from shardwise.engine.passes import Call, Passes, UnitOrder
 from shardwise.engine.residency import Pin
 from shardwise.engine.unit import Slot, Unit, Upward
 from shardwise.errors import UnitError
 
-_IN_FLIGHT = 1  # reduces under way while the next unit computes; each holds a unit's gradients twice
+_IN_FLIGHT = 1  # messages of reduces under way while the next unit computes; each holds its gradients twice
 
 
 class _Run:
@@ -55,7 +58,9 @@ class _Run:
         entered: units (by index) that have begun.
         done: units (by index) that are over, in that order.
         next: position in the common order of reduces.
-        launched: units whose reduce was started; ``in_flight``: and not finished.
+        launched: units whose turn to be reduced has come.
+        waiting: of them, those that go with the next message; ``waiting_bytes``: of gradients.
+        in_flight: messages that were sent and not finished, by their units.
         arrived: parameters (by ``id``) that got a gradient here, or whose gradient waits here for its reduce.
         had: parameters (by ``id``) that had a gradient before.
         keep_graph: ``create_graph=True``: a second backward needs the values.
@@ -66,10 +71,12 @@ class _Run:
         self.over: dict[int, int] = {}
         self.expected = [unit.calls_made for unit in units]
         self.entered: set[int] = set()
-        self.done: list[int] = []
+        self.done: dict[int, None] = {}
         self.next = 0
         self.launched: list[Unit] = []
-        self.in_flight: deque[Unit] = deque()
+        self.waiting: list[Unit] = []
+        self.waiting_bytes = 0
+        self.in_flight: deque[list[Unit]] = deque()
         self.arrived: set[int] = set()
         self.had: set[int] = set()
         self.keep_graph = keep_graph
@@ -89,7 +96,7 @@ class Backward:
         leader: the rank whose order of units counts.
 
     Attributes:
-        units: all of them, in the order of registration.
+        units: all of them, in the order of registration. ``moving``: those that are not settled.
         sync: ``False`` inside ``no_sync()``: gradients stay on this rank.
         local: inside LocalSGD: every rank steps on gradients of its own.
         count: backwards that have begun.
@@ -111,6 +118,10 @@ class Backward:
         self.mesh, self.passes, self.tracker, self.forward, self.upward = mesh, passes, tracker, forward, upward
         self._control, self._settings, self._leader = control, settings, leader
         self.units: list[Unit] = []
+        self.moving: list[Unit] = []
+        self._own: list[OwnGradients] = []
+        self._counted = 0  # bytes of those, when the ledger was told last
+        self._params: list[int] = []  # of those, by ``id``
         self.sync, self.local = True, False
         self.count = 0
         self.order: list[int] = []
@@ -123,41 +134,48 @@ class Backward:
     def take_over(self, units: Sequence[Unit]) -> None:
         """The model has these units."""
         self.units = list(units)
+        self.moving = [unit for unit in self.units if not unit.settled]
+        self._own = [b.grads for u in self.units for b in u.buckets if isinstance(b.grads, OwnGradients)]
+        self._params = [key for unit in self.moving for key in unit.places]
         # Until a backward has shown better: the reverse of registration, with parents after their children.
         self.order = self.default_order()
 
     def default_order(self) -> list[int]:
         depth = {u.index: (u.name.count(".") + 1 if u.name else 0) for u in self.units}
-        live = [u.index for u in self.units if any(p.requires_grad for p in u.params)]
+        live = [u.index for u in self.moving if any(p.requires_grad for p in u.params)]
         return sorted(live, key=lambda i: (depth[i] == 0, -i))
 
     # --- arrivals ------------------------------------------------------------------------------------
     def watch(self, unit: Unit) -> None:
         """Hear of the gradients of a unit's parameters, also those unfrozen since the last look."""
-        for slot in unit.slots:
-            if not slot.watched and slot.param.requires_grad:
+        if not unit.unwatched:
+            return
+        for slot in unit.unwatched:
+            if slot.param.requires_grad:
                 # By weak references: the collector cannot look into autograd, and a dropped model would never go.
                 me, of = weakref.ref(self), weakref.ref(slot)
                 slot.param.register_hook(partial(_before_arrival, me))
                 slot.param.register_post_accumulate_grad_hook(partial(_arrival, me, of))
-                slot.watched = True
+        unit.unwatched = [slot for slot in unit.unwatched if not slot.param.requires_grad]
 
     def _arrived(self, slot: Slot) -> None:
         run, param, grad = self._run, slot.param, slot.param.grad
         param.grad = None
         if run is None or grad is None:
             return
-        name = slot.bucket.names[slot.index]
         if self.in_backward is not None:
-            self.in_backward.refuse_more(slot.unit, name)
+            self.in_backward.refuse_more(slot.unit, slot.bucket.names[slot.index])
         if grad.is_sparse:
             raise UnitError(
-                f"parameter '{name}' has a sparse gradient, which has no flat layout",
+                f"parameter '{slot.bucket.names[slot.index]}' has a sparse gradient, which has no flat layout",
                 where=f"unit {slot.unit.label}",
                 fix="build the embedding with sparse=False",
             )
-        with torch.no_grad():
-            slot.bucket.grads.arrive(slot.index, grad.detach())
+        if run.keep_graph:
+            with torch.no_grad():
+                slot.bucket.grads.arrive(slot.index, grad.detach())
+        else:
+            slot.bucket.grads.arrive(slot.index, grad)
         run.arrived.add(id(param))
 
     # --- the beginning ---------------------------------------------------------------------------------
@@ -188,19 +206,21 @@ class Backward:
 
     def start(self, keep_graph: bool = False) -> None:
         """Nothing has arrived yet and nothing is launched."""
-        for unit in self.units:
-            unit.finish_update()
+        for unit in self.moving:
+            if unit.updating or unit.failure is not None:
+                unit.finish_update()
         self.passes.backward = True
         self.count += 1
         run = self._run = _Run(self.units, keep_graph)
         if self.in_backward is not None:
             self.in_backward.begin(self.units)
-        for unit in self.units:
+        for unit in self.moving:
             for b in unit.buckets:
                 had = b.grads.read_flags()
-                run.had.update(id(p) for p, was in zip(b.params, had, strict=True) if was)
-                # What no_sync() has kept on this rank is reduced with what arrives now.
-                run.arrived.update(id(p) for i, p in enumerate(b.params) if b.grads.states.waits(i))
+                if any(had):
+                    run.had.update(id(p) for p, was in zip(b.params, had, strict=True) if was)
+                if b.grads.states.any_waits:  # what no_sync() has kept on this rank is reduced with what arrives now
+                    run.arrived.update(id(p) for i, p in enumerate(b.params) if b.grads.states.waits(i))
 
     # --- unit by unit ------------------------------------------------------------------------------------
     def enter(self, unit: Unit, call: Call | None, number: int | None = None) -> None:
@@ -218,9 +238,10 @@ class Backward:
         self.tracker.phase, self.tracker.unit = "backward", unit.label
         if unit.index not in run.entered or not unit.here:
             run.entered.add(unit.index)
-            following = self.seen_order.after(unit, self.forward.ahead)
-            unit.gather()
-            self.forward.prefetch(following)
+            if self.forward.going:
+                following = self.seen_order.after(unit, LOOK_AHEAD)
+                unit.gather()
+                self.forward.prefetch(following)
             if run.keep_graph and unit.released:
                 unit.residence.pin(Pin.BACKWARD)
         if call is not None and call not in run.open:
@@ -245,6 +266,8 @@ class Backward:
         """The backward of ``now`` begins: what came after it in the forward is over."""
         if not run.open or run.open[-1] is now:
             return
+        if len(run.open) == 1 and run.open[0] is now.parent and now.parent.parent is None:
+            return  # the root's, which this is inside of
         around = list(now.around())
         for call in [c for c in run.open if c not in around]:
             if number is not None and number >= call.since and now in call.around():
@@ -257,8 +280,7 @@ class Backward:
 
     def _is_done(self, run: _Run, unit: Unit) -> None:
         unit.release()
-        if unit.index not in run.done:
-            run.done.append(unit.index)
+        run.done[unit.index] = None
 
     def _launch_next(self, run: _Run) -> None:
         """Start the reduces of units that are done, in the common order."""
@@ -269,19 +291,32 @@ class Backward:
             run.next += 1
             self.launch(unit)
 
-    @torch.no_grad()
     def launch(self, unit: Unit) -> None:
-        """Start the reduce of a unit, and finish the one before it."""
+        """It is the turn of a unit to be reduced: with the next message, which goes when it is long enough."""
         with self.upward.announce(Command.REDUCE, unit.index):
             run = self._run
             assert run is not None
+            nbytes = unit.wire_bytes
+            if run.waiting_bytes + nbytes > joined.JOINED_BYTES:
+                self._send(run)
+            for b in unit.buckets:
+                b.grads.collect()
+            run.launched.append(unit)
+            run.waiting.append(unit)
+            run.waiting_bytes += nbytes
+            if run.waiting_bytes >= joined.JOINED_BYTES or self.in_backward is not None:
+                self._send(run)  # an update in the backward frees gradients as soon as it can
+
+    def _send(self, run: _Run) -> None:
+        """Start the reduces that wait, and finish those before."""
+        if not run.waiting:
+            return
+        with torch.no_grad():
             while len(run.in_flight) >= _IN_FLIGHT:
                 self._finish(run.in_flight.popleft())
-            for b in unit.buckets:
-                if b.placement.trainable or any(p.requires_grad for p in b.params):
-                    b.grads.launch_reduce()
-            run.in_flight.append(unit)
-            run.launched.append(unit)
+            start_reduces(run.waiting)
+        run.in_flight.append(run.waiting)
+        run.waiting, run.waiting_bytes = [], 0
 
     def follow_launch(self, unit: Unit) -> None:
         """On a rank without data: the others start the reduce of ``unit``."""
@@ -289,14 +324,15 @@ class Backward:
         self._run.next += 1  # the order is the same on all ranks
         self.launch(unit)
 
-    def _finish(self, unit: Unit) -> None:
-        for b in unit.buckets:
-            if b.grads.split or self.in_backward is not None:
-                b.grads.finish_reduce()
-            else:
-                b.grads.advance_reduce()
-        if self.in_backward is not None and self._run is not None:
-            self.in_backward.update(unit, self._run.arrived)
+    def _finish(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            for b in unit.buckets:
+                if b.grads.split or self.in_backward is not None:
+                    b.grads.finish_reduce()
+                else:
+                    b.grads.advance_reduce()
+            if self.in_backward is not None and self._run is not None:
+                self.in_backward.update(unit, self._run.arrived)
 
     # --- the end -----------------------------------------------------------------------------------------
     def end(self, gather_log: int | None = None) -> None:
@@ -322,7 +358,7 @@ class Backward:
                     self._keep()
             if not run.keep_graph:
                 self.forward.drop(Pin.BACKWARD)
-                for unit in self.units:
+                for unit in self.forward.going:
                     unit.release()
             self._run = None
         finally:
@@ -331,18 +367,30 @@ class Backward:
             self.tracker.phase = self.tracker.unit = ""
             for unit in self.units:
                 unit.calls_made = 0
+            for unit in self.forward.going:
                 unit.watch()
+            self.count_gradients()
+
+    def count_gradients(self) -> None:
+        """Tell the ledger of gradients that autograd keeps by itself."""
+        nbytes = sum([p.grad.nbytes for grads in self._own for p in grads.bucket.params if p.grad is not None])
+        watched = bool(self._own) and self._own[0].bucket.ledger.observer is not None
+        if nbytes != self._counted or watched:
+            self._counted = nbytes
+            for grads in self._own:
+                grads.count()
 
     def _reduce_rest(self, run: _Run, log: int) -> Agreed:
         # 1. What was reduced last time, on any rank, is reduced now, with zeros where nothing arrived.
         for index in self.order[run.next :]:
             self.launch(self.units[index])
         run.next = len(self.order)
+        self._send(run)
         launched = {u.index for u in run.launched}
         # 2. Which parameters got a gradient, and where more arrived after their unit's reduce?
-        late = [u.index for u in self.units if any(b.grads.states.any_waits for b in u.buckets)]
+        late = [u.index for u in self.moving if any(b.grads.states.any_waits for b in u.buckets)]
         group = None if self.mesh.world.fake else self.mesh.control
-        exchange = Exchange(self.units, run.arrived, late, run.done, log, group, self._control)
+        exchange = Exchange(self._params, len(self.units), run.arrived, late, run.done, log, group, self._control)
         transfer = exchange.start()
         for unit in run.launched:
             for b in unit.buckets:
@@ -350,29 +398,33 @@ class Backward:
         run.in_flight.clear()
         agreed = exchange.finish(transfer, self._leader())
         # 3. What nobody expected: units used for the first time, or a second arrival in one backward.
-        wanted = {u.index for u in self.units if any(id(p) in agreed.used for p in u.params)}
-        for unit in self.units:
-            if unit.index in agreed.again or (unit.index in wanted and unit.index not in launched):
-                self.launch(unit)
-        for unit in self.units:
+        wanted = {u.index for u in self.moving if not agreed.used.isdisjoint(u.places)}
+        unexpected = [self.units[i] for i in sorted(agreed.again | (wanted - launched))]
+        for unit in unexpected:
+            self.launch(unit)
+        self._send(run)
+        for unit in unexpected:
             for b in unit.buckets:
                 b.grads.finish_reduce()
-            if self.in_backward is not None:
+        if self.in_backward is not None:
+            for unit in self.moving:
                 self.in_backward.update(unit, agreed.used, final=True)
-        self.order = [i for i in agreed.order if i in wanted] + [
-            i for i in self.default_order() if i in wanted and i not in agreed.order
-        ]
+        self.order = [i for i in agreed.order if i in wanted]
         self.forward.gather_log = 0
         return agreed
 
     @torch.no_grad()
     def _keep(self) -> None:
-        for unit in self.units:
+        for unit in self.moving:
             for b in unit.buckets:
                 b.grads.keep()
 
     def _show(self, used: set[int]) -> None:
-        for unit in self.units:
+        for unit in self.moving:
+            if used.issuperset(unit.places):
+                for b in unit.buckets:
+                    b.grads.show_all()
+                continue
             for slot in unit.slots:
                 if id(slot.param) in used:
                     slot.bucket.grads.show(slot.index, slot.param)
@@ -388,7 +440,7 @@ class Backward:
             return
         self._lost, self.passes.backward = True, False
         with torch.no_grad():
-            for unit in self.units:
+            for unit in self.moving:
                 for b in unit.buckets:
                     b.grads.forget()
             self._show(run.had)
@@ -407,12 +459,13 @@ class Backward:
         self.lost()
         self._run, self._lost = None, False
         with torch.no_grad(), self.upward.announce(Command.ABANDON):
-            for unit in self.units:
+            for unit in self.moving:
                 for b in unit.buckets:
                     b.grads.drop_reduce()
                 unit.residence.drop(Pin.FORWARD)
                 unit.residence.drop(Pin.BACKWARD)
                 unit.release()
+            for unit in self.units:
                 unit.calls_made = 0
         if self.in_backward is not None:
             self.in_backward.abandon(self.units)
@@ -439,7 +492,7 @@ def _lost(backward: weakref.ref[Backward], _token: object) -> None:
 def _before_arrival(backward: weakref.ref[Backward], _grad: torch.Tensor) -> None:
     """A gradient is about to be added to what ``p.grad`` shows: that has to be hidden first."""
     found = backward()
-    if found is not None:
+    if found is not None and (found._run is None or found._lost):
         found.begin()
 
 

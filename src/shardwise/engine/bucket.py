@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwise.engine.flat import FlatParameters
 from shardwise.engine.gradients import Gradients
+from shardwise.engine.own_gradients import OwnGradients
 from shardwise.engine.sharded_grad import ShardedGrad
 
 if TYPE_CHECKING:
@@ -21,9 +22,12 @@ class Bucket(FlatParameters):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.grads = Gradients(self, ShardedGrad)
+        self.grads = self._gradients()
+
+    def _gradients(self) -> Gradients:
+        return OwnGradients(self, ShardedGrad) if self.placement.settled else Gradients(self, ShardedGrad)
 
     def copied(self, *args: Any, **kwargs: Any) -> Self:
         new = super().copied(*args, **kwargs)
-        new.grads = Gradients(new, ShardedGrad)
+        new.grads = new._gradients()
         return new

@@ -13,7 +13,7 @@ class Command(Enum):
     """One thing that needs every rank. In brackets: its arguments."""
 
     BUFFERS = "buffers"  # rank 0's for everyone, before a forward
-    GATHER = "gather"  # [unit] bring its values
+    GATHER = "gather"  # [units] bring their values, in one message
     BACKWARD = "backward"  # [gradients, settings] a backward begins
     REDUCE = "reduce"  # [unit] start its reduce
     BACKWARD_ENDS = "backward ends"  # [gather_log] the rest of the reduces, and the exchange

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import torch
 
 from shardwise.comm.group import Group, Transfer
 from shardwise.comm.stats import Op
-from shardwise.engine.unit import Unit
 from shardwise.errors import CommError
 
 
@@ -34,7 +35,8 @@ class Exchange:
     order in which units were done (two bytes each), and a checksum of the gathers.
 
     Args:
-        units: of the model.
+        params: of the model, by ``id``.
+        units: how many it has.
         arrived: parameters (by ``id``) that got a gradient here.
         late: units (by index) with gradients that wait although the unit was reduced.
         done: units (by index), in the order in which they were done here.
@@ -45,28 +47,25 @@ class Exchange:
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        params: Sequence[int],
+        units: int,
         arrived: set[int],
-        late: Sequence[int],
-        done: Sequence[int],
+        late: Iterable[int],
+        done: Iterable[int],
         gather_log: int,
         group: Group | None,
         op: Op,
     ) -> None:
         self.group, self.op = group, op
-        self.params = [p for u in units for p in u.params]
-        n, m = len(self.params), len(units)
+        self.params = params
+        n, m = len(params), units
         self.cut = (n, n + m, n + 3 * m, n + 3 * m + 4)
-        row = bytearray(self.cut[3])
-        for i, p in enumerate(self.params):
-            row[i] = id(p) in arrived
+        again = bytearray(m)
         for i in late:
-            row[n + i] = 1
-        known = set(done)
-        for k, i in enumerate([*done, *(i for i in range(m) if i not in known)]):
-            row[n + m + 2 * k : n + m + 2 * k + 2] = i.to_bytes(2, "little")
-        row[self.cut[2] :] = gather_log.to_bytes(4, "little")
-        self.row = row
+            again[i] = 1
+        known = dict.fromkeys(done)
+        order = struct.pack(f"<{m}H", *known, *(i for i in range(m) if i not in known))
+        self.row = bytes(map(arrived.__contains__, params)) + again + order + gather_log.to_bytes(4, "little")
 
     def start(self) -> Transfer | None:
         """Send this rank's row."""
@@ -93,8 +92,8 @@ class Exchange:
             transfer.wait()
             width = len(self.row)
             rows = [bytes(self.all[k : k + width]) for k in range(0, len(self.all), width)]
-        used = {id(p) for i, p in enumerate(self.params) if any(row[i] for row in rows)}
-        again = {i for i in range(m_end - n) if any(row[n + i] for row in rows)}
+        used = {p for row in rows for p in compress(self.params, row)}
+        again = {i for row in rows for i, late in enumerate(row[n:m_end]) if late}
         logs = [row[order_end:] for row in rows]
         if len(set(logs)) > 1:
             odd = next(r for r, log in enumerate(logs) if log != logs[0])
@@ -104,5 +103,5 @@ class Exchange:
                 fix="make every rank run the same units in the same order, or use ddp, zero1 or zero2",
             )
         first = rows[leader if len(rows) > 1 else 0][m_end:order_end]
-        order = [int.from_bytes(first[k : k + 2], "little") for k in range(0, len(first), 2)]
+        order = list(struct.unpack(f"<{m_end - n}H", first))
         return Agreed(used, again, order)

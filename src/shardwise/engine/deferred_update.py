@@ -183,7 +183,7 @@ def is_plain(optimizer: Optimizer) -> bool:
 
 def some_deferred(optimizer: Optimizer, buckets: Sequence[Bucket]) -> bool:
     """May some rank's update of these take place later? The same answer on all ranks, whatever they hold."""
-    return is_plain(optimizer) and any(can_defer(bucket) for bucket in buckets)
+    return any(can_defer(bucket) for bucket in buckets) and is_plain(optimizer)
 
 
 def defer(

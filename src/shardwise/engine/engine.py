@@ -25,6 +25,7 @@ from shardwise.engine.forward import Forward
 from shardwise.engine.gradmask import mask, take_mask
 from shardwise.engine.in_backward import InBackward
 from shardwise.engine.integrity import Integrity
+from shardwise.engine.joined import start_gathers
 from shardwise.engine.passes import Call, Passes
 from shardwise.engine.residency import Pin
 from shardwise.engine.saved_tensors import SavedTensors
@@ -187,7 +188,7 @@ class Engine:
             self.world.join.forward()
         if not self.passes.active:
             self.check()
-            for unit in self.units:
+            for unit in self.backward.moving:
                 unit.reconcile_values()
                 if not unit.updating:  # an update that is under way may be reading gradients on another stream
                     for b in unit.buckets:
@@ -207,7 +208,7 @@ class Engine:
         backward (batch norms do, and do not use it in training) is not taken for a mistake of the script.
         """
         kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-        for b in self.module.buffers():
+        for b in self.module.buffers() if self.integrity is None else self.integrity.buffers:
             if b.numel():
                 kinds.setdefault((b.dtype, b.device), []).append(b)
         with torch.no_grad():
@@ -242,11 +243,14 @@ class Engine:
         """Do what the others do, without data. Args as :class:`Command` says."""
         _TABLE[command](self, *args)
 
-    def _follow_gather(self, index: int) -> None:
-        unit = self.units[index]
-        unit.rest()
-        unit.gather()
-        unit.release()
+    def _follow_gather(self, indices: Sequence[int]) -> None:
+        units = [self.units[i] for i in indices]
+        for unit in units:
+            unit.rest()
+        start_gathers(units)
+        for unit in units:
+            unit.gather()
+            unit.release()
 
     def _follow_buffers(self) -> None:
         self.send_buffers(self._leader())

@@ -70,6 +70,8 @@ class FlatParameters:
         values, source: the homes of ``master`` and of what gathers read; ``None``: the device.
         pieces: per parameter, its parts in the held shards; ``piece_params`` are views of ``master`` at them, and
             the optimizer's parameters; ``piece_starts`` where each begins in ``master``, in the same order.
+        offsets: index and offset in bytes of each parameter that has elements.
+        wire_bytes: of its gradients, whole, as they cross the wire.
         share: factor that makes a sum over ranks the mean.
         place: among all buckets, in the order in which they were made, equal on all ranks; a copy has its original's.
     """
@@ -107,6 +109,9 @@ class FlatParameters:
         self.home = home if self.placement.steps_apart else None
         self.dtype: torch.dtype = getattr(torch, self.placement.values.dtype)
         self.reduce_dtype: torch.dtype = getattr(torch, self.placement.wire_dtype)
+        self.wire_bytes = self.layout.numel * self.reduce_dtype.itemsize
+        width = self.dtype.itemsize
+        self.offsets = [(i, slot.offset * width) for i, slot in enumerate(self.layout.slots) if slot.numel]
         self.overlap = strategy.offload_overlap
         self.place = mesh.new_tag()
         self._copy_tag: CopyTag | None = None
@@ -117,7 +122,7 @@ class FlatParameters:
         for piece in self.layout.pieces:
             if piece.shard in mesh.held:
                 self.pieces[piece.slot].append(piece)
-        self.piece_params = [[self.view(piece) for piece in pieces] for pieces in self.pieces]
+        self.piece_params = self._cut_master()
         self.piece_starts = [p.offset - self.held.start for pieces in self.pieces for p in pieces]
         self.values: OffloadedValues | None = None
         self.source: OffloadedValues | None = None
@@ -142,6 +147,11 @@ class FlatParameters:
             takes_state=takes,
             compute_dtype=self.compute_dtype,
         )
+
+    @property
+    def trains(self) -> bool:
+        """Can some of its parameters get a gradient?"""
+        return self.placement.trainable or any(p.requires_grad for p in self.params)
 
     def op(self, kind: str) -> Op:
         return self._ops[kind]
@@ -241,7 +251,7 @@ class FlatParameters:
             else:
                 new.shard = ledger.empty(self.shard.numel(), self.dtype, self.device, "parameters")
             new.shard.copy_(new.master)
-        new.piece_params = [[new.view(piece) for piece in pieces] for pieces in self.pieces]
+        new.piece_params = new._cut_master()
         new.values = new.source = new._arriving = None
         new._send_home()
         for i, p in enumerate(new.params):
@@ -304,11 +314,26 @@ class FlatParameters:
             arriving.wait()  # here, not later: all ranks start their collectives in the same order
         else:
             self.flat.fill()
-            if self.shard is not None:
-                self.flat.tensor[self.held].copy_(self.shard)
-            elif not self.placement.aliased and not self.placement.follows_home:
-                self.flat.tensor[self.held].copy_(self.master)
+            if self.sends_own:
+                self.flat.tensor[self.held].copy_(self.master if self.shard is None else self.shard)
         return self.mesh.gather(self.flat.tensor, self.op("gather"))
+
+    @property
+    def joins(self) -> bool:
+        """May its gather share a message? Not if what it reads comes from another home."""
+        return self.source is None and self.mesh.shard.size > 1
+
+    @property
+    def sends_own(self) -> bool:
+        """Are the held values, too, put into ``flat`` by a gather? Otherwise they are there."""
+        plan = self.placement
+        return self.shard is not None or not (plan.aliased or plan.follows_home)
+
+    def own_shard(self) -> torch.Tensor:
+        """``(copies * n,)`` what a gather sends, in the dtype of the values."""
+        if not self.sends_own:
+            return self.flat.tensor[self.held]
+        return self.master.to(self.dtype) if self.shard is None else self.shard
 
     def release(self) -> bool:
         """Free the values' bytes, unless the script has a view of them. Were they freed?"""
@@ -376,6 +401,21 @@ class FlatParameters:
             if opened:
                 self.values.write_back()
 
+    @property
+    def fixed(self) -> bool:
+        """Do the values have one address, for good?"""
+        return not (self.placement.released or self.mesh.world.fake)
+
+    def moved(self) -> list[int]:
+        """The parameters (by index) that are no views of ``flat`` any more."""
+        params, flat = self.params, self.flat
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.mesh.world.fake:  # tensors without addresses
+                key = flat.key
+                return [i for i, p in enumerate(params) if p.untyped_storage()._cdata != key or not p.is_contiguous()]
+            start = flat.tensor.data_ptr()  # 0 while its bytes are free
+            return [i for i, at in self.offsets if params[i].data_ptr() != start + at or not params[i].is_contiguous()]
+
     # --- values that the script writes to ------------------------------------------------------------------
     def note(self) -> None:
         """Values and master values agree: whatever is written to the parameters from here on is the script's."""
@@ -430,6 +470,12 @@ class FlatParameters:
                 self.flat.tensor.copy_(master)
 
     # --- pieces ------------------------------------------------------------------------------------------
+    def _cut_master(self) -> list[list[torch.Tensor]]:
+        """Per parameter, what the optimizer updates. Of a settled bucket that is the parameter."""
+        if self.placement.settled:
+            return [[p] if pieces else [] for p, pieces in zip(self.params, self.pieces, strict=True)]
+        return [[self.view(piece) for piece in pieces] for pieces in self.pieces]
+
     def slot_at(self, offset: int) -> int | None:
         """The parameter (by index) that an element of the flat buffer belongs to, if it belongs to one."""
         at = bisect_right(self._starts, offset) - 1

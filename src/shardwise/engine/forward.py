@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from shardwise.comm.faults import Tracker
+from shardwise.engine.joined import LOOK_AHEAD, first_message, start_gathers
 from shardwise.engine.mixed_precision import autocast_dtype, cast_inputs, param_dtype
 from shardwise.engine.passes import Call, Passes, UnitOrder
 from shardwise.engine.residency import Pin
@@ -48,7 +49,8 @@ class Forward:
         begins: called when the gradient of a call's output arrives.
 
     Attributes:
-        units: all of them, in the order of registration; the root's own comes last.
+        units: all of them, in the order of registration; the root's own comes last. ``going``: those whose values
+            come and go.
         training, evaluation: the order units came in.
         stay_gathered: units that are not released between forward and backward.
         gather_log: a checksum of the gathers of this step, which ranks compare.
@@ -58,6 +60,7 @@ class Forward:
     def __init__(self, root: nn.Module, passes: Passes, tracker: Tracker, ahead: int, begins: Hook) -> None:
         self.root, self.passes, self.tracker, self.ahead, self.begins = root, passes, tracker, ahead, begins
         self.units: list[Unit] = []
+        self.going: list[Unit] = []
         self.training, self.evaluation = UnitOrder(), UnitOrder()
         self.stay_gathered: list[Unit] = []
         self.gather_log = 0
@@ -75,6 +78,7 @@ class Forward:
     def take_over(self, units: Sequence[Unit]) -> None:
         """The model has these units."""
         self.units = list(units)
+        self.going = [unit for unit in self.units if unit.released]
         self.choose_what_stays()
 
     # --- a pass ------------------------------------------------------------------------------------
@@ -99,14 +103,14 @@ class Forward:
             self._hooks.pop().__exit__(None, None, None)
         self._after_update.clear()
         self.drop(Pin.FORWARD)
-        for unit in self.units:
+        for unit in self.going:
             unit.watch()
         if not failed:  # where it was is what the report of a failure says
             self.tracker.phase = self.tracker.unit = ""
 
     def drop(self, reason: Pin) -> None:
         """Nothing needs the units that were kept gathered for ``reason`` any more."""
-        for unit in self.units:
+        for unit in self.going:
             if unit.residence.pinned(reason) or unit.residence.staging:
                 unit.residence.drop(reason)
                 unit.release()
@@ -129,23 +133,30 @@ class Forward:
     def enter(self, unit: Unit, args: Any, kwargs: Any) -> Any:
         """``unit`` is about to compute. Returns new ``(args, kwargs)``, or ``None`` to leave them."""
         self._open()
-        parent = next((r.call for r in reversed(self._running) if r.call is not None), None)
+        parent = None
+        for running in reversed(self._running):
+            if running.call is not None:
+                parent = running.call
+                break
         if parent is None and self.passes.backward:  # recomputed by itself, of a forward that was inside of another
             parent = self._parents.get(unit.index)
         elif parent is not None:
             self._parents[unit.index] = parent
         call = Call(unit, parent) if torch.is_grad_enabled() else None
-        self._running.append(_Running(unit, call, self._autocast(unit)))
+        self._running.append(_Running(unit, call, self._autocast(unit) if unit.strategy.autocast else None))
         self.tracker.phase, self.tracker.unit = "forward", unit.label
         if self.passes.backward:  # recomputing under activation checkpointing
             unit.gather()
         else:
-            following = self._order().after(unit, self.ahead)
+            following = self._order().after(unit, LOOK_AHEAD) if self.going else ()
             self._log(unit)
             unit.gather()
-            self.prefetch(following)
+            if following:
+                self.prefetch(following)
             if call is not None:
                 unit.calls_made += 1
+        if unit.strategy.param_dtype is None:
+            return None
         dtype = param_dtype(unit.strategy)
         if dtype is None or unit.strategy.autocast or not any(b.dtype.is_floating_point for b in unit.buckets):
             return None
@@ -158,9 +169,11 @@ class Forward:
         recomputation what was on. Nothing is cached: parameters are in that dtype as they are.
         """
         dtype = autocast_dtype(unit.strategy)
+        if dtype is None:
+            return None
         around = next((r.autocast.fast_dtype for r in reversed(self._running) if r.autocast is not None), None)
         device = next((b.device for u in self.units for b in u.buckets), None)
-        if dtype is None or dtype is around or device is None or self.passes.backward:
+        if dtype is around or device is None or self.passes.backward:
             return None
         region = torch.autocast(device.type, dtype, cache_enabled=False)
         region.__enter__()
@@ -198,7 +211,7 @@ class Forward:
     def _hook_outputs(self, call: Call, output: Any) -> bool:
         """Hear of the first gradient of what ``call`` computed. Is there anything that can get one?"""
         found = False
-        for t in tensors_in(output):
+        for t in (output,) if isinstance(output, torch.Tensor) else tensors_in(output):
             node = t.grad_fn if t.requires_grad and (t.is_floating_point() or t.is_complex()) else None
             # What passed through unchanged was computed by somebody else, and its gradient comes at another time.
             if node is not None and node._sequence_nr() >= call.since:
@@ -218,15 +231,19 @@ class Forward:
         return map_tensors(output, lambda t: t.clone() if alias(t) else t)
 
     def prefetch(self, following: Sequence[Unit]) -> None:
-        """Gather the next unit, and bring shards of those after it from their home."""
+        """Gather the next unit, with what is small behind it, and bring shards of those after it from their home.
+
+        Args:
+            following: the units expected next, in their order.
+        """
         if following and following[0].updating:
             self._after_update = list(following)  # once this unit has been told to compute: waiting now hides nothing
             return
-        for k, unit in enumerate(following):
-            if k == 0 and unit.released:
-                unit.start_gather()
-            else:
-                unit.stage()
+        first = following[0] if following else None
+        if first is not None and first.released and not first.residence.coming:
+            start_gathers(first_message(following))
+        for unit in following[: self.ahead]:
+            unit.stage()
 
     def _log(self, unit: Unit) -> None:
         if unit.released and unit.mesh.shard.size > 1 and not unit.residence.coming:

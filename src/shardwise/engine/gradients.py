@@ -23,13 +23,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from operator import is_
 
 import torch
 from torch import nn
 
+from shardwise.comm.joined import JoinedReduction
 from shardwise.comm.reduction import Reduction
 from shardwise.engine.flat import FlatParameters
-from shardwise.engine.scalings import Scaling, Scalings
+from shardwise.engine.scalings import Scaling, Scalings, Unasked
 from shardwise.errors import GradientError, InternalError
 from shardwise.tiers.aligned import padded
 from shardwise.tiers.home import BufferLease
@@ -48,7 +50,7 @@ class GradState(IntEnum):
 
 
 _G = GradState
-_ALLOWED: dict[GradState, frozenset[GradState]] = {
+_TABLE: dict[GradState, frozenset[GradState]] = {
     _G.NONE: frozenset({_G.NONE, _G.LOCAL, _G.REDUCED}),
     _G.LOCAL: frozenset({_G.LOCAL, _G.REDUCED, _G.NONE}),
     _G.REDUCED: frozenset({_G.REDUCED, _G.ADDING, _G.SPENT, _G.NONE}),
@@ -56,6 +58,7 @@ _ALLOWED: dict[GradState, frozenset[GradState]] = {
     _G.SPENT: frozenset({_G.SPENT, _G.NONE}),
     _G.LOST: frozenset({_G.REDUCED, _G.NONE}),  # REDUCED: the script puts another one in its place
 }
+_ALLOWED = [[after in _TABLE[before] for after in GradState] for before in GradState]  # asked for each gradient
 
 
 class GradStates:
@@ -76,7 +79,7 @@ class GradStates:
         Raises:
             InternalError: the table does not allow it.
         """
-        if state not in _ALLOWED[self.states[index]]:
+        if not _ALLOWED[self.states[index]][state]:
             raise InternalError(
                 f"gradient {index} cannot go from {self.states[index].name} to {state.name}",
                 where=f"unit {self.label}",
@@ -86,6 +89,9 @@ class GradStates:
     def arrive(self, index: int) -> bool:
         """One more arrived. Is it the first since the last reduce?"""
         now = self.states[index]
+        if now is _G.NONE:
+            self.states[index] = _G.LOCAL
+            return True
         self.to(index, _G.ADDING if now in (_G.REDUCED, _G.ADDING) else _G.LOCAL)
         return now in (_G.NONE, _G.REDUCED)
 
@@ -99,19 +105,33 @@ class GradStates:
 
     @property
     def any_waits(self) -> bool:
-        return any(s in (_G.LOCAL, _G.ADDING) for s in self.states)
+        return _G.LOCAL in self.states or _G.ADDING in self.states
 
     @property
     def any_reduced(self) -> bool:
-        return any(s in (_G.REDUCED, _G.ADDING) for s in self.states)
+        return _G.REDUCED in self.states or _G.ADDING in self.states
+
+    def all_are(self, state: GradState) -> bool:
+        """Are all of them in one state?"""
+        return self.states.count(state) == len(self.states)
+
+    def zeroed(self) -> None:
+        """The script has zeroed all of them."""
+        self.states = [_G.NONE] * len(self.states)
 
     def reduced(self) -> None:
         """The bucket was reduced as a whole: what arrived nowhere counts as zero."""
+        if self.all_are(_G.NONE) or self.all_are(_G.LOCAL):
+            self.states = [_G.REDUCED] * len(self.states)
+            return
         for i in range(len(self.states)):
             self.to(i, _G.REDUCED)
 
     def taken(self) -> None:
         """What waited was taken into a reduce that is under way, and may still fail."""
+        if self.all_are(_G.LOCAL):
+            self.zeroed()
+            return
         for i, s in enumerate(self.states):
             if s is _G.LOCAL:
                 self.states[i] = _G.NONE
@@ -158,12 +178,13 @@ class Gradients:
         # Alone, nothing is to be reduced: gradients add up in their last place, whatever is there already.
         self._alone = bucket.mesh.parts == 1 and not self.split and bucket.reduce_dtype == bucket.master_dtype
         self.states = GradStates(len(bucket.params), bucket.label)
-        self.scalings = Scalings(len(bucket.params))
+        self.scalings = Scalings(len(bucket.params)) if plan.grads_cross else Unasked()
         self.reduced: torch.Tensor | None = None
         self.raw: torch.Tensor | None = None
         self.arrived: dict[int, torch.Tensor] = {}
-        self.reduction: Reduction | None = None
-        self._reducing: torch.Tensor | None = None  # the ``raw`` that is being reduced
+        self.given: object = None  # what :meth:`all_for_step` returned when pieces got it to keep
+        self.reduction: Reduction | JoinedReduction | None = None
+        self._reducing: tuple[torch.Tensor, torch.Tensor] | None = None  # the ``raw`` to be reduced, and into what
         self._merge: torch.Tensor | None = None  # what it is reduced to, if that is not its last place
         self._crossing: tuple[Copy, torch.Tensor, BufferLease | None] | None = None  # from there to the host
         self._sent: Copy | None = None  # to the device, from their home on the host
@@ -171,13 +192,21 @@ class Gradients:
         self._shown: list[torch.Tensor] | None = None  # what ``p.grad`` shows
         self._unreduced: list[torch.Tensor] | None = None  # what it shows of gradients that wait for their reduce
         self._pieces: list[list[torch.Tensor]] = []
+        self._places: list[torch.Tensor] = []  # views of ``raw``, one per parameter
+        self._whole: list[torch.Tensor] = []  # the same of ``reduced``, where that is whole
         self._waited: list[bool] = []  # per parameter: did something wait when this backward began, and does it still?
 
     # --- where they are -------------------------------------------------------------------------
+    @property
+    def there(self) -> bool:
+        """Are there any reduced ones?"""
+        return self.reduced is not None
+
     def open(self) -> torch.Tensor:
         """The reduced gradients; zeros if there are none yet."""
         self.bucket.finish_update()
-        self._land()
+        if self._crossing is not None:
+            self._land()
         if self._sent is not None:  # whoever looks may write: zero_grad(set_to_none=False) does
             self._sent.wait()
             self._sent = None
@@ -192,6 +221,7 @@ class Gradients:
             origin = b.held.start if self.split else 0
             if not self.shows_handles:
                 self._shown = None  # handles of what was spent
+            self._whole = self._cut(self.reduced) if n == b.layout.numel else []
             self._pieces = [[b.view(p, self.reduced, origin) for p in ps] for ps in b.pieces]
         return self.reduced
 
@@ -202,6 +232,10 @@ class Gradients:
     def scaled(self) -> tuple[Scaling, ...]:
         """What all gradients that there are were multiplied by since they were reduced."""
         return self.scalings.common(i for i, state in enumerate(self.states.states) if state is GradState.REDUCED)
+
+    def _cut(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a ``(parts * n,)`` buffer, one per parameter."""
+        return [flat[s.offset : s.stop].view(s.shape) for s in self.bucket.layout.slots]
 
     def held(self) -> torch.Tensor:
         """``(copies * n,)`` the reduced gradients of the held shards."""
@@ -215,8 +249,8 @@ class Gradients:
 
     def whole(self, index: int) -> torch.Tensor:
         """The reduced gradient of parameter ``index`` in its shape, where this rank holds all of it."""
-        slot = self.bucket.layout.slots[index]
-        return self.open()[slot.offset : slot.stop].view(slot.shape)
+        self.open()
+        return self._whole[index]
 
     def unreduced(self, index: int) -> torch.Tensor:
         """A copy of what waits of the gradient of parameter ``index``, not divided by the number of ranks.
@@ -236,24 +270,27 @@ class Gradients:
         Returns:
             Per parameter: was there a gradient before this backward?
         """
-        shown = []
-        for i, p in enumerate(self.bucket.params):
-            if p.grad is not None:
-                self._require_present(i)
-        for i, p in enumerate(self.bucket.params):
-            grad = p.grad
-            shown.append(grad is not None)
-            if grad is None:
-                self.states.to(i, GradState.NONE)
-                continue
-            if not self.is_shown(i, grad):
-                self.adopt(i, grad)
-            p.grad = None
+        params = self.bucket.params
+        grads = [p.grad for p in params]
+        shown = [grad is not None for grad in grads]
+        if not any(shown):
+            self.states.zeroed()
+        else:
+            for i, there in enumerate(shown):
+                if there:
+                    self._require_present(i)
+            for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
+                if grad is None:
+                    self.states.to(i, GradState.NONE)
+                    continue
+                if not self.is_shown(i, grad):
+                    self.adopt(i, grad)
+                p.grad = None
         if self.raw is not None and not self.states.any_waits:
             self._close(self.raw)
-            self.raw = None
+            self.raw, self._places = None, []
         self.free_zeroed()
-        self._waited = [self.states.waits(i) for i in range(len(shown))]
+        self._waited = [self.states.waits(i) for i in range(len(shown))] if self.states.any_waits else []
         return shown
 
     def free_zeroed(self) -> None:
@@ -269,8 +306,8 @@ class Gradients:
         if self.states.any_waits or any(_is_kept(handles) for handles in (self._shown, self._unreduced)):
             return
         self.bucket.ledger.drop(self.reduced, "gradients")
-        self.reduced = None
-        self._pieces = []
+        self.reduced = self.given = None
+        self._pieces, self._whole = [], []
 
     @property
     def _at_once(self) -> bool:
@@ -286,8 +323,12 @@ class Gradients:
         """The flat buffer gradients arrive in: the whole gradient itself where that is kept and empty."""
         b = self.bucket
         if self._at_once:
-            return self.open()
-        return b.ledger.empty(b.layout.numel, b.reduce_dtype, b.device, "gather_buffers")
+            raw = self.open()
+            self._places = self._whole
+        else:
+            raw = b.ledger.empty(b.layout.numel, b.reduce_dtype, b.device, "gather_buffers")
+            self._places = self._cut(raw)
+        return raw
 
     def _close(self, raw: torch.Tensor) -> None:
         if raw is not self.reduced:
@@ -303,16 +344,20 @@ class Gradients:
                 return
             self.collect()
             self.raw = self.raw if self.raw is not None else self._open_raw()
+        place, states = self._places[index], self.states.states
+        if states[index] is GradState.NONE and grad.dtype is place.dtype:  # as a rule
+            states[index] = GradState.LOCAL
+            torch.mul(grad, self.bucket.share, out=place)
+            return
         more = self._in_place(index)
-        self._put(self.raw, index, grad, add=not self.states.arrive(index) or more)
+        self._put(index, grad, add=not self.states.arrive(index) or more)
 
-    def _put(self, raw: torch.Tensor, index: int, grad: torch.Tensor, *, add: bool) -> None:
+    def _put(self, index: int, grad: torch.Tensor, *, add: bool) -> None:
         """Copy a gradient to its place in ``raw``, or add it there.
 
         The mean is taken here, in the pass that copies anyway, so that a reduce is a plain sum.
         """
-        slot, share = self.bucket.layout.slots[index], self.bucket.share
-        place = raw[slot.offset : slot.stop].view(slot.shape)
+        place, share = self._places[index], self.bucket.share
         if add:
             place.add_(grad, alpha=share)
         elif grad.dtype == place.dtype:
@@ -327,7 +372,7 @@ class Gradients:
             if self.raw is None:
                 self.raw = self._open_raw()
             index, grad = self.arrived.popitem()
-            self._put(self.raw, index, grad, add=self._in_place(index))
+            self._put(index, grad, add=self._in_place(index))
             self.bucket.ledger.drop(grad, "gather_buffers")
 
     def _in_place(self, index: int) -> bool:
@@ -335,21 +380,31 @@ class Gradients:
         return self.raw is self.reduced and self.states.is_reduced(index)
 
     def launch_reduce(self) -> None:
-        """Start reducing what arrived; parameters without a gradient on this rank count as zeros."""
+        """Start reducing what arrived, alone."""
+        if self.prepare_reduce():
+            self.start_reduce()
+
+    def prepare_reduce(self) -> bool:
+        """What arrived is to be reduced; parameters without a gradient on this rank count as zeros.
+
+        Returns:
+            Whether there is something to be sent: :meth:`start_reduce` or :meth:`reduce_with` has to come next.
+        """
         self.finish_reduce()
         self.scalings.forget()
         self.collect()
         b = self.bucket
         raw = self.raw if self.raw is not None else self._open_raw()
         self.raw = None
-        for i, slot in enumerate(b.layout.slots):
-            if not self.states.waits(i) and not (raw is self.reduced and self.states.is_reduced(i)):
-                raw[slot.offset : slot.stop].zero_()
+        places, self._places = self._places, []
+        if not self.states.all_are(GradState.LOCAL):
+            for i, place in enumerate(places):
+                if not self.states.waits(i) and not (raw is self.reduced and self.states.is_reduced(i)):
+                    place.zero_()
         if self._alone and raw is self.reduced:  # it is the sum, in its place
             self._waited = []
             self.states.reduced()
-            return
-        self._reducing = raw
+            return False
         self.states.taken()
         if raw is self.reduced:
             out = raw[b.held]
@@ -358,7 +413,25 @@ class Gradients:
             out = self._merge = b.ledger.empty(n, b.master_dtype, b.device, "gather_buffers")
         else:
             out = self.held()
-        self.reduction = b.mesh.reduce(raw, out, b.op("reduce"), b.ledger)
+        self._reducing = raw, out
+        return True
+
+    @property
+    def reducing(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(parts * n,)`` what is to be reduced, and ``(copies * n,)`` where the sum goes."""
+        assert self._reducing is not None
+        return self._reducing
+
+    def start_reduce(self) -> None:
+        """Start the reduce that was prepared, alone."""
+        raw, out = self.reducing
+        self.reduction = self.bucket.mesh.reduce(raw, out, self.bucket.op("reduce"), self.bucket.ledger)
+
+    def reduce_with(self, reduction: JoinedReduction) -> None:
+        """The reduce that was prepared is a part of this one, which has copied what it is to send."""
+        self.reduction = reduction
+        self._close(self.reducing[0])
+        self._reducing = None
 
     def advance_reduce(self) -> None:
         """Start the second stage of the reduce, if it has one and the first has ended."""
@@ -380,6 +453,9 @@ class Gradients:
             self._drop_merge()
         self._waited = []
         # More may have arrived while the reduce was under way: it still waits.
+        if not self.states.any_waits:
+            self.states.reduced()
+            return
         waiting = [self.states.waits(i) for i in range(len(self.bucket.params))]
         for i, waits in enumerate(waiting):
             self.states.to(i, GradState.REDUCED)
@@ -398,7 +474,7 @@ class Gradients:
     def _close_reducing(self) -> None:
         """The first stage is over: what was sent is not needed any more."""
         if self._reducing is not None:
-            self._close(self._reducing)
+            self._close(self._reducing[0])
             self._reducing = None
 
     def _drop_merge(self) -> None:
@@ -460,7 +536,7 @@ class Gradients:
             elif not self.states.is_reduced(i):
                 grad[mine].zero_()
         self._close(raw)
-        self.raw = None
+        self.raw, self._places = None, []
         self.states.reduced()
 
     def forget(self) -> None:
@@ -472,7 +548,7 @@ class Gradients:
             self.bucket.ledger.drop(self.arrived.popitem()[1], "gather_buffers")
         if self.raw is not None:
             self._close(self.raw)
-            self.raw = None
+            self.raw, self._places = None, []
         self.states.lose(self._waited)
         self._waited = []
 
@@ -485,7 +561,8 @@ class Gradients:
         """An update has used the gradients up: free them, and let ``p.grad`` say so."""
         self.bucket.ledger.drop(self.open(), "gradients")
         self.reduced = self._shown = None
-        self._pieces = []
+        self._pieces, self._whole = [], []
+        self.given = None
         self.states.spend()
 
     # --- what others see ------------------------------------------------------------------------
@@ -502,13 +579,25 @@ class Gradients:
             if self.shows_handles or self.states[index] is GradState.SPENT:
                 self._shown = [self._handle(self, i) for i in range(len(self.bucket.params))]
             else:
-                grad = self.open()
-                self._shown = [grad[s.offset : s.stop].view(s.shape) for s in self.bucket.layout.slots]
+                self.open()
+                self._shown = list(self._whole)
         param.grad = self._shown[index]
+
+    def show_all(self) -> None:
+        """:meth:`show` of all parameters."""
+        params = self.bucket.params
+        if self._shown is None or not self.states.all_are(GradState.REDUCED):
+            for i, p in enumerate(params):
+                self.show(i, p)
+            return
+        for p, shown in zip(params, self._shown, strict=True):
+            p.grad = shown
 
     def is_shown(self, index: int, grad: torch.Tensor) -> bool:
         """Is this what :meth:`show` put there?"""
-        return any(shown is not None and grad is shown[index] for shown in (self._shown, self._unreduced))
+        if self._shown is not None and grad is self._shown[index]:
+            return True
+        return self._unreduced is not None and grad is self._unreduced[index]
 
     @torch.no_grad()
     def adopt(self, index: int, grad: torch.Tensor) -> None:
@@ -522,6 +611,16 @@ class Gradients:
         self.scalings.forget(index)
         for (lo, hi), piece in zip(self.bucket.ranges(index), self.pieces(index), strict=True):
             piece.copy_(grad.detach().reshape(-1)[lo:hi].view(piece.shape))
+
+    def all_for_step(self) -> Sequence[list[torch.Tensor] | None]:
+        """:meth:`for_step` of all parameters; the same object as long as they are in the same memory."""
+        params, shown = self.bucket.params, self._shown
+        if shown is not None and self.states.all_are(GradState.REDUCED):
+            grads = [p.grad for p in params]
+            if all(map(is_, grads, shown)):
+                self.open()
+                return self._pieces
+        return [self.for_step(i) if p.requires_grad else None for i, p in enumerate(params)]
 
     def for_step(self, index: int) -> list[torch.Tensor] | None:
         """What the optimizer sees for each held piece of a parameter; ``None`` if it has no gradient."""

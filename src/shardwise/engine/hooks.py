@@ -23,7 +23,8 @@ def install(engine: Engine) -> None:
     handle = engine.module.register_forward_pre_hook(_root_enters, prepend=True)
     engine.installed.append(Installed(engine.module, handle.id))
     for unit in engine.units:
-        if bind(unit, engine.forward, engine.backward):
+        first = bind(unit, engine.forward, engine.backward)
+        if first and (not unit.settled or unit.module is engine.module):  # the root's show when a pass begins
             unit.module.register_forward_pre_hook(_enter, with_kwargs=True)
             unit.module.register_forward_hook(_leave, always_call=True)
 

@@ -42,6 +42,7 @@ from shardwise.engine.attachment import (
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.elementwise import unhooked
 from shardwise.engine.failure import require_valid
+from shardwise.engine.joined import publish
 from shardwise.engine.offload import OptimizerShard
 from shardwise.engine.optimizer_state import (
     count_state,
@@ -237,8 +238,7 @@ def _on_pieces(record: Attachment, name: str) -> Iterator[None]:
         count_state(optimizer, record)
         record.restore()
     with torch.no_grad():
-        for unit, buckets in _by_unit(record.buckets, record.units):
-            unit.publish(buckets)
+        publish(_by_unit(record.buckets, record.units))
 
 
 def _bring_remote_grads(record: Attachment) -> None:
@@ -329,7 +329,7 @@ def _levels(optimizer: Optimizer) -> int:
 def _pieces_in(optimizer: Optimizer, record: Attachment) -> None:
     """Pieces in, with gradients; those whose state has another home are stepped here and now, or later."""
     record.exchange(grads=True)
-    if any(b is not None and b.home is not None for pieces in record.pieces for _, b in pieces):
+    if record.known.with_home:
         todo = offload.shards_to_update(record.pieces, record.remote, record.shard_of)
         record.deferred = deferred_update.defer(optimizer, todo, record.pieces, record.remote)
         later = set() if record.deferred is None else record.deferred.updates.keys()
@@ -352,20 +352,24 @@ def _after_step(record: Attachment, optimizer: Optimizer, args: Any, kwargs: Any
     count_state(optimizer, record)
     record.restore()
     record.steps += 1
-    units = record.units
-    stepped = {id(place[0]) for p in record.params if p.grad is not None and (place := place_of(p)) is not None}
+    known = record.known
+    units = known.moving
+    stepped = known.with_gradients() if units else set()
     step, record.deferred = record.deferred, None
     updates = {} if step is None else step.updates
     join = World.current().join
+    changed: list[tuple[Unit, list[Bucket]]] = []
     with torch.no_grad(), nullcontext() if join is None else join.told_already():
         for unit in units:
             buckets = [b for b in unit.buckets if id(b) in stepped]
             if not buckets:
                 continue
-            if deferred_update.some_deferred(optimizer, buckets):  # on all ranks alike, whatever this one holds
+            # On all ranks alike, whatever this one holds.
+            if known.with_home and deferred_update.some_deferred(optimizer, buckets):
                 unit.defer_update([updates[id(b)] for b in buckets if id(b) in updates], buckets)
             else:
-                unit.publish(buckets)
+                changed.append((unit, buckets))
+        publish(changed)
         if step is not None:
             step.start()
         for unit in units:

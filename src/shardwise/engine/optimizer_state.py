@@ -51,7 +51,7 @@ class StateByPiece(defaultdict[Any, dict[str, Any]]):
 
 def _refuse_parameter(key: object) -> bool:
     unit = unit_of(key)
-    if unit is not None:
+    if unit is not None and not unit.places[id(key)][0].placement.settled:
         raise OptimizerError(
             "optimizer.state has no entry for a sharded parameter: its keys are the pieces that this rank holds",
             where=f"parameter '{key._shardwise_name}'",  # type: ignore[attr-defined]

@@ -51,6 +51,22 @@ class Scalings:
         return tuple(first or ())
 
 
+class Unasked(Scalings):
+    """Of gradients that never cross a link: nobody will ask."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def add(self, index: int, by: torch.Tensor | float, divide: bool = False) -> None:
+        return
+
+    def forget(self, index: int | None = None) -> None:
+        return
+
+    def common(self, indices: Iterable[int]) -> tuple[Scaling, ...]:
+        return ()
+
+
 def _same(a: Sequence[Scaling], b: Sequence[Scaling]) -> bool:
     return len(a) == len(b) and all(
         x.divide == y.divide

@@ -74,10 +74,9 @@ class Slot:
         param: the parameter.
         names: all its full names; tied parameters have several.
         holders: the modules that have it, each with the attribute's name.
-        watched: its gradients are listened to.
     """
 
-    __slots__ = ("__weakref__", "bucket", "holders", "index", "names", "param", "unit", "watched")
+    __slots__ = ("__weakref__", "bucket", "holders", "index", "names", "param", "unit")
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class Slot:
         holders: list[tuple[nn.Module, str]],
     ) -> None:
         self.unit, self.bucket, self.index, self.param = unit, bucket, index, param
-        self.names, self.holders, self.watched = names, holders, False
+        self.names, self.holders = names, holders
 
 
 class Unit:
@@ -109,10 +108,13 @@ class Unit:
         label: the name as reports show it.
         buckets: one per dtype, and apart for parameters that are frozen when the model is sharded.
         slots: one per parameter, bucket by bucket.
-        places: per parameter (by ``id``), its bucket and index.
-        released: values of some bucket come and go.
+        places: per parameter (by ``id``), its bucket and index, in the order of ``slots``.
+        unwatched: slots whose gradients would have to be listened to, and are not, since their parameters need none.
+        apart: values of some bucket are another tensor than the master values.
+        released: values of some bucket come and go. ``settled``: nothing of any bucket ever moves.
         offloaded: what gathers read is at another home.
         residence: where the values are, and who needs them.
+        joins: its gather may share a message with those of other units; ``gather_bytes``: values that come and go.
         calls_made: forwards under autograd since the last backward.
         lingers: values are released, and the script has a view of them that keeps their bytes.
     """
@@ -148,8 +150,14 @@ class Unit:
                 mark(p, self, names[0])
                 self.slots.append(Slot(self, bucket, i, p, names, [holders(n) for n in names]))
         self.places = {id(s.param): (s.bucket, s.index) for s in self.slots}
+        self.apart = any(not b.placement.aliased for b in self.buckets)
+        self.settled = all(b.placement.settled for b in self.buckets)
+        self.unwatched = [s for s in self.slots if not s.bucket.placement.settled]
         self.released = any(b.placement.released for b in self.buckets)
         self.offloaded = any(b.placement.params_offloaded for b in self.buckets)
+        going = [b for b in self.buckets if b.placement.released]
+        self.gather_bytes = sum(b.flat.nbytes for b in going)
+        self.joins = self.gather_bytes > 0 and all(b.joins for b in going)
         self.residence = Residence(self.label, released=self.released)
         self._failure: Failure | None = None
         self.calls_made = 0  # forwards with gradients since the last backward
@@ -191,6 +199,7 @@ class Unit:
             holders = [(of(module), name) for module, name in s.holders]
             new.slots.append(Slot(new, twins[id(s.bucket)], s.index, param, list(s.names), holders))
         new.places = {id(s.param): (s.bucket, s.index) for s in new.slots}
+        new.unwatched = [s for s in new.slots if not s.bucket.placement.settled]
         if self.released:
             new.residence.to(Residency.RELEASED)
             for b in new.buckets:
@@ -228,6 +237,11 @@ class Unit:
         bucket, index = self.places[id(param)]
         return next(s for s in self.slots if s.bucket is bucket and s.index == index)
 
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of its gradients, whole, as they cross the wire."""
+        return sum([b.wire_bytes for b in self.buckets if b.trains])
+
     # --- values ------------------------------------------------------------------------------
     def stage(self) -> None:
         """Begin to bring this rank's shards from their home, ahead of the gather."""
@@ -245,13 +259,18 @@ class Unit:
         self.finish_update()
         if self.residence.state in (Residency.GATHERED, Residency.GATHERING):
             return
-        with torch.no_grad(), self.upward.announce(Command.GATHER, self.index):
-            self.residence.to(Residency.GATHERING)
-            self._gathering = [b.start_gather() for b in self.buckets if b.placement.released]
+        with torch.no_grad(), self.upward.announce(Command.GATHER, [self.index]):
+            self.comes_with([b.start_gather() for b in self.buckets if b.placement.released])
+
+    def comes_with(self, transfers: Sequence[Transfer]) -> None:
+        """Its values are here when these have ended."""
+        self.residence.to(Residency.GATHERING)
+        self._gathering = list(transfers)
 
     def gather(self) -> None:
         """Have the values here."""
-        require_valid(self)
+        if self._failure is not None:
+            require_valid(self)
         if self.residence.here:
             if self._watched:
                 self._watched = False
@@ -340,6 +359,11 @@ class Unit:
         until a unit's bytes are there its parameters are guarded. Those that come and go are simply stale, unless
         somebody has them pinned: then they are gathered anew, in place.
         """
+        self.prepare_to_follow()
+        self.follow_with([b.start_gather() for b in buckets if b.gathers_after_step])
+
+    def prepare_to_follow(self) -> None:
+        """The first part of :meth:`publish`, up to the gathers of values that stay."""
         if self.residence.state is Residency.GATHERING:
             self.gather()
         self._changed()
@@ -347,15 +371,15 @@ class Unit:
             self._drop_passes()
             self.release()
             if self.residence.here:  # inside gathered(), or unshard(): all ranks are
-                with torch.no_grad(), self.upward.announce(Command.GATHER, self.index):
-                    self.residence.to(Residency.GATHERING)
-                    self._gathering = [b.start_gather() for b in self.buckets if b.placement.released]
+                with torch.no_grad(), self.upward.announce(Command.GATHER, [self.index]):
+                    self.comes_with([b.start_gather() for b in self.buckets if b.placement.released])
                 self.gather()
                 self.watch()
-        transfers = [b.start_gather() for b in buckets if b.gathers_after_step]
+
+    def follow_with(self, transfers: Sequence[Transfer]) -> None:
+        """The last part of :meth:`publish`: values that stay have followed when these have ended."""
         if transfers:
-            self.residence.to(Residency.GATHERING)
-            self._gathering = transfers
+            self.comes_with(transfers)
             guard(self.params)
 
     def _drop_passes(self) -> None:
@@ -367,7 +391,8 @@ class Unit:
         with torch._C.DisableTorchFunctionSubclass():
             torch.autograd.graph.increment_version(self.params)
         for b in self.buckets:
-            b.note()
+            if not b.placement.aliased:
+                b.note()
 
     def defer_update(self, updates: Sequence[PendingUpdate], buckets: Sequence[Bucket]) -> None:
         """As :meth:`publish`, of updates that are under way on some rank: :meth:`finish_update` does the rest."""
@@ -393,7 +418,8 @@ class Unit:
         Raises:
             UpdateFailed: one of them failed, or one before: the values are those of no step.
         """
-        require_valid(self)
+        if self._failure is not None:
+            require_valid(self)
         if self.residence.state is not Residency.UPDATING:
             return
         updates, self.updates = self.updates, []
@@ -471,15 +497,19 @@ class Unit:
         """Before master values or gradients are read or written: updates have taken place, and what the script wrote
         to values that stay has reached them."""
         self.upward.recover()
+        if self.settled and any(b.moved() for b in self.buckets):
+            self.upward.check()
         self.finish_update()
         self.reconcile_values()
 
     def reconcile_values(self) -> None:
         """What the script wrote to values goes to the master values, if they are another tensor."""
+        if not self.apart:
+            return  # they are one tensor
         if self.released:
             self.take_writes()
         for b in self.buckets:
-            if not b.placement.released and b.written():
+            if not (b.placement.released or b.placement.aliased) and b.written():
                 self.finish_transfers()
                 b.note()  # first, for the same reason
                 b.take_values()
@@ -531,7 +561,7 @@ class Unit:
     def full_grads(self, bucket: Bucket) -> torch.Tensor:
         """``(parts * n,)`` all reduced gradients of a bucket, new. Collective where they are split."""
         out = torch.zeros(bucket.layout.numel, dtype=bucket.master_dtype, device=bucket.device)
-        if bucket.grads.reduced is not None:
+        if bucket.grads.there:
             out[bucket.held].copy_(bucket.grads.held())
         if bucket.placement.split_state:
             with self.upward.announce(Command.VALUES, self.index, self.buckets.index(bucket), "gradients"):

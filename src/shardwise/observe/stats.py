@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from shardwise.comm import CommCount, World
+from shardwise.comm import CommCount, World, joined
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.build import engines, require_engine
 from shardwise.engine.engine import Engine
@@ -61,7 +61,7 @@ class Stats:
 
 def stats(module: nn.Module | None = None) -> Stats:
     """Counters of one sharded module, or of all that live in this process."""
-    chosen = [require_engine(module)] if module is not None else list(engines)
+    chosen = _chosen(module)
     comm = {k: CommCount(c.calls, c.bytes_sent, c.wait_s) for k, c in World.current().stats.kinds.items()}
     return Stats(
         comm,
@@ -72,6 +72,13 @@ def stats(module: nn.Module | None = None) -> Stats:
         sum(link.to_host_bytes for link in _links(chosen)),
         sum(link.to_device_bytes for link in _links(chosen)),
     )
+
+
+def _chosen(module: nn.Module | None) -> list[Engine]:
+    chosen = [require_engine(module)] if module is not None else list(engines)
+    for engine in chosen:
+        engine.backward.count_gradients()
+    return chosen
 
 
 def _homes(engines: list[Engine]) -> list[Home]:
@@ -94,7 +101,7 @@ def _disk(engines: list[Engine]) -> DiskStats:
 
 def reset_stats(module: nn.Module | None = None) -> None:
     """Start counting anew: peaks become what is live now, bytes and calls zero."""
-    chosen = [require_engine(module)] if module is not None else list(engines)
+    chosen = _chosen(module)
     for engine in chosen:
         engine.ledger.reset_peak()
     for home in _homes(chosen):
@@ -138,8 +145,9 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
     along the replicate axis) and a gather (S-1)/S · P. Split parameters are gathered for forward and for backward,
     but for the root's own and the last two units, which stay; whole ones with split optimizer state once per step.
     ``gather_buffers`` bounds what comes and goes: the values of the root's own and two other units, their arriving
-    gradients where gradients are split, and what one reduce receives, or adds to what is there. ``offload_buffers``
-    lacks padding: 64 bytes per state tensor and 4 KiB per buffer at most. ``peak``: see :func:`_peak`.
+    gradients where gradients are split, and what one reduce receives, or adds to what is there. What is short travels
+    together, in messages of up to ``comm.joined.JOINED_BYTES``, and is packed for that. ``offload_buffers`` lacks
+    padding: 64 bytes per state tensor and 4 KiB per buffer at most. ``peak``: see :func:`_peak`.
     """
     engine = require_engine(module)
     row = Strategy.parse(strategy) if strategy is not None else engine.strategy
@@ -205,12 +213,15 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
                     coming.received += wire // ranks.shard
                 split |= plan.grads_split and ranks.shard > 1
     buffers = _root_and(2 + ahead, [u.values for u in units])
-    buffers += max(u.flat for u in units) * (size - 1) // size
+    together, brought = 0, 0  # what is short waits for the rest of its message, and is packed
+    if size > 1:
+        together, brought = _joined([u.flat for u in units]), _joined([u.values for u in units])
+    buffers += 2 * brought + together + max(*(u.flat for u in units), together) * (size - 1) // size
     if split:
-        buffers += _root_and(2, [u.flat for u in units])
+        buffers += _root_and(2, [u.flat for u in units]) + together
     through = row.offload_buffers * largest
     kept_bytes = parameters + gradients + optimizer - sum(u.reduced for u in units) + through
-    peak = kept_bytes + _peak(units, 1 + ahead)
+    peak = kept_bytes + _peak(units, 1 + ahead) + 3 * together + 2 * brought
     return Expected(sent, parameters, gradients, optimizer, buffers, through, peak)
 
 
@@ -249,6 +260,12 @@ def _placed(row: Strategy, bucket: Bucket, size: int) -> Placement:
         row, ranks_of(row, size), plan.master.dtype, trainable=plan.trainable, floating=floating,
         separate=plan.separate, compute_dtype=bucket.compute_dtype,
     )  # fmt: skip
+
+
+def _joined(sizes: list[int]) -> int:
+    """The most bytes that one message for several units can have."""
+    short = [size for size in sizes if 0 < size <= joined.JOINED_BYTES]
+    return min(joined.JOINED_BYTES, sum(short)) if len(short) > 1 else 0
 
 
 def _root_and(count: int, sizes: list[int]) -> int:
