@@ -109,6 +109,8 @@ def _serve(pipe: Any, device: str, rank: int, world: int, port: int) -> None:
             os._exit(0)
         try:
             torch.manual_seed(0)
+            if device == "sim":
+                torch.accelerator.set_device_index(0)
             value = function(*args)
             if device == "sim":
                 _assert_no_races()

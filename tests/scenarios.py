@@ -33,17 +33,20 @@ class Side:
         strategy: of the sharded one; ``None``: the plain one.
         ranks: whose rows it sees.
         before: optimizers are built before the models are sharded.
+        device: where it trains.
 
     Attributes:
         models, optimizers: the first one of each is ``model`` and ``optimizer``.
         schedules: stepped after each step of the optimizers.
     """
 
-    def __init__(self, scenario: Scenario, strategy: str | None, ranks: Sequence[int], before: bool) -> None:
-        self.scenario, self.strategy, self.ranks = scenario, strategy, list(ranks)
+    def __init__(
+        self, scenario: Scenario, strategy: str | None, ranks: Sequence[int], before: bool, device: str
+    ) -> None:
+        self.scenario, self.strategy, self.ranks, self.device = scenario, strategy, list(ranks), device
         torch.manual_seed(5)
         built = scenario.build()
-        self.models: list[nn.Module] = list(built) if isinstance(built, tuple) else [built]
+        self.models: list[nn.Module] = [m.to(device) for m in (built if isinstance(built, tuple) else [built])]
         if before:
             self._optimizers()
         if strategy is not None:
@@ -73,7 +76,11 @@ class Side:
 
     def rows(self, step: int) -> torch.Tensor:
         """The rows of its ranks."""
-        return torch.cat([self.scenario.data(step, r) for r in self.ranks])
+        return torch.cat([self.rows_of(step, r) for r in self.ranks])
+
+    def rows_of(self, step: int, r: int) -> torch.Tensor:
+        """The rows of one rank."""
+        return self.scenario.data(step, r).to(self.device)
 
     def loss(self, step: int) -> torch.Tensor:
         return self.scenario.loss(self.model, self.rows(step), step)
@@ -167,16 +174,19 @@ class Scenario:
     tol: float = 1e-5
 
 
-def compare(scenario: Scenario, strategy: str, before: bool = False) -> list[dict[str, torch.Tensor]]:
+def compare(
+    scenario: Scenario, strategy: str, before: bool = False, device: str = "cpu"
+) -> list[dict[str, torch.Tensor]]:
     """Run both sides of a scenario on every rank of the world.
 
     Args:
         before: the optimizers are built before the models are sharded.
+        device: of both sides.
 
     Returns:
         The weights of the sharded models.
     """
-    sides = Side(scenario, strategy, [rank()], before), Side(scenario, None, range(world()), before)
+    sides = [Side(scenario, s, of, before, device) for s, of in ((strategy, [rank()]), (None, range(world())))]
     for step in range(scenario.steps):
         for side in sides:
             side.seen.clear()
@@ -194,9 +204,9 @@ def compare(scenario: Scenario, strategy: str, before: bool = False) -> list[dic
     return weights
 
 
-def compare_by_name(name: str, strategy: str) -> None:
+def compare_by_name(name: str, strategy: str, device: str = "cpu") -> None:
     """For ranks: a row of the table has functions in it that cannot be sent there."""
-    compare(SCENARIOS[name], strategy)
+    compare(SCENARIOS[name], strategy, device=device)
 
 
 def every(presets: Iterable[str], *sizes: int) -> list[Run]:
@@ -274,14 +284,14 @@ def branch(side: Side, step: int) -> None:
     """Each rank takes the branch of its own, but for one step."""
     for r in side.ranks:
         side.model.which = r if step != 3 else 0
-        (square(side.model, side.scenario.data(step, r), step) / len(side.ranks)).backward()
+        (square(side.model, side.rows_of(step, r), step) / len(side.ranks)).backward()
     side.see(side.model.layers[2].weight.grad is None)
     side.update()
 
 
 def interleave(side: Side, step: int) -> None:
     """Evaluation and generation forwards between a training forward and its backward."""
-    everyone = torch.cat([side.scenario.data(step, r) for r in range(world())])
+    everyone = torch.cat([side.rows_of(step, r) for r in range(world())])
     loss = side.loss(step)
     with torch.no_grad():
         side.see(side.model(everyone))

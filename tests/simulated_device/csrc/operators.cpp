@@ -187,7 +187,8 @@ class Call {
     const std::vector<IValue> outputs(stack.begin(), stack.end());
     call_on_cpu(op_, stack);
     for (size_t i : empty)
-      if (outputs[i].toTensor().numel()) given_[i].toTensor().resize_(outputs[i].toTensor().sizes());
+      if (outputs[i].toTensor().sizes() != given_[i].toTensor().sizes())
+        given_[i].toTensor().resize_(outputs[i].toTensor().sizes());
   }
 
   void prepare_arguments() {

@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <Python.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
 #include "pinned.h"
@@ -74,6 +75,7 @@ void Runtime::retire_communicator_stream(int stream) {
 }
 
 void Runtime::work(Stream& stream) {
+  const c10::InferenceMode inference;  // a kernel may write into whatever tensors a script has
   Lock lock(mutex);
   for (;;) {
     for (;;) {

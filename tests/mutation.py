@@ -1,0 +1,113 @@
+"""Take the waits out of the source, one at a time, and see whether a test on the simulated device notices.
+
+    python tests/mutation.py [part of a wait's name ...]
+
+Each wait costs a copy of the source and some 10 s of a core. ``test_mutation.py`` does the same under pytest (slow).
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WAITS = ("wait", "wait_event", "wait_stream", "synchronize", "record_stream", "order")
+"""Methods whose call orders one thing after another. What they return is used by nobody, or the call is left alone."""
+FILES = ("tiers/*.py", "engine/*.py", "comm/group.py", "comm/reduction.py")
+TESTS = (
+    "tests/test_simulated_training.py",
+    "tests/test_simulated_features.py",
+)
+CHOICE = (
+    "(one_rank and ddp and none and (optimizer-cpu or optimizer-half-nvme or grads-cpu or all-cpu- or all-nvme or "
+    "params-nvme or activations)) or (several_ranks and 2- and (zero3 or zero2) and (device or all-cpu)) or "
+    "(several_ranks and 4-hsdp-device) or restless or experts or (checkpoint and asynchronous)"
+)
+UNNOTICED: dict[str, str] = {}
+"""Waits that no test misses, by name, and why that is so."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """One statement that waits.
+
+    Args:
+        path: below ``src/shardwise``.
+        function: where it is, with its class.
+        text: the statement.
+        first, last: its lines, from 1.
+    """
+
+    path: str
+    function: str
+    text: str
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.path} {self.function}: {self.text}"
+
+    def taken_out(self, source: str) -> str:
+        lines = source.splitlines(keepends=True)
+        indent = lines[self.first - 1][: len(lines[self.first - 1]) - len(lines[self.first - 1].lstrip())]
+        return "".join([*lines[: self.first - 1], f"{indent}pass\n", *lines[self.last :]])
+
+
+def waits() -> list[Wait]:
+    base = ROOT / "src" / "shardwise"
+    return [w for pattern in FILES for path in sorted(base.glob(pattern)) for w in _waits_in(path, base)]
+
+
+def _waits_in(path: Path, base: Path) -> Iterator[Wait]:
+    def visit(node: ast.AST, names: tuple[str, ...]) -> Iterator[Wait]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef):
+                yield from visit(child, (*names, child.name))
+                continue
+            called = child.value.func if isinstance(child, ast.Expr) and isinstance(child.value, ast.Call) else None
+            if isinstance(called, ast.Attribute) and called.attr in WAITS:
+                assert isinstance(child, ast.Expr)
+                where = str(path.relative_to(base))
+                yield Wait(where, ".".join(names), ast.unparse(child), child.lineno, child.end_lineno or child.lineno)
+            else:
+                yield from visit(child, names)
+
+    yield from visit(ast.parse(path.read_text()), ())
+
+
+def noticed(wait: Wait) -> str:
+    """What noticed that it was missing: the first line of a failure; empty if nothing did."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "src", Path(folder) / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        changed = Path(folder) / "src" / "shardwise" / wait.path
+        changed.write_text(wait.taken_out(changed.read_text()))
+        path = os.pathsep.join([str(changed.parents[len(Path(wait.path).parts)]), str(ROOT / "tests")])
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "170", "-p", "no:cacheprovider", "-o",
+             f"pythonpath={Path(folder) / 'src'} tests", "-m", "", "-k", CHOICE, *TESTS],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+        )  # fmt: skip
+    if done.returncode == 0:
+        return ""
+    lines = [line.removeprefix("E").strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
+    telling = [line for line in lines if "RACE" in line or ("Error" in line and "--- rank" not in line)]
+    return (telling or lines or [f"pytest ended with {done.returncode}\n{done.stdout[-1000:]}"])[0]
+
+
+def main(parts: list[str]) -> None:
+    for wait in waits():
+        if not parts or any(part in wait.name for part in parts):
+            found = noticed(wait)
+            print(f"{'noticed' if found else 'MISSED '} {wait.name}  |  {found[:160]}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
