@@ -148,7 +148,7 @@ def table(field: list[Contender], result: dict[str, Any]) -> str:
         "| peak MB | states MB | wire MB per step |",
         "|---|---|---:|---:|---|---|---:|---:|---:|",
     ]
-    labels = {c.key: c.label for c in field}
+    labels = result["labels"]  # also of contenders measured before
     for c in field:
         t, m = times.get(c.key), memory.get(c.key)
         cells = [c.label, c.stage, *[""] * 7]
