@@ -155,7 +155,7 @@ def table(field: list[Contender], result: dict[str, Any]) -> str:
         "| peak MB | states MB | wire MB per step | to " + ", ".join(REFERENCES) + " (CPU) |",
         "|---|---|---:|---:|---|---|---:|---:|---:|---|",
     ]
-    labels = {c.key: c.label for c in field}
+    labels = result["labels"]  # also of contenders measured before
     for c in field:
         t, m = times.get(c.key), memory.get(c.key)
         cells = [c.label, c.stage, *[""] * 8]
