@@ -447,6 +447,8 @@ class Backward:
 
     def recover(self) -> None:
         """If the last backward ended in an exception that the caller survived: forget what it left half done."""
+        if self._run is not None and torch._C._current_graph_task_id() == -1:
+            self.lost()  # on a device, autograd's thread may let go of it later than ``backward()`` has raised
         if self._lost and not self.passes.forward:
             self.abandon()
 
