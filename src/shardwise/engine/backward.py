@@ -299,8 +299,6 @@ class Backward:
             nbytes = unit.wire_bytes
             if run.waiting_bytes + nbytes > joined.JOINED_BYTES:
                 self._send(run)
-            for b in unit.buckets:
-                b.grads.collect()
             run.launched.append(unit)
             run.waiting.append(unit)
             run.waiting_bytes += nbytes
