@@ -123,14 +123,6 @@ class BufferPool:
         self.peak_in_use = max(self.peak_in_use, len(self._used) + len(self._leaving))
         return buffer
 
-    def drain(self) -> None:
-        """Wait until no transfer reads or fills a buffer that was given back."""
-        while self._leaving:
-            transfer, buffer = self._leaving[0]
-            transfer.wait()
-            self._leaving.popleft()
-            self._free.append(buffer)
-
     def release(self, buffer: torch.Tensor, after: Transfer | None = None) -> None:
         """Give a buffer back, or any view that starts where it starts.
 

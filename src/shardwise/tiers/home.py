@@ -126,7 +126,6 @@ class Home:
             if pool is not None:
                 if self.disk is not None:
                     self.disk.drain()
-                pool.drain()
                 self.count(-pool.nbytes)
             pool = self._pools[purpose] = BufferPool(count or self.buffers, nbytes, pin=self.pin)
             self.count(pool.nbytes)
