@@ -4,6 +4,7 @@
 #   benchmarks/gpu.sh                                # 1.1 B parameters, within 12 minutes on one device
 #   benchmarks/gpu.sh --shape 8b --rows 4 --accumulate 2
 #   benchmarks/gpu.sh --tiny --device cpu            # does it run at all?
+#   PYTHONPATH=tests benchmarks/gpu.sh --tiny --plugin simulated_device    # a rehearsal, on the device of the tests
 #
 # What matters most comes first, each part has a limit of its own, and each writes its result as it ends: a run that is
 # cut off keeps what it had. Arguments go to gpu.py. PYTHON chooses the interpreter, OUT the folder for results.

@@ -5,6 +5,12 @@ Here the same runs on the simulated device. ``pytest -m gpu`` runs it where ther
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -108,3 +114,23 @@ def accelerates(precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_the_accelerator(kind, precision):
     run(1, accelerates, precision, device=kind)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("simulated_device")
+def test_the_benchmark_of_the_first_day(tmp_path):
+    """All of ``benchmarks/gpu.sh`` on the simulated device: each part ends well, and leaves its result."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--tiny", "--plugin", "simulated_device", "--arms", "sw-device,sw-cpu-all"],
+        cwd=root, env=os.environ | {"PYTHONPATH": "tests", "OUT": str(tmp_path), "PYTHON": sys.executable},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    parts = [json.loads(line) for line in (tmp_path / "gpu-parts.jsonl").read_text().splitlines()]
+    assert [p["part"] for p in parts] == ["environment", "tests", "correctness", "figures", "two-ranks"]
+    assert {p.name for p in tmp_path.glob("*.json")} >= {
+        "gpu-environment.json", "gpu-check.json", "gpu-tiny.json", "gpu-two-ranks.json"
+    }  # fmt: skip
+    tried = json.loads((tmp_path / "gpu-two-ranks.json").read_text())["tried"]
+    assert all(way["works"] for way in tried.values())
