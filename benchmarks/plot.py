@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+STAGES = ("none", "ddp", "zero1", "zero2", "zero3", "hsdp")
 OURS, OTHERS, INK, FAINT = "#1f6feb", "#b6bec9", "#24292f", "#57606a"
 
 
@@ -22,6 +23,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Two panels of horizontal bars; the contenders of a stage stand together."""
     times, memory = result["time"]["contenders"], result["memory"]
     keys = [k for k in result["labels"] if k in times and k in memory]
+    keys.sort(key=lambda k: (STAGES.index(result["stages"][k]), k.startswith("sw-")))  # ours last in each stage
     rows: list[float] = []
     at, last = 0.0, None
     for k in keys:
