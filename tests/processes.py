@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import itertools
 import multiprocessing
 import multiprocessing.util
 import os
@@ -41,6 +42,7 @@ _REPLY = struct.Struct("=q")
 _RUNNING = 1 << 32  # no exit code
 _started: list[Process] = []
 _servers: list[_Server] = []
+_numbers = itertools.count()  # of ports
 
 
 class _Handle(Protocol):
@@ -181,11 +183,25 @@ def program(*command: object, environment: Mapping[str, str] | None = None, cwd:
     return Process(popen, out, err)
 
 
+def free_port() -> int:
+    """A port that nobody listens on, for ranks to meet at, perhaps much later.
+
+    Not one that the system hands to whoever connects (from 32768 on), nor one of another process that runs tests.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 5
+    for number in _numbers:
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port := 12000 + 4000 * worker + (os.getpid() + number) % 4000))
+            except OSError:  # somebody has it: the next one
+                continue
+            return port
+    raise AssertionError("unreachable")
+
+
 def ranks_of_a_script(path: Path, size: int, *args: object) -> list[Process]:
     """Run a script on ``size`` ranks without a launcher, which would have its own word at the end."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     return [
         script(path, *args, number=rank, environment=os.environ | rank_environment(rank, size, port))
         for rank in range(size)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -35,9 +34,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, device: str = "cpu
 class _Pool:
     def __init__(self, device: str, world: int) -> None:
         self.device, self.world = device, world
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = processes.free_port()
         self.pipes: list[Any] = []
         self.processes: list[processes.Process] = []
         for rank in range(world):

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -63,9 +62,7 @@ def goes_on(folders):
 
 
 def start(folder: Path, how: str) -> list[processes.Process]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = processes.free_port()
     return [
         processes.fork(victim, folder, how, number=r, environment=os.environ | processes.rank_environment(r, 2, port))[
             0

@@ -243,11 +243,7 @@ def test_devices_are_tried() -> None:
 
 @pytest.mark.parametrize("numbered", [True, False])
 def test_two_hosts_meet(tmp_path: Path, numbered: bool) -> None:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{s.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{processes.free_port()}"
     name = script(tmp_path, ECHO)
     launchers = [
         start(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from shardwise import ShardwiseError, debug_launcher, launchers, notebook_launcher
 from test_launch import SRC, alive
 
@@ -218,11 +219,7 @@ except shardwise.ShardwiseError as error:
 
 
 def test_lines_can_carry_a_prefix_and_two_hosts_meet(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = processes.free_port()
     body = f"""
 def main():
     world = shardwise.init("cpu")

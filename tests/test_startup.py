@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -104,9 +103,7 @@ def starts(tmp_path_factory) -> dict[str, tuple[dict[str, list[str]], dict[str, 
     folder = tmp_path_factory.mktemp("starts")
     started = {}
     for world, presets in ((1, ["ddp", "zero3"]), (2, ["zero3", "ddp"])):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = processes.free_port()
         for rank in range(world):
             path = folder / f"{rank}of{world}.json"
             environment = os.environ | processes.rank_environment(rank, world, port)
@@ -150,6 +147,7 @@ def graphs_of(strategy: str) -> list[list[str]]:
         graphs.append([str(node.target) for node in graph.graph.nodes if node.op.startswith("call")])
         return graph.forward
 
+    torch._dynamo.reset()  # of what earlier tests compiled in this process
     model = shardwise.fully_shard(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), strategy=strategy)
     torch.compile(model, backend=record)(torch.ones(2, 4)).sum().backward()
     torch._dynamo.reset()
