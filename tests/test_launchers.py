@@ -183,10 +183,10 @@ def refused(**kw):
         notebook_launcher(print, num_processes=2, **kw)
     except shardwise.ShardwiseError as error:
         print(str(error).replace("\\n", " "))
-before = device.started, device.accelerator
-device.started, device.accelerator = lambda: True, lambda: "cuda"  # this machine may have none to use
+before = device.in_use
+device.in_use = lambda: "cuda"  # this machine may have none to use
 refused()
-device.started, device.accelerator = before
+device.in_use = before
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 refused()
 torch.distributed.destroy_process_group()

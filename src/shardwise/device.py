@@ -47,15 +47,11 @@ def count() -> int:
     return 0 if kind is None else int(_module(kind).device_count())
 
 
-def started(kind: str | None = None) -> bool:
-    """Does this process use the accelerator already? A forked child could not use it any more then.
-
-    Args:
-        kind: a type; by default the accelerator's.
-    """
-    kind = accelerator() if kind is None else kind
+def in_use() -> str | None:
+    """The type of the accelerator, if this process uses it already: a forked child could not use it any more then."""
+    kind = accelerator()
     asked = _offer(kind, "is_initialized")
-    return bool(asked()) if asked is not None else kind is not None and accelerator() == kind
+    return kind if asked is None or asked() else None
 
 
 def named(device: str | torch.device | int) -> torch.device:
@@ -185,8 +181,8 @@ class StreamsOfThisThread:
 
     def __init__(self) -> None:
         self._streams: list[torch.Stream] = []
-        kind = accelerator()
-        if kind is not None and started(kind) and runs_late(torch.device(kind)):
+        kind = in_use()
+        if kind is not None and runs_late(torch.device(kind)):
             now = torch.accelerator.current_device_index()
             devices = [torch.device(kind, index) for index in range(count())]
             self._streams = [current_stream(d) for d in sorted(devices, key=lambda d: d.index == now)]
@@ -242,8 +238,8 @@ def memory(device: torch.device) -> tuple[int, int] | None:
 
 def empty_cache() -> None:
     """Give what torch keeps for later back to the accelerator, if this process uses one."""
-    kind = accelerator()
-    if kind is not None and started(kind):
+    kind = in_use()
+    if kind is not None:
         _module(kind).empty_cache()
 
 
@@ -261,12 +257,9 @@ def set_rng_state(kind: str, state: torch.Tensor) -> None:
 @contextmanager
 def fork_rng() -> Iterator[None]:
     """A block after which torch's generators, of all devices in use, are as they were."""
-    kind = accelerator()
-    if kind is None or not started(kind):
-        with torch.random.fork_rng([]):
-            yield
-        return
-    with torch.random.fork_rng(range(count()), device_type=kind):
+    kind = in_use()
+    devices = range(count()) if kind is not None else ()
+    with torch.random.fork_rng(devices, device_type=kind or "cuda"):  # torch's own default, of which there are none
         yield
 
 

@@ -156,8 +156,8 @@ def rng_state() -> dict[str, Any]:
         },
         "torch": torch.get_rng_state(),
     }
-    kind = devices.accelerator()
-    if kind is not None and devices.started(kind):  # asking would start it: hundreds of MB, for a run on the CPU
+    kind = devices.in_use()
+    if kind is not None:  # asking would start it: hundreds of MB, for a run on the CPU
         state[kind] = devices.get_rng_state(kind)
     return state
 
@@ -173,6 +173,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     inner = {k: v.numpy().astype(np.uint32) if k == "key" else v for k, v in state["numpy"]["state"].items()}
     np.random.set_state({**state["numpy"], "state": inner})
     torch.set_rng_state(state["torch"])
-    kind = devices.accelerator()
-    if kind in state and devices.started(kind):
+    kind = devices.in_use()
+    if kind in state:
         devices.set_rng_state(kind, state[kind])

@@ -121,29 +121,33 @@ class World(Process):
             group = Group(self, mine, None, False)
         elif self.fake:
             group = Group(self, mine, dist.new_group(mine, backend="fake"), True)
-        elif device.type == "cpu":
-            pg = None
-            for ranks in partition:
-                new = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout))
-                pg = new if ranks == mine else pg
-            group = Group(self, mine, pg, False)
         else:
-            config = dist.get_backend_config(self.default_pg)
-            backend = dist.BackendConfig(dist.Backend(config)).get_device_backend_map().get(device.type)
-            if backend is None or backend == "gloo":
-                raise CommError(
-                    f"the model is on {device} but the process group speaks {config}",
-                    where=f"rank {self.rank}",
-                    fix=f"initialise the process group with backend '{devices.backend(device, self.size)}', or move "
-                    "the model to the CPU",
-                )
-            pg = None
+            backend, pg = self._backend(device), None
             for ranks in partition:
                 new = dist.new_group(ranks, backend=backend, timeout=timedelta(seconds=timeout))
                 pg = new if ranks == mine else pg
-            group = Group(self, mine, pg, True)
+            group = Group(self, mine, pg, builtin=device.type != "cpu")
         self._groups[key] = group
         return group
+
+    def _backend(self, device: torch.device) -> str:
+        """What the process group speaks between such devices.
+
+        Raises:
+            CommError: it speaks nothing between them.
+        """
+        if device.type == "cpu":
+            return "gloo"
+        config = dist.get_backend_config(self.default_pg)
+        backend = dist.BackendConfig(dist.Backend(config)).get_device_backend_map().get(device.type)
+        if backend is None or backend == "gloo":
+            raise CommError(
+                f"the model is on {device} but the process group speaks {config}",
+                where=f"rank {self.rank}",
+                fix=f"initialise the process group with backend '{devices.backend(device, self.size)}', or move "
+                "the model to the CPU",
+            )
+        return backend
 
     def control_group(self, timeout: float) -> Group:
         """A gloo group of all ranks for small host-side exchanges, also when units travel between devices."""

@@ -186,7 +186,7 @@ def _meeting(address: str, port: str | int | None, endpoint: str, hosts: int) ->
 # --- one process ------------------------------------------------------------------------------
 def _here(function: Callable[..., Any], args: Sequence[Any], variables: dict[str, str]) -> None:
     """Call the function in this process. Errors are its own."""
-    if device.started():
+    if device.in_use() is not None:
         variables = {name: value for name, value in variables.items() if name not in device.hidden()}
     with environment.patch_environment(**variables):
         function(*args)

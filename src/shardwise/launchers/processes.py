@@ -56,8 +56,7 @@ def check_fork() -> None:
     """
     if "fork" not in multiprocessing.get_all_start_methods():
         raise LaunchError("this system cannot fork", fix="put the function into a script: shardwise launch")
-    if device.started():
-        kind = device.accelerator()
+    if (kind := device.in_use()) is not None:
         raise LaunchError(
             f"{kind} was used in this process before, and a forked rank cannot use it any more",
             fix=f"restart the notebook, and touch {kind} devices only inside the function",
