@@ -6,6 +6,8 @@ rank's traceback; the pool of that size is then thrown away, since its ranks may
 
 With ``device="sim"`` the ranks have a simulated accelerator, ``sim:0`` is theirs, and a function during which two
 operations raced there fails its test (see simulated_device/README.md).
+
+With ``fresh=True`` the ranks are new and end with the function: their memory holds nothing that ran before.
 """
 
 from __future__ import annotations
@@ -24,7 +26,13 @@ _TIMEOUT = 120.0
 _pools: dict[tuple[str, int], _Pool] = {}
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
+def run(world: int, function: Callable[..., Any], *args: Any, device: str = "cpu", fresh: bool = False) -> list[Any]:
+    if fresh:
+        pool = _Pool(device, world)
+        try:
+            return pool.run(function, args)
+        finally:
+            pool.close()
     pool = _pools.get((device, world))
     if pool is None:
         pool = _pools[device, world] = _Pool(device, world)
@@ -73,7 +81,8 @@ class _Pool:
         return results
 
     def close(self) -> None:
-        _pools.pop((self.device, self.world), None)
+        if _pools.get((self.device, self.world)) is self:
+            del _pools[self.device, self.world]
         for process in self.processes:
             process.kill()
         for pipe in self.pipes:

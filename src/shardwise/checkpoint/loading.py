@@ -96,7 +96,7 @@ class LoadPlan:
     """
 
     def __init__(self, path: Path, reader: StorageReader, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
-        self._path, self._reader = path, reader
+        self._path, self._reader, self._tensors = path, reader, tensors
         stored: dict[str, Any] = metadata.state_dict_metadata
         sizes = {(name, tuple(c.offsets)): tuple(c.sizes) for name in tensors for c in stored[name].chunks}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -148,6 +148,12 @@ class LoadPlan:
                 raise self._unreadable(f"'{item.name}' is not stored as the index says")
         for batch in others:
             self._take_apart(batch)
+
+    def forget(self, names: Collection[str]) -> None:
+        """Hold tensors no longer."""
+        for name in names:
+            self._items.pop(name, None)
+            del self._tensors[name]
 
     def _take_apart(self, batch: Sequence[tuple[_Item, torch.Tensor]]) -> None:
         raws = [torch.empty(item.nbytes, dtype=torch.uint8) for item, _ in batch]
@@ -311,8 +317,9 @@ def _load(
             for batch in batches:
                 with batch.in_memory():
                     plan.read(batch.tensors)
-                    for call in batch.after:
-                        call()
+                    batch.filled()
+                plan.forget(batch.tensors)
+                batch.tensors.clear()  # what went to a disk is not to stay in memory as well
             for s in filled:
                 _put_rest(s, common["extra"].get(s.label, {}), own, world.size == manifest.world_size)
         for s in filled:

@@ -319,6 +319,12 @@ class LoadBatch:
         """Have its values in memory inside the block. They go home after it."""
         return nullcontext() if self.bucket is None else self.bucket.master_here(write=True)
 
+    def filled(self) -> None:
+        """The tensors have their values: do what is to be done then, and hold what it needed no longer."""
+        for call in self.after:
+            call()
+        self.after.clear()
+
 
 class LoadBatches:
     """All that a load fills.
