@@ -12,18 +12,11 @@ pytestmark = [pytest.mark.usefixtures("simulated_device"), pytest.mark.timeout(6
 OFFLOADED = "offload_params=cpu,offload_grads=cpu,offload_optimizer=cpu,activation_offload=cpu"
 RUNS = sorted({(s.name, strategy, size) for s in (*MODELS, *SCRIPTS) for strategy, size in s.runs if size in (1, 2)})
 QUICK = [r for r in RUNS if r[1] == "zero3" and "compiled" not in r[0]]  # compiling takes most of the time
-LATE = pytest.mark.xfail(
-    reason="On a device autograd's thread lets go of a failed backward after backward() has raised: Backward.lost() "
-    "comes late, and shows gradients again that the script has cleared meanwhile",
-)
-
-
-def marks(r: tuple[str, str, int]) -> list[pytest.MarkDecorator]:
-    return [LATE] * (r[0] == "a failed window") + [pytest.mark.slow] * (r not in QUICK)
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy", "size"), [pytest.param(*r, marks=marks(r), id="-".join(map(str, r))) for r in RUNS]
+    ("name", "strategy", "size"),
+    [pytest.param(*r, marks=[pytest.mark.slow] * (r not in QUICK), id="-".join(map(str, r))) for r in RUNS],
 )
 @pytest.mark.parametrize("home", ["device", "host"])
 def test_scenario(name, strategy, size, home):

@@ -62,7 +62,9 @@ class _Run:
         waiting: of them, those that go with the next message; ``waiting_bytes``: of gradients.
         in_flight: messages that were sent and not finished, by their units.
         arrived: parameters (by ``id``) that got a gradient here, or whose gradient waits here for its reduce.
-        had: parameters (by ``id``) that had a gradient before.
+        had: parameters (by ``id``) that had a gradient before. ``p.grad`` shows it all the time: a script that catches
+            an exception may clear it before autograd has let go of the backward.
+        hidden: of them, those that autograd is about to give another one, with what ``p.grad`` showed.
         keep_graph: ``create_graph=True``: a second backward needs the values.
     """
 
@@ -79,6 +81,7 @@ class _Run:
         self.in_flight: deque[list[Unit]] = deque()
         self.arrived: set[int] = set()
         self.had: set[int] = set()
+        self.hidden: dict[int, torch.Tensor] = {}
         self.keep_graph = keep_graph
 
 
@@ -154,13 +157,13 @@ class Backward:
             if slot.param.requires_grad:
                 # By weak references: the collector cannot look into autograd, and a dropped model would never go.
                 me, of = weakref.ref(self), weakref.ref(slot)
-                slot.param.register_hook(partial(_before_arrival, me))
+                slot.param.register_hook(partial(_before_arrival, me, of))
                 slot.param.register_post_accumulate_grad_hook(partial(_arrival, me, of))
         unit.unwatched = [slot for slot in unit.unwatched if not slot.param.requires_grad]
 
     def _arrived(self, slot: Slot) -> None:
         run, param, grad = self._run, slot.param, slot.param.grad
-        param.grad = None
+        param.grad = None if run is None else run.hidden.pop(id(param), None)
         if run is None or grad is None:
             return
         if self.in_backward is not None:
@@ -441,7 +444,10 @@ class Backward:
             for unit in self.moving:
                 for b in unit.buckets:
                     b.grads.forget()
-            self._show(run.had)
+            for slot in (slot for unit in self.moving for slot in unit.slots if id(slot.param) in run.had):
+                if id(slot.param) in run.hidden:
+                    slot.param.grad = run.hidden.pop(id(slot.param))
+                slot.bucket.grads.show_again(slot.index, slot.param)
 
     def recover(self) -> None:
         """If the last backward ended in an exception that the caller survived: forget what it left half done."""
@@ -489,11 +495,17 @@ def _lost(backward: weakref.ref[Backward], _token: object) -> None:
         found.lost()
 
 
-def _before_arrival(backward: weakref.ref[Backward], _grad: torch.Tensor) -> None:
-    """A gradient is about to be added to what ``p.grad`` shows: that has to be hidden first."""
+def _before_arrival(backward: weakref.ref[Backward], slot: weakref.ref[Slot], _grad: torch.Tensor) -> None:
+    """Autograd is about to add a gradient to what ``p.grad`` shows: that has to be hidden meanwhile."""
     found = backward()
-    if found is not None and (found._run is None or found._lost):
+    if found is None:
+        return
+    if found._run is None or found._lost:
         found.begin()
+    run, of = found._run, slot()
+    if run is not None and run.had and of is not None and of.param.grad is not None:
+        run.hidden[id(of.param)] = of.param.grad
+        of.param.grad = None
 
 
 def _arrival(backward: weakref.ref[Backward], slot: weakref.ref[Slot], _param: nn.Parameter) -> None:

@@ -265,7 +265,7 @@ class Gradients:
 
     # --- one backward ---------------------------------------------------------------------------
     def read_flags(self) -> list[bool]:
-        """Before a backward: forget what the script has zeroed (``p.grad is None``), hide the rest from autograd.
+        """Before a backward: forget what the script has zeroed (``p.grad is None``), take over what it put there.
 
         Returns:
             Per parameter: was there a gradient before this backward?
@@ -282,10 +282,9 @@ class Gradients:
             for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
                 if grad is None:
                     self.states.to(i, GradState.NONE)
-                    continue
-                if not self.is_shown(i, grad):
+                elif not self.is_shown(i, grad):
                     self.adopt(i, grad)
-                p.grad = None
+                    self.show(i, p)
         if self.raw is not None and not self.states.any_waits:
             self._close(self.raw)
             self.raw, self._places = None, []
@@ -592,6 +591,11 @@ class Gradients:
             return
         for p, shown in zip(params, self._shown, strict=True):
             p.grad = shown
+
+    def show_again(self, index: int, param: nn.Parameter) -> None:
+        """After a backward that failed: :meth:`show`, if the script has neither cleared nor replaced it."""
+        if param.grad is not None and self.is_shown(index, param.grad):
+            self.show(index, param)
 
     def is_shown(self, index: int, grad: torch.Tensor) -> bool:
         """Is this what :meth:`show` put there?"""
