@@ -1,8 +1,9 @@
-"""Take the waits out of the source, one at a time, and see whether a test on the simulated device notices.
+"""Take the waits out of the source, one at a time, and see whether a test notices.
 
     python tests/mutation.py [part of a wait's name ...]
 
-Each wait costs a copy of the source and some 10 s of a core. ``test_mutation.py`` does the same under pytest (slow).
+Tests on the simulated device come first, then those of ranks whose messages arrive late (``ranks.LATE``). Each wait
+costs a copy of the source and 10 s to 3 min of a core. ``test_mutation.py`` does the same under pytest (slow).
 """
 
 from __future__ import annotations
@@ -13,23 +14,33 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ranks import LATE
 
 ROOT = Path(__file__).resolve().parent.parent
 WAITS = ("wait", "wait_event", "wait_stream", "synchronize", "record_stream", "order")
 """Methods whose call orders one thing after another. What they return is used by nobody, or the call is left alone."""
 FILES = ("tiers/*.py", "engine/*.py", "comm/group.py", "comm/reduction.py")
-TESTS = (
-    "tests/test_simulated_training.py",
-    "tests/test_simulated_features.py",
-)
-CHOICE = (
+_SIMULATED = ("tests/test_simulated_training.py", "tests/test_simulated_features.py")
+_QUICK = (
     "(one_rank and ddp and none and (optimizer-cpu or optimizer-half-nvme or grads-cpu or all-cpu- or all-nvme or "
     "params-nvme or activations)) or (several_ranks and 2- and (zero3 or zero2) and (device or all-cpu)) or "
     "(several_ranks and 4-hsdp-device) or restless or experts or (checkpoint and asynchronous)"
 )
+_HOST = ("scenarios", "join", "clipping", "state_dicts", "written_values", "offload", "tiers", "load_model")
+STAGES: tuple[tuple[Sequence[str], str, bool], ...] = (
+    (_SIMULATED, _QUICK, False),
+    (
+        (*_SIMULATED, "tests/test_simulated_scenarios.py"),
+        f"not ({_QUICK}) and not several_ranks and not one_rank",
+        False,
+    ),
+    ([f"tests/test_{name}.py" for name in _HOST], "", True),
+)
+"""Files of tests, which of them, and whether messages arrive late. The next ones run if nothing was noticed so far."""
 UNNOTICED: dict[str, str] = {}
 """Waits that no test misses, by name, and why that is so."""
 
@@ -86,15 +97,22 @@ def _waits_in(path: Path, base: Path) -> Iterator[Wait]:
 def noticed(wait: Wait) -> str:
     """What noticed that it was missing: the first line of a failure; empty if nothing did."""
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "src", Path(folder) / "src", ignore=shutil.ignore_patterns("__pycache__"))
-        changed = Path(folder) / "src" / "shardwise" / wait.path
+        source = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+        changed = source / "shardwise" / wait.path
         changed.write_text(wait.taken_out(changed.read_text()))
-        path = os.pathsep.join([str(changed.parents[len(Path(wait.path).parts)]), str(ROOT / "tests")])
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "170", "-p", "no:cacheprovider", "-o",
-             f"pythonpath={Path(folder) / 'src'} tests", "-m", "", "-k", CHOICE, *TESTS],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-        )  # fmt: skip
+        return next(filter(None, (_failure(source, *stage) for stage in STAGES)), "")
+
+
+def _failure(source: Path, tests: Sequence[str], choice: str, late: bool) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(source), str(ROOT / "tests")])}
+    if late:
+        environment[LATE] = "1"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "170", "-p", "no:cacheprovider", "-o",
+         f"pythonpath={source} tests", "-m", "not slow", "-k", choice, *tests],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
     if done.returncode == 0:
         return ""
     lines = [line.removeprefix("E").strip() for line in done.stdout.splitlines() if line.startswith("E  ")]

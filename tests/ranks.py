@@ -7,6 +7,9 @@ rank's traceback; the pool of that size is then thrown away, since its ranks may
 With ``device="sim"`` the ranks have a simulated accelerator, ``sim:0`` is theirs, and a function during which two
 operations raced there fails its test (see simulated_device/README.md).
 
+With ``LATE`` in the environment, what ranks receive over gloo is not there before they wait for it: however quick the
+network, who forgets to wait reads rubbish.
+
 With ``fresh=True`` the ranks are new and end with the function: their memory holds nothing that ran before.
 """
 
@@ -22,6 +25,7 @@ from typing import Any
 
 import processes
 
+LATE = "SHARDWISE_TESTS_LATE"
 _TIMEOUT = 120.0
 _pools: dict[tuple[str, int], _Pool] = {}
 
@@ -106,6 +110,8 @@ def _serve(pipe: Any, device: str, rank: int, world: int, port: int) -> None:
         import simulated_device
 
         simulated_device.install().configure(check="count")
+    if LATE in os.environ:
+        _receive_late()
     if world > 1 or device != "cpu":
         shardwise.init("cpu" if device == "cpu" else f"{device}:0", timeout=60)
     while True:
@@ -123,6 +129,38 @@ def _serve(pipe: Any, device: str, rank: int, world: int, port: int) -> None:
             pipe.send((True, value))
         except BaseException:  # noqa: BLE001  (whatever it is, the test must hear of it)
             pipe.send((False, traceback.format_exc()))
+
+
+class _LateWork:
+    """A receive whose values come into ``target`` when somebody waits."""
+
+    def __init__(self, work: Any, arrived: Any, target: Any) -> None:
+        self.work, self.arrived, self.target = work, arrived, target
+
+    def wait(self) -> None:
+        self.work.wait()
+        if self.target is not None:
+            self.target.copy_(self.arrived)
+            self.target = None
+
+
+def _receive_late() -> None:
+    import torch
+
+    from shardwise.comm.group import Group
+
+    exchange = Group.exchange
+
+    def late(self: Group, sends: Any, recvs: Any, op: Any) -> list[Any]:
+        arriving = [(torch.empty_like(t), r) for t, r in recvs]
+        with torch.no_grad():
+            for target, _ in recvs:
+                target.view(torch.uint8).fill_(0xFF)
+            works = exchange(self, sends, arriving, op)
+        received = [_LateWork(w, a, t) for w, (a, _), (t, _) in zip(works, arriving, recvs, strict=False)]
+        return [*received, *works[len(recvs) :]]
+
+    Group.exchange = late  # type: ignore[method-assign]
 
 
 def _assert_no_races() -> None:
