@@ -13,7 +13,7 @@ from shardwise import checkpoint
 ROOT = Path(shardwise.__file__).parent
 # Lower floors first. A module may import its own floor and those below.
 FLOORS = [
-    ["errors", "trees", "lazy", "naming", "sizes"],
+    ["errors", "trees", "lazy", "naming", "sizes", "host"],
     ["strategy", "environment", "deepspeed_config"],
     ["layout", "placement", "device"],
     ["comm"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["operations", "observe"],
     ["rng"],
     ["data_loader", "checkpoint", "logging"],
-    ["stepping", "optimizer", "scheduler"],
+    ["stepping", "optimizer", "scheduler", "inference"],
     ["fsdp"],
     ["compat"],  # from here on: the door that looks like Accelerate's
     ["utils", "state", "tracking"],

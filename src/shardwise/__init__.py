@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from shardwise.engine.optimizer import attach, optimizer_state
     from shardwise.errors import ShardwiseError
     from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel, fully_shard
+    from shardwise.inference.load import load
     from shardwise.launchers import debug_launcher, notebook_launcher
     from shardwise.local_sgd import LocalSGD
     from shardwise.observe.memory import MemoryMeter, memory_meter
@@ -78,6 +79,7 @@ _HOME = {
     "expected": "observe.stats",
     "find_executable_batch_size": "compat.memory",
     "fully_shard": "fsdp",
+    "load": "inference.load",
     "gathered": "engine.gathered",
     "init": "comm",
     "memory_meter": "observe.memory",
@@ -127,6 +129,7 @@ __all__ = [
     "fully_shard",
     "gathered",
     "init",
+    "load",
     "memory_meter",
     "no_sync",
     "notebook_launcher",

@@ -243,11 +243,14 @@ def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def model_states(models: Sequence[nn.Module], excluded: Collection[nn.Module] = ()) -> list[ModelState]:
+def model_states(
+    models: Sequence[nn.Module], excluded: Collection[nn.Module] = (), *, placeholders: bool = False
+) -> list[ModelState]:
     """Name everything in ``models``.
 
     Args:
         excluded: those whose values are not ours. Their parameters have names, for the optimizers that hold them.
+        placeholders: tensors on the meta device are as good as others.
 
     Raises:
         CheckpointError: a parameter on the meta device; one model twice.
@@ -267,7 +270,7 @@ def model_states(models: Sequence[nn.Module], excluded: Collection[nn.Module] = 
                 continue
             if out_of_it and entry.kind == "buffer":
                 continue
-            if entry.value.is_meta and not out_of_it:
+            if entry.value.is_meta and not (out_of_it or placeholders):
                 raise CheckpointError(
                     "is on the meta device and has no values",
                     where=f"{entry.kind} '{entry.name}' of {state.label}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -61,7 +61,7 @@ def shard(
     activations.check(module, chosen)
     device = _device(params)
     world = init(device, timeout=chosen.timeout)
-    engine = Engine(module, chosen, _mesh(world, device, chosen, mesh))
+    engine = Engine(module, chosen, mesh_of(world, device, chosen, mesh))
     if chosen.optimizer_in_backward:
         engine.backward.in_backward = InBackward(_optimizer.optimizer_shard)
     adopted = [
@@ -77,18 +77,9 @@ def shard(
     ]
     owners = dict(selected)
     owners[""] = module
-    names: dict[int, list[str]] = {}
-    objects: dict[int, nn.Parameter] = {}
-    for name, p in params:
-        names.setdefault(id(p), []).append(name)
-        objects[id(p)] = p
-    of_unit: dict[str, list[tuple[nn.Parameter, list[str]]]] = {name: [] for name in [*owners]}
-    for key, p in objects.items():
-        if unit_of(p) is not None:
-            continue
-        of_unit[_common_owner(names[key], list(owners))].append((p, names[key]))
+    of_unit = members_of(params, owners)
     home = _home(engine, device)
-    holder = partial(_holder, module)
+    holder = partial(holder_of, module)
     made: dict[str, Unit] = {}
 
     def make(name: str) -> None:
@@ -113,19 +104,51 @@ def shard(
         below.append((name, sub.units))
     registered = [unit for _, group in sorted(below, key=lambda item: order[item[0]]) for unit in group]
     engine.take_over([*registered, made[""]])
-    for unit in made.values():
+    install(engine, made.values(), left)
+    return module
+
+
+def members_of(
+    params: Iterable[tuple[str, nn.Parameter]], owners: Collection[str]
+) -> dict[str, list[tuple[nn.Parameter, list[str]]]]:
+    """Which unit answers for which parameters, each with all its names: the innermost that all of them are in.
+
+    Args:
+        params: with every name of tied ones. Those of units that there are already are left out.
+        owners: names of units; ``""`` is the root.
+    """
+    names: dict[int, list[str]] = {}
+    objects: dict[int, nn.Parameter] = {}
+    for name, p in params:
+        names.setdefault(id(p), []).append(name)
+        objects[id(p)] = p
+    of_unit: dict[str, list[tuple[nn.Parameter, list[str]]]] = {name: [] for name in owners}
+    for key, p in objects.items():
+        if unit_of(p) is None:
+            of_unit[_common_owner(names[key], list(owners))].append((p, names[key]))
+    return of_unit
+
+
+def install(engine: Engine, made: Collection[Unit], left: Collection[int] = ()) -> None:
+    """The last steps, when an engine has its units: hooks, buffers, and the mark on the module.
+
+    Args:
+        made: units that no engine had before.
+        left: parameters (by ``id``) that stay as they are.
+    """
+    module, chosen = engine.module, engine.strategy
+    for unit in made:
         state_dict.install(unit)
     hooks.install(engine)
     activations.install(engine)
     if chosen.autocast:
-        match_inputs(holder for unit in made.values() for slot in unit.slots for holder, _ in slot.holders)
+        match_inputs(holder for unit in made for slot in unit.slots for holder, _ in slot.holders)
     engine.integrity = Integrity(module, left)
-    if chosen.broadcast_buffers and world.size > 1:
+    if chosen.broadcast_buffers and engine.world.size > 1:
         engine.send_buffers(0)
     set_engine(module, engine)
     engines.add(engine)
     engine.on_copy.append(_keep_copy)
-    return module
 
 
 def _keep_copy(old: Engine, new: Engine, memo: object) -> None:
@@ -143,7 +166,7 @@ def _adopt(name: str, child: nn.Module, sub: Engine, engine: Engine) -> None:
     delattr(child, ENGINE)
 
 
-def _holder(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+def holder_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter of that full name, and the attribute."""
     path, _, attribute = name.rpartition(".")
     return root.get_submodule(path), attribute
@@ -222,7 +245,7 @@ def _is_dtensor(p: nn.Parameter) -> bool:
     return module is not None and isinstance(p, module.DTensor)
 
 
-def _mesh(world: World, device: torch.device, strategy: Strategy, mesh: DeviceMesh | None) -> Mesh:
+def mesh_of(world: World, device: torch.device, strategy: Strategy, mesh: DeviceMesh | None = None) -> Mesh:
     if strategy.preset == "hsdp":
         size = strategy.shard_size or min(world.local_size, world.size)
     else:

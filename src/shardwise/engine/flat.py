@@ -76,6 +76,9 @@ class FlatParameters:
         place: among all buckets, in the order in which they were made, equal on all ranks; a copy has its original's.
     """
 
+    read_only = False
+    """Are the values weights of files, which nobody trains?"""
+
     def __init__(
         self,
         label: str,
@@ -93,17 +96,11 @@ class FlatParameters:
         self.label, self.params, self.names, self.mesh, self.ledger = label, list(params), list(names), mesh, ledger
         self.device, self.master_dtype = params[0].device, params[0].dtype
         self.reconcile, self.finish_transfers, self.finish_update = reconcile, finish_transfers, finish_update
-        self.layout = Layout.plan(
-            [(n, tuple(p.shape)) for n, p in zip(names, params, strict=True)], mesh.parts, strategy.layout
-        )
+        shapes = [(n, tuple(p.shape)) for n, p in zip(names, params, strict=True)]
+        self._set_layout(Layout.plan(shapes, mesh.parts, strategy.layout))
         self.granularity = strategy.layout
         self.whole_tensors = strategy.layout == "tensor" or mesh.parts == 1  # a piece is a whole parameter
-        self._by_start = sorted(
-            (i for i, slot in enumerate(self.layout.slots) if slot.numel), key=lambda i: self.layout.slots[i].offset
-        )
-        self._starts = [self.layout.slots[i].offset for i in self._by_start]
         self.share = 1.0 / mesh.parts
-        self.held = slice(mesh.held.start * self.layout.shard_numel, mesh.held.stop * self.layout.shard_numel)
         self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
         self.placement = self._place(strategy, home)
         self.home = home if self.placement.steps_apart else None
@@ -115,7 +112,7 @@ class FlatParameters:
         self.overlap = strategy.offload_overlap
         self.place = mesh.new_tag()
         self._copy_tag: CopyTag | None = None
-        self._ops = {kind: Op(kind, f"unit {label}", self.number(i)) for i, kind in enumerate(_KINDS)}
+        self._name_messages()
         self._versions: list[int] = []  # of the parameters when master values and values last agreed
         self._take_values()
         self.pieces: list[list[Piece]] = [[] for _ in params]
@@ -128,6 +125,17 @@ class FlatParameters:
         self.source: OffloadedValues | None = None
         self._send_home()
         self._arriving: list[Transfer] | None = None  # shards that were staged, on their way into ``flat``
+
+    def _set_layout(self, layout: Layout) -> None:
+        self.layout, held = layout, self.mesh.held
+        self._by_start = sorted(
+            (i for i, s in enumerate(layout.slots) if s.numel), key=lambda i: layout.slots[i].offset
+        )
+        self._starts = [layout.slots[i].offset for i in self._by_start]
+        self.held = slice(held.start * layout.shard_numel, held.stop * layout.shard_numel)
+
+    def _name_messages(self, more: str = "") -> None:
+        self._ops = {kind: Op(kind, f"unit {self.label}{more}", self.number(i)) for i, kind in enumerate(_KINDS)}
 
     def _place(self, strategy: Strategy, home: Home | None) -> Placement:
         mesh, trainable = self.mesh, any(p.requires_grad for p in self.params)
@@ -230,7 +238,7 @@ class FlatParameters:
         new.params, new.ledger = list(params), ledger
         new.reconcile, new.finish_transfers, new.finish_update = reconcile, finish_transfers, finish_update
         new._copy_tag = self.mesh.new_copy_tag()
-        new._ops = {kind: Op(kind, f"unit {self.label} (a copy)", new.number(i)) for i, kind in enumerate(_KINDS)}
+        new._name_messages(" (a copy)")
         state = "gather_buffers" if plan.released else "parameters"
         new.flat = Buffer(self.layout.numel, self.dtype, self.device, state, ledger)
         if not plan.released:

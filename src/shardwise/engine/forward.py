@@ -55,6 +55,8 @@ class Forward:
         stay_gathered: units that are not released between forward and backward.
         gather_log: a checksum of the gathers of this step, which ranks compare.
         saved: what autograd saves.
+        wraps: the model is about to run again, as one that writes a text word by word: when it has ended, the first
+            units are brought from their home.
     """
 
     def __init__(self, root: nn.Module, passes: Passes, tracker: Tracker, ahead: int, begins: Hook) -> None:
@@ -65,6 +67,7 @@ class Forward:
         self.stay_gathered: list[Unit] = []
         self.gather_log = 0
         self.saved: SavedTensors | None = None
+        self.wraps = False
         self._running: list[_Running] = []  # outermost first
         self._parents: dict[int, Call] = {}  # per unit (by index), what its last forward was inside of
         self._hooks: list[AbstractContextManager[Any]] = []  # entered
@@ -107,6 +110,9 @@ class Forward:
             unit.watch()
         if not failed:  # where it was is what the report of a failure says
             self.tracker.phase = self.tracker.unit = ""
+            if self.wraps:
+                for unit in self._order().now[: self.ahead]:
+                    unit.stage()
 
     def drop(self, reason: Pin) -> None:
         """Nothing needs the units that were kept gathered for ``reason`` any more."""

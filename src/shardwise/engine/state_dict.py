@@ -74,12 +74,19 @@ def _after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: An
             with torch._C.DisableTorchFunctionSubclass():
                 view = value.size(), value.stride(), int(value.storage_offset())
             if view not in made:
-                made[view] = full.as_strided(*view).clone()  # of its own, for whoever saves it
+                # Of its own, for whoever saves it. Bytes of files are in each parameter's own dtype.
+                made[view] = (full.view(value.dtype) if bucket.read_only else full).as_strided(*view).clone()
             state[name] = made[view]
 
 
 def _begin_load(module: nn.Module, state: Any, prefix: str, meta: Any, *_rest: Any) -> None:
     unit = _unit(module)
+    if any(bucket.read_only for bucket in unit.buckets):
+        raise UnitError(
+            "its values are weights of files, which a state dict cannot be loaded into",
+            where=f"unit {unit.label}",
+            fix="load the model again from the other files",
+        )
     if meta.get("assign_to_params_buffers"):
         raise UnitError(
             "load_state_dict(assign=True) would replace parameters that live in a flat buffer",
@@ -150,6 +157,12 @@ def held(param: nn.Parameter) -> Held | None:
         return None
     unit.reconcile()
     bucket, index = unit.places[id(param)]
+    if bucket.read_only:
+        raise UnitError(
+            f"the values of '{bucket.names[index]}' are weights of files, and not this run's",
+            where=f"unit {unit.label}",
+            fix="copy those files, or use shardwise.fully_shard on a model that is to be loaded into or saved",
+        )
     pieces = [(lo, hi, t) for (lo, hi), t in zip(bucket.ranges(index), bucket.piece_params[index], strict=True)]
     shape = bucket.layout.slots[index].shape
     return Held(unit, bucket, shape, bucket.master_dtype, bucket.master.device, bucket.whole_tensors, pieces)

@@ -102,6 +102,8 @@ class Unit:
         mesh, strategy, ledger: see :class:`~shardwise.engine.bucket.Bucket`.
         home: of what the strategy offloads; ``None`` if that is nothing.
         upward: the engine's side.
+        make: makes a bucket of parameters and their names, in place of the class :class:`Bucket`. All parameters are
+            in one then.
 
     Attributes:
         index: position among the engine's units, in the order of registration; equal on all ranks.
@@ -130,6 +132,7 @@ class Unit:
         ledger: Ledger,
         home: Home | None,
         upward: Upward,
+        make: Callable[[str, list[nn.Parameter], list[str]], Bucket] | None = None,
     ) -> None:
         self.name, self.module, self.upward = name, module, upward
         self.mesh, self.strategy, self.home = mesh, strategy, home
@@ -137,13 +140,19 @@ class Unit:
         self.label = f"'{name}'" if name else "'(root)'"
         kinds: dict[Any, list[tuple[nn.Parameter, list[str]]]] = {}
         for p, names, compute in members:
-            kinds.setdefault((p.dtype, p.requires_grad, compute), []).append((p, names))
+            kind = (p.dtype, p.requires_grad, compute) if make is None else (None, None, None)
+            kinds.setdefault(kind, []).append((p, names))
         self.buckets: list[Bucket] = []
         self.slots: list[Slot] = []
         for (_, _, compute), mine in kinds.items():
-            bucket = Bucket(
-                self.label, [p for p, _ in mine], [names[0] for _, names in mine], mesh, strategy, ledger, home,
-                self.reconcile, self.finish_transfers, self.finish_update, compute,
+            params, names = [p for p, _ in mine], [names[0] for _, names in mine]
+            bucket = (
+                Bucket(
+                    self.label, params, names, mesh, strategy, ledger, home,
+                    self.reconcile, self.finish_transfers, self.finish_update, compute,
+                )
+                if make is None
+                else make(self.label, params, names)
             )  # fmt: skip
             self.buckets.append(bucket)
             for i, (p, names) in enumerate(mine):

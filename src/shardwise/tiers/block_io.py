@@ -28,13 +28,15 @@ class Extent:
         name: the unit's, for reports.
         nbytes: its length.
         padded: the file's length, a multiple of ``ALIGN``.
+        size: how many bytes the file has: ``padded``, unless somebody else wrote it.
         path: the name that the file was made under.
         fd: the open file.
         sums: CRC-32 of what was written, by the byte it begins at; where the store keeps checksums.
     """
 
-    def __init__(self, name: str, nbytes: int, padded: int, path: str, fd: int) -> None:
+    def __init__(self, name: str, nbytes: int, padded: int, path: str, fd: int, size: int | None = None) -> None:
         self.name, self.nbytes, self.padded, self.path, self.fd = name, nbytes, padded, path, fd
+        self.size = padded if size is None else size
         self.sums: dict[int, int] = {}
 
     def __repr__(self) -> str:
@@ -103,9 +105,10 @@ class BlockIO:
             whole[end - begin :] = 0
 
     def read(self, extent: Extent, whole: Bytes, begin: int) -> None:
-        if read_full(extent.fd, whole.data, begin) < len(whole):
+        there = max(0, min(len(whole), extent.size - begin))
+        if read_full(extent.fd, whole.data, begin, at_least=there) < there:
             raise OffloadError(
-                f"the file ends at {os.fstat(extent.fd).st_size} of {extent.padded} bytes"
+                f"the file ends at {os.fstat(extent.fd).st_size} of {extent.size} bytes"
                 f" (read of {len(whole)} bytes at {begin})",
                 where=self.place(extent),
                 fix="something has cut it short: look for programs that clean up on this disk, and at its health",

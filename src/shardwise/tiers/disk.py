@@ -33,7 +33,7 @@ from shardwise.tiers.io_queue import DiskStats, DiskTransfer, IOQueue
 from shardwise.tiers.mounts import file_system, in_memory
 from shardwise.tiers.swap import SwapFolder
 
-__all__ = ["CHUNK", "DEPTH", "DiskStats", "DiskStore", "DiskTransfer", "Extent"]
+__all__ = ["CHUNK", "DEPTH", "DiskStats", "DiskStore", "DiskTransfer", "Extent", "memory_of"]
 
 CHUNK = 4 << 20
 DEPTH = 4
@@ -204,10 +204,7 @@ class DiskStore:
             )
         if tensor.nbytes == 0:
             return np.empty(0, np.uint8)
-        # Not tensor.numpy(): it would never let the tensor's storage be resized again.
-        memory = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
-        memory.tensor = tensor  # type: ignore[attr-defined]  # lives as long as the array
-        return np.ctypeslib.as_array(memory)
+        return memory_of(tensor)
 
     # --- the end -----------------------------------------------------------------------------
     def drain(self) -> None:
@@ -263,6 +260,14 @@ class DiskStore:
                 return f"its file system ({file_system(base) or 'unknown'}) refuses direct I/O"
             raise
         return ""
+
+
+def memory_of(tensor: torch.Tensor) -> Bytes:
+    """The bytes of a contiguous tensor on the CPU, which lives as long as the array."""
+    # Not tensor.numpy(): it would never let the tensor's storage be resized again.
+    memory = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.tensor = tensor  # type: ignore[attr-defined]
+    return np.ctypeslib.as_array(memory)
 
 
 def _open(path: str, direct: bool) -> int:

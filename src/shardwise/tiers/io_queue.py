@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from time import perf_counter
@@ -87,11 +88,12 @@ class IOQueue:
         io: how to read and write.
         depth: reads in flight, and writes in flight.
         timeout: seconds without any progress after which a wait gives up.
+        kinds: what it is asked for.
 
-    Cost: ``2 * depth`` threads, each with a scratch of one chunk once it met unaligned memory.
+    Cost: ``depth`` threads of each kind, each with a scratch of one chunk once it met unaligned memory.
     """
 
-    def __init__(self, io: BlockIO, depth: int, timeout: float) -> None:
+    def __init__(self, io: BlockIO, depth: int, timeout: float, kinds: Sequence[Kind] = ("read", "write")) -> None:
         self.io, self.timeout = io, timeout
         self.stats = DiskStats()
         self.lock = threading.RLock()  # the garbage collector may close a store wherever a thread allocates
@@ -103,8 +105,7 @@ class IOQueue:
         self._busy = {"read": 0, "write": 0}
         self._since = {"read": 0.0, "write": 0.0, "any": 0.0}
         self._queues: dict[Kind, SimpleQueue[tuple[DiskTransfer, int, int] | None]] = {
-            "read": SimpleQueue(),
-            "write": SimpleQueue(),
+            kind: SimpleQueue() for kind in kinds
         }
         # Daemons, because Python joins all others before it runs what closes the store at exit.
         self.threads = [

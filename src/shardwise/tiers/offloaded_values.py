@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -61,13 +61,7 @@ class OffloadedValues:
             return []
         if not self.home.separate:
             return self.state_extent.read(target.view(torch.uint8))
-        prefetches = self.home.prefetches
-        while len(prefetches) >= self.home.ahead:
-            prefetches.popleft().send()
-        lease = self.home.lease(self.nbytes, "values", self.home.ahead + 1)
-        bounced = _BounceBufferRead(self.home.link, lease, self.state_extent.read(lease.buffer[: self._own]), target)
-        prefetches.append(bounced)
-        return [bounced]
+        return [through_host(self.home, self.nbytes, self.read, target)]
 
     def settle(self) -> None:
         """They are about to be written to: wait until no copy to the device reads them any more."""
@@ -117,6 +111,24 @@ class OffloadedValues:
         if self.on_disk and self.resident:
             TransferGroup(self.write(self.tensor.view(torch.uint8))).wait()
             self.swap_out()
+
+
+def through_host(
+    home: Home, nbytes: int, read: Callable[[torch.Tensor], Sequence[Transfer]], target: torch.Tensor
+) -> Transfer:
+    """Start to bring values to a device with memory of its own, through one of ``home.ahead`` host buffers.
+
+    Args:
+        nbytes: of the buffer that is needed.
+        read: starts to bring them into the beginning of a buffer.
+        target: contiguous, on the device.
+    """
+    while len(home.prefetches) >= home.ahead:
+        home.prefetches.popleft().send()
+    lease = home.lease(nbytes, "values", home.ahead + 1)
+    bounced = _BounceBufferRead(home.link, lease, read(lease.buffer), target)
+    home.prefetches.append(bounced)
+    return bounced
 
 
 class _BounceBufferRead:

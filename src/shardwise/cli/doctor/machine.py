@@ -7,6 +7,7 @@ import os
 import platform
 from typing import Any
 
+from shardwise import host
 from shardwise.cli import settings_file as files
 from shardwise.cli.host import cores, cuda_devices
 from shardwise.errors import ShardwiseError
@@ -52,28 +53,8 @@ def _driver_devices() -> int:
 
 
 def _memory() -> dict[str, int]:
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        out = {"bytes": os.sysconf("SC_PHYS_PAGES") * page, "free_bytes": os.sysconf("SC_AVPHYS_PAGES") * page}
-    except (AttributeError, ValueError, OSError):  # not every system says
-        return {}
-    limit = _container_limit()
-    if limit is not None and limit < out["bytes"]:
-        out["bytes"] = limit
-        out["free_bytes"] = min(out["free_bytes"], limit)
-    return out
-
-
-def _container_limit() -> int | None:
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path) as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return int(text)
-    return None
+    found = host.memory()
+    return {} if found is None else {"bytes": found.total, "free_bytes": found.free}
 
 
 def backends() -> dict[str, bool]:

@@ -1,0 +1,110 @@
+"""From a module without values and files of weights to an engine that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import nn
+
+from shardwise import device as devices
+from shardwise.comm import init
+from shardwise.engine.build import holder_of, install, members_of, mesh_of
+from shardwise.engine.engine import Engine
+from shardwise.engine.flat import FlatParameters
+from shardwise.engine.hooks import engine_of
+from shardwise.engine.stored import Reading, StoredBucket, StoredTensor
+from shardwise.engine.unit import Unit
+from shardwise.errors import UnitError
+from shardwise.strategy import Strategy
+from shardwise.tiers.home import Home
+from shardwise.tiers.page_buffer import PagePool
+from shardwise.tiers.stored_files import StoredFiles
+
+HOMES = ("device", "cpu", "nvme")
+
+
+def run_stored(
+    module: nn.Module,
+    tensors: Mapping[str, StoredTensor],
+    homes: Mapping[str, str],
+    device: torch.device,
+    *,
+    split: bool = False,
+    ahead: int = 1,
+    files: StoredFiles | None = None,
+) -> Engine:
+    """Let a module run with weights from files. Collective if ``split``.
+
+    Args:
+        module: its parameters are placeholders, on any device (``meta`` as a rule), which are replaced by others on
+            ``device``. Buffers stay as they are.
+        tensors: where the values of each parameter are, by its first name.
+        homes: the units, by name (``""`` is the root, which has to be there), and where each one's weights are between
+            two uses: ``device``, ``cpu`` or ``nvme`` (in their files).
+        device: where the model runs.
+        split: every rank holds, or reads, an equal part of each unit, and has the whole of it while it runs.
+        ahead: units that are read ahead of the next one.
+        files: reads them; default: new threads.
+
+    Raises:
+        UnitError: the module is sharded already.
+        OffloadError: a file cannot be read.
+    """
+    if engine_of(module) is not None:
+        raise UnitError(f"{type(module).__name__} is sharded already", fix="load a new one")
+    world = init(device)
+    strategy = _strategy(split, "nvme" if "nvme" in homes.values() else "device", ahead)
+    engine = Engine(module, strategy, mesh_of(world, device, strategy))
+    _give_placeholders(module, tensors, device)
+    params = list(module.named_parameters(remove_duplicate=False))
+    of_unit = members_of(params, list(homes))
+    home = Home("cpu", engine.ledger, rank=world.rank, pin=devices.can_pin(device), device=device, ahead=ahead + 1)
+    reading = Reading(device, home, files or StoredFiles(rank=world.rank), PagePool())
+    holder = partial(holder_of, module)
+    made: list[Unit] = []
+    for name in [n for n, _ in module.named_modules() if n in homes and n] + [""]:
+        if not of_unit[name] and name:
+            continue
+        own = _strategy(split, homes[name], ahead)
+
+        def make(label: str, members: list[nn.Parameter], names: list[str], own: Strategy = own) -> FlatParameters:
+            stored = [tensors[n] for n in names]
+            return StoredBucket(label, members, names, stored, engine.mesh, own, engine.ledger, reading)
+
+        members = [(p, names, None) for p, names in of_unit[name]]
+        made.append(
+            Unit(name, module.get_submodule(name), members, holder, engine.mesh, own, engine.ledger, home, engine, make)
+        )
+    engine.take_over(made)
+    install(engine, made)
+    return engine
+
+
+def _strategy(split: bool, home: str, ahead: int) -> Strategy:
+    return Strategy.parse("zero3" if split else "ddp").replace(
+        offload_params=home, offload_prefetch=ahead, broadcast_buffers=False
+    )
+
+
+def _give_placeholders(module: nn.Module, tensors: Mapping[str, StoredTensor], device: torch.device) -> None:
+    """Replace parameters by frozen ones of the right dtype on the device, which have no memory. Ties stay."""
+    made: dict[int, nn.Parameter] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        if id(p) not in made:
+            made[id(p)] = _placeholder(p, tensors[name].dtype, device)
+    for owner in module.modules():
+        for name, held in owner._parameters.items():
+            if held is not None:
+                owner._parameters[name] = made[id(held)]
+
+
+def _placeholder(p: nn.Parameter, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    empty = torch.empty(p.shape, dtype=dtype, device=device)
+    empty.untyped_storage().resize_(0)
+    new = nn.Parameter(empty, requires_grad=False)
+    if type(p) is not nn.Parameter and issubclass(type(p), nn.Parameter):
+        new.__class__ = type(p)
+    new.__dict__.update(p.__dict__)
+    return new

@@ -1,0 +1,66 @@
+"""A model of transformers without values, from its folder's configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.errors import CheckpointError
+from shardwise.inference.meta import init_empty_weights
+
+
+def model_of(folder: str | os.PathLike[str], dtype: torch.dtype | str | None) -> nn.Module:
+    """The module that a Hugging Face folder's ``config.json`` describes: parameters on meta, buffers with values.
+
+    Args:
+        dtype: of the buffers that it computes; ``None``: as the configuration says.
+
+    Raises:
+        CheckpointError: no configuration, one without an architecture, or transformers is missing or too old for it.
+    """
+    path = Path(folder)
+    file = path / "config.json"
+    try:
+        text = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no configuration of a model ({type(error).__name__})",
+            where=str(file),
+            fix="give the folder that save_pretrained wrote, or a module and checkpoint=",
+        ) from error
+    names = text.get("architectures") if isinstance(text, dict) else None
+    try:
+        import transformers
+    except ImportError as error:
+        raise CheckpointError(
+            "a folder of transformers, which is not installed", fix="pip install transformers"
+        ) from error
+    known = [getattr(transformers, name, None) for name in names or ()]
+    if not known or known[0] is None:
+        raise CheckpointError(
+            f"its architectures are {names}, which transformers {transformers.__version__} does not have",
+            where=str(file),
+            fix="install the version of transformers that wrote it, or give a module and checkpoint=",
+        )
+    kind: Any = known[0]
+    config = transformers.AutoConfig.from_pretrained(path)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if not isinstance(wanted, torch.dtype):
+        wanted = getattr(config, "dtype", None)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(wanted if isinstance(wanted, torch.dtype) and wanted.is_floating_point else before)
+    try:
+        with init_empty_weights():
+            model: nn.Module = kind(config)
+    finally:
+        torch.set_default_dtype(before)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)  # type: ignore[assignment]
+    return model

@@ -1,0 +1,114 @@
+"""Files that somebody else wrote, read in the background and past the page cache, in place.
+
+The threads and the order of requests are those of the disk tier (:mod:`shardwise.tiers.io_queue`); what differs is
+that the files have names, are never written to, and end where they end.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from shardwise.errors import OffloadError
+from shardwise.tiers.aligned import padded
+from shardwise.tiers.block_io import BlockIO, Extent
+from shardwise.tiers.direct_io import open_direct
+from shardwise.tiers.disk import CHUNK, CLOSE_S, DEPTH, memory_of
+from shardwise.tiers.disk_errors import explain
+from shardwise.tiers.io_queue import DiskStats, DiskTransfer, IOQueue
+
+
+class Task:
+    """Work of a thread as a :class:`~shardwise.tiers.transfer.Transfer`; an exception of it is raised by ``wait()``."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
+
+
+class StoredFiles:
+    """Files of weights, open as long as this lives.
+
+    Args:
+        rank: for reports.
+        chunk: bytes of one request to the disk; a multiple of 4096.
+        depth: requests in flight.
+        timeout: seconds without any progress after which a wait ends in an error.
+
+    Attributes:
+        stats: what was read, and how long that took.
+
+    Cost: ``depth`` threads, one more if values are converted, and what :class:`~shardwise.tiers.io_queue.IOQueue` says.
+    """
+
+    def __init__(self, *, rank: int = 0, chunk: int = CHUNK, depth: int = DEPTH, timeout: float = 300.0) -> None:
+        self._where = f"rank {rank}"
+        io = BlockIO(self._where, "the folder of the weights", chunk=chunk, direct=True, checksum=False)
+        self._queue = IOQueue(io, depth, timeout, ("read",))
+        self._extents: dict[Path, Extent] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._finalizer = weakref.finalize(self, _close, self._queue)
+
+    @property
+    def stats(self) -> DiskStats:
+        return self._queue.stats
+
+    def reset_stats(self) -> None:
+        """Count from zero."""
+        self._queue.stats = DiskStats()
+
+    def size(self, path: Path) -> int:
+        """Bytes of a file.
+
+        Raises:
+            OffloadError: it cannot be opened.
+        """
+        return self._extent(path).size
+
+    def read(self, path: Path, start: int, into: torch.Tensor) -> DiskTransfer:
+        """Start to fill ``into`` with the bytes of a file from ``start`` on.
+
+        Args:
+            into: ``uint8``, contiguous, on the CPU. It may reach past the end of the file by less than a block; what
+                it has there is undefined.
+
+        Raises:
+            OffloadError: the file cannot be opened, or an earlier read failed.
+
+        Cost: nothing is copied if the address, the length and ``start`` are multiples of 4096.
+        """
+        return self._queue.submit("read", self._extent(path), start, memory_of(into))
+
+    def beside(self, work: Callable[[], None]) -> Task:
+        """Start work in a thread, after what was given to it before."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="shardwise-convert")
+        return Task(self._thread.submit(work))
+
+    def _extent(self, path: Path) -> Extent:
+        found = self._extents.get(path)
+        if found is None:
+            try:
+                fd, _ = open_direct(path, os.O_RDONLY | os.O_CLOEXEC)
+                size = os.fstat(fd).st_size
+            except OSError as error:
+                raise explain(
+                    error, "opening it to read weights", f"{self._where}, {path}", str(path.parent)
+                ) from error
+            found = self._extents[path] = Extent(path.name, size, padded(size), str(path), fd, size)
+            self._queue.files.add(fd)
+        return found
+
+
+def _close(requests: IOQueue) -> None:
+    if os.getpid() == requests.pid:
+        requests.stop(
+            OffloadError("the files were closed", where=requests.io.where, fix="load the model again"), CLOSE_S
+        )
