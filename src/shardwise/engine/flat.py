@@ -29,7 +29,7 @@ from shardwise.placement import DTYPE_NAMES, Placement, Ranks, Where, place
 from shardwise.strategy import Strategy
 from shardwise.tiers import Buffer, Ledger
 from shardwise.tiers.home import Home
-from shardwise.tiers.offloaded_values import OffloadedValues
+from shardwise.tiers.offloaded_values import OffloadedValues, ValuesSource
 from shardwise.tiers.transfer import Transfer, TransferGroup
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class FlatParameters:
         self.piece_params = self._cut_master()
         self.piece_starts = [p.offset - self.held.start for pieces in self.pieces for p in pieces]
         self.values: OffloadedValues | None = None
-        self.source: OffloadedValues | None = None
+        self.source: ValuesSource | None = None
         self._send_home()
         self._arriving: list[Transfer] | None = None  # shards that were staged, on their way into ``flat``
 

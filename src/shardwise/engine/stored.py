@@ -207,7 +207,7 @@ class StoredBucket(Bucket):
         self.offsets = [(i, slot.offset) for i, slot in enumerate(self.layout.slots) if slot.numel]
         self.placement = place(
             strategy, Ranks(mesh.parts, mesh.shard.size), "uint8", trainable=False, floating=False,
-            separate=self.home.separate,
+            separate=reading.home.separate,
         )  # fmt: skip
         self.place, self._copy_tag = mesh.new_tag(), None
         self._name_messages()
@@ -222,7 +222,7 @@ class StoredBucket(Bucket):
         plan, numel = self.placement, self.held.stop - self.held.start
         state = "gather_buffers" if plan.released else "parameters"
         self.flat = self._buffer(self.layout.numel, state)
-        stored = StoredValues(self.home, numel, list(self._parts(self.held.start, self.held.stop)))
+        stored = StoredValues(self.reading.home, numel, list(self._parts(self.held.start, self.held.stop)))
         self.source = None
         self.stored = stored
         if plan.params_on_disk:
@@ -241,7 +241,7 @@ class StoredBucket(Bucket):
             TransferGroup(stored.fill(self.master)).wait()
             if plan.params_offloaded:
                 self.source = OffloadedValues(
-                    self.home, f"unit {self.label} parameters", self.master, disk=False, state="parameters"
+                    self.reading.home, f"unit {self.label} parameters", self.master, disk=False, state="parameters"
                 )
         # Views of the values while they are elsewhere: shape and dtype, and no memory.
         self._hollow = self.flat.hollow(self._cut) if isinstance(self.flat, PageBuffer) else []

@@ -10,9 +10,9 @@ from torch import nn
 
 from shardwise import device as devices
 from shardwise.comm import init
+from shardwise.engine.bucket import Bucket
 from shardwise.engine.build import holder_of, install, members_of, mesh_of
 from shardwise.engine.engine import Engine
-from shardwise.engine.flat import FlatParameters
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.stored import Reading, StoredBucket, StoredTensor
 from shardwise.engine.unit import Unit
@@ -69,7 +69,7 @@ def run_stored(
             continue
         own = _strategy(split, homes[name], ahead)
 
-        def make(label: str, members: list[nn.Parameter], names: list[str], own: Strategy = own) -> FlatParameters:
+        def make(label: str, members: list[nn.Parameter], names: list[str], own: Strategy = own) -> Bucket:
             stored = [tensors[n] for n in names]
             return StoredBucket(label, members, names, stored, engine.mesh, own, engine.ledger, reading)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -52,15 +52,16 @@ def model_of(folder: str | os.PathLike[str], dtype: torch.dtype | str | None) ->
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if not isinstance(wanted, torch.dtype):
         wanted = getattr(config, "dtype", None)
+    model: Any
     before = torch.get_default_dtype()
     torch.set_default_dtype(wanted if isinstance(wanted, torch.dtype) and wanted.is_floating_point else before)
     try:
         with init_empty_weights():
-            model: nn.Module = kind(config)
+            model = kind(config)
     finally:
         torch.set_default_dtype(before)
     if hasattr(model, "tie_weights"):
-        model.tie_weights()
+        model.tie_weights()  # on meta nobody has
     if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)  # type: ignore[assignment]
-    return model
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return cast(nn.Module, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -11,6 +12,21 @@ from shardwise.tiers.home import BufferLease, Home, StateExtent
 from shardwise.tiers.link import Copy, Link, StreamOrdered
 from shardwise.tiers.swapped_tensor import SwapLocation, swap_in, swap_out
 from shardwise.tiers.transfer import Transfer, TransferGroup
+
+
+class ValuesSource(Protocol):
+    """What a gather reads, where that has a home of its own."""
+
+    on_disk: bool
+
+    def fill(self, target: torch.Tensor) -> list[Transfer]:
+        """Start to copy the values into a tensor on the device."""
+
+    def settle(self) -> None:
+        """They are about to be written to: wait until no copy to the device reads them any more."""
+
+    def write(self, buffer: torch.Tensor) -> list[Transfer]:
+        """Start to write them out from the beginning of a buffer."""
 
 
 class OffloadedValues:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.errors import InternalError
 from shardwise.tiers.home import Home
 from shardwise.tiers.offloaded_values import through_host
 from shardwise.tiers.transfer import Transfer
@@ -31,7 +32,7 @@ class StoredValues:
         parts: what is read; the rest is undefined.
     """
 
-    on_disk, resident = True, False
+    on_disk = True
 
     def __init__(self, home: Home, nbytes: int, parts: Sequence[Part]) -> None:
         self.home, self.nbytes, self.parts = home, nbytes, list(parts)
@@ -48,3 +49,6 @@ class StoredValues:
 
     def settle(self) -> None:
         """Nobody writes to them."""
+
+    def write(self, buffer: torch.Tensor) -> list[Transfer]:
+        raise InternalError("weights of files were to be written to")
