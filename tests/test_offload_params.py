@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from itertools import product
@@ -256,3 +257,39 @@ def test_one_home_per_model(tmp_path):
     model = shardwise.fully_shard(make(), strategy=at("zero3", BOTH, str(tmp_path)))
     homes = {id(u.home) for u in shardwise.engine.build.require_engine(model).units}
     assert len(homes) == 1 and isinstance(model.head.weight._shardwise_unit.home, Home)
+
+
+# --- units that nobody gathers after all ----------------------------------------------------------------
+class Stops(nn.Module):
+    """Large blocks, and a forward that may break off before the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(2048, 2048, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, stop: int | None = None) -> torch.Tensor:
+        for k, block in enumerate(self.blocks):
+            x = block(x)
+            if k == stop:
+                raise KeyError("stop")
+        return x
+
+
+def broken_off(path: str) -> None:
+    torch.manual_seed(0)
+    plain = Stops()
+    model = copy.deepcopy(plain)
+    shardwise.fully_shard(
+        model, strategy=f"ddp,offload_params=nvme,offload_prefetch=2,nvme_path={path}", units="Linear"
+    )
+    x = torch.randn(1, 2048)
+    with torch.no_grad():
+        expected = plain(x)
+        for k in range(8):
+            assert torch.equal(model(x), expected)
+            with pytest.raises(KeyError):
+                model(x, stop=k % 3)  # what is on its way here by then has arrived before its memory goes
+
+
+def test_units_on_their_way_when_a_forward_breaks_off(tmp_path):
+    run(1, broken_off, str(tmp_path))

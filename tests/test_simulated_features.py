@@ -88,6 +88,29 @@ def test_a_script_may_train_in_a_stream_of_its_own(strategy):
     on(2, in_a_stream_of_its_own, strategy)
 
 
+# --- host memory that a copy still reads ------------------------------------------------------------
+def zeroed_in_place(strategy: str) -> None:
+    """Gradients on the host are on their way to an update on the device when the script zeroes them."""
+
+    def curve(strategy: str) -> list[float]:
+        model, optimizer = build(strategy)
+        losses = []
+        for step in range(5):
+            loss = loss_of(model, batch(step, rank()).to(SIM))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            losses.append(loss.detach())
+        return [float(loss) for loss in losses]
+
+    assert curve(f"{strategy},offload_grads=cpu") == curve(strategy)
+
+
+@pytest.mark.parametrize(("size", "strategy"), [(1, "ddp"), (2, "zero2"), (2, "zero3")])
+def test_gradients_are_zeroed_in_place_once_they_have_left(size, strategy):
+    on(size, zeroed_in_place, strategy)
+
+
 # --- restless models ------------------------------------------------------------------------------
 class Restless(nn.Module):
     """Uses the blocks that it is told to, and may break off."""

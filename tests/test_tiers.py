@@ -102,6 +102,15 @@ def test_a_buffer_comes_back_when_its_write_has_ended(tmp_path):
             assert (out == i).all()
 
 
+def test_space_is_given_back_when_nothing_is_under_way_on_it(tmp_path):
+    with store_at(tmp_path, chunk=1 << 18) as store:
+        for _ in range(3):
+            extent = store.extent("unit", 48 << 20)
+            transfers = [store.write(extent, torch.full((48 << 20,), k, dtype=torch.uint8)) for k in range(2)]
+            store.free(extent)
+            assert all(t.done and t.error is None for t in transfers)
+
+
 @pytest.mark.skipif(device.accelerator() is not None, reason="with an accelerator it works")
 def test_pinning_needs_an_accelerator():
     with pytest.raises(OffloadError, match="accelerator"):

@@ -409,6 +409,9 @@ class FlatParameters:
             if opened:
                 self.values.write_back()
 
+    def require_writable(self) -> None:
+        """Raise where what is written to the values cannot be kept."""
+
     @property
     def fixed(self) -> bool:
         """Do the values have one address, for good?"""
@@ -459,7 +462,7 @@ class FlatParameters:
         """
         if self.placement.aliased:
             return False
-        if self.source is not None and not self.source.resident:
+        if self.source is not None and self.source.on_disk:
             self.reconcile()
             source = self.source.copied()
             return not torch.equal(_bits(self.flat.tensor[self.held].to(source.device)), _bits(source))

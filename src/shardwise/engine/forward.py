@@ -111,8 +111,7 @@ class Forward:
         if not failed:  # where it was is what the report of a failure says
             self.tracker.phase = self.tracker.unit = ""
             if self.wraps:
-                for unit in self._order().now[: self.ahead]:
-                    unit.stage()
+                self._stage(self._order().now)
 
     def drop(self, reason: Pin) -> None:
         """Nothing needs the units that were kept gathered for ``reason`` any more."""
@@ -248,7 +247,11 @@ class Forward:
         first = following[0] if following else None
         if first is not None and first.released and not first.residence.coming:
             start_gathers(first_message(following))
-        for unit in following[: self.ahead]:
+        self._stage(following)
+
+    def _stage(self, following: Sequence[Unit]) -> None:
+        """Begin to bring what the next units have at home."""
+        for unit in [unit for unit in following if unit.offloaded][: self.ahead]:
             unit.stage()
 
     def _log(self, unit: Unit) -> None:

@@ -35,6 +35,9 @@ def gathered(module: nn.Module, *, write: bool = False, grads: bool = False) -> 
     """
     chosen = {id(u): u for p in module.parameters() if (u := unit_of(p)) is not None}
     units: list[Unit] = sorted(chosen.values(), key=lambda u: u.index)
+    if write:
+        for bucket in (b for u in units for b in u.buckets):
+            bucket.require_writable()
     reason = Pin.WRITING if write else Pin.READING
     with ExitStack() as stack:
         for unit in units:

@@ -153,6 +153,10 @@ def mark(param: nn.Parameter, unit: Owner, name: str) -> None:
     param._shardwise_name = name  # type: ignore[attr-defined]
 
 
+_DECIDED = "decide dtype and device before: load(dtype=..., device_map=...), or model.to(...) before fully_shard"
+_CONVERSIONS = ("to", "type", "half", "float", "double", "bfloat16", "cuda", "cpu", "xpu")
+
+
 def refuse(param: nn.Parameter, operation: str, unit: str) -> ReleasedParameterError:
     name = param._shardwise_name  # type: ignore[attr-defined]
     doing = {
@@ -165,6 +169,11 @@ def refuse(param: nn.Parameter, operation: str, unit: str) -> ReleasedParameterE
         "__deepcopy__": "copy the whole model (copy.deepcopy(model)), or the parameter inside "
         "'with shardwise.gathered(model):'",
         "__reduce_ex__": "save model.state_dict() instead",
+        **dict.fromkeys(
+            _CONVERSIONS,
+            "dtype and device are decided before: shardwise.load(dtype=..., device_map=...), or "
+            "model.to(...) before fully_shard",
+        ),
     }.get(operation, "wrap the code in 'with shardwise.gathered(module):', or go through the module's forward")
     return ReleasedParameterError(
         f"{doing} parameter '{name}' while its values are released", where=f"unit {unit}", fix=fix

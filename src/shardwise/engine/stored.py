@@ -3,7 +3,8 @@
 All of a unit's parameters are in one flat buffer of bytes, whatever their dtypes. What lies in a row in a file lies in
 the same row in the buffer, at the same place within a block of the disk: so a unit is read by a few long requests,
 straight to where its parameters are, and nothing is copied or rearranged. Gaps between its tensors are read as well if
-they are short. What has to be converted, or is in pieces, comes behind that, and is read by a thread that converts.
+they are short. What is in several pieces comes behind that, and goes through the reading threads' own buffers; what has
+to be converted is read by a thread that converts.
 
 The buffer is cut into equal shards as any other: of a split model each rank reads its part of the bytes, and a gather
 brings the rest.
@@ -29,7 +30,7 @@ from shardwise.layout import Layout, Slot
 from shardwise.placement import Ranks, place
 from shardwise.strategy import Strategy
 from shardwise.tiers import Buffer, Ledger
-from shardwise.tiers.aligned import ALIGN, aligned_empty, padded
+from shardwise.tiers.aligned import ALIGN, padded
 from shardwise.tiers.home import Home
 from shardwise.tiers.offloaded_values import OffloadedValues
 from shardwise.tiers.page_buffer import PageBuffer, PagePool
@@ -42,6 +43,15 @@ GAP = 256 << 10
 _SLOT = 64  # bytes; where converted values begin, as torch's own allocator places tensors
 
 
+class FilePiece(NamedTuple):
+    """Bytes of a tensor that lie in a row in a file: ``nbytes`` from ``at`` on are its bytes from ``start`` on."""
+
+    file: Path
+    at: int
+    start: int
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where the values of one parameter are.
@@ -49,16 +59,14 @@ class StoredTensor:
     Args:
         dtype: that the parameter has.
         shape: likewise.
-        file, at: the first byte of its values, in row-major order and of that dtype; ``None``: they have to be
-            converted, or put together.
+        pieces: its bytes, in row-major order and of that dtype; empty: they have to be converted.
         convert: ``convert(start, stop, out)`` fills ``out``, 1-D in ``dtype`` and on the CPU, with elements
             ``start:stop`` of the flattened tensor.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: Path | None
-    at: int
+    pieces: tuple[FilePiece, ...]
     convert: Callable[[int, int, torch.Tensor], None]
 
     @property
@@ -68,12 +76,18 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class FileRun:
-    """Bytes of a file that lie in a row in the flat buffer. All three are multiples of the disk's block."""
+    """Bytes of a file that lie in a row in the flat buffer.
+
+    Args:
+        start, nbytes, offset: multiples of the disk's block.
+        end: of the last tensor's bytes in the file.
+    """
 
     file: Path
     start: int
     nbytes: int
     offset: int
+    end: int
 
     def overlap(self, lo: int, hi: int) -> tuple[int, int]:
         """Which of the flat buffer's bytes ``lo:hi`` it fills."""
@@ -81,8 +95,8 @@ class FileRun:
 
 
 @dataclass(frozen=True)
-class ConvertedSlot:
-    """Values that a thread converts into the flat buffer, from byte ``offset`` on."""
+class PackedSlot:
+    """Values that are not as they are in one file: of several pieces, or to be converted. From byte ``offset`` on."""
 
     tensor: StoredTensor
     offset: int
@@ -103,7 +117,16 @@ class StoredLayout:
 
     layout: Layout
     runs: tuple[FileRun, ...]
-    converted: tuple[ConvertedSlot, ...]
+    packed: tuple[PackedSlot, ...]
+
+    def ends(self) -> dict[Path, int]:
+        """How many bytes each file has to have."""
+        out: dict[Path, int] = {}
+        for file, end in [(r.file, r.end) for r in self.runs] + [
+            (p.file, p.at + p.nbytes) for slot in self.packed for p in slot.tensor.pieces
+        ]:
+            out[file] = max(end, out.get(file, 0))
+        return out
 
     @classmethod
     def plan(cls, tensors: Sequence[tuple[str, StoredTensor]], parts: int) -> StoredLayout:
@@ -115,41 +138,39 @@ class StoredLayout:
         """
         offsets: dict[int, int] = {}
         runs: list[FileRun] = []
-        straight = [i for i, (_, t) in enumerate(tensors) if t.file is not None and t.nbytes]
-        straight.sort(key=lambda i: (str(tensors[i][1].file), tensors[i][1].at))
+        place = {i: t.pieces[0] for i, (_, t) in enumerate(tensors) if len(t.pieces) == 1 and t.nbytes}
+        straight = sorted(place, key=lambda i: (str(place[i].file), place[i].at))
         at, group = 0, list[int]()
 
         def close() -> None:
             nonlocal at
             if not group:
                 return
-            found = [tensors[i][1] for i in group]
+            found = [place[i] for i in group]
             start = found[0].at // ALIGN * ALIGN
-            nbytes = padded(max(t.at + t.nbytes for t in found) - start)
-            file = found[0].file
-            assert file is not None
-            runs.append(FileRun(file, start, nbytes, at))
-            for i, t in zip(group, found, strict=True):
-                offsets[i] = at + t.at - start
+            end = max(p.at + p.nbytes for p in found)
+            nbytes = padded(end - start)
+            runs.append(FileRun(found[0].file, start, nbytes, at, end))
+            for i, p in zip(group, found, strict=True):
+                offsets[i] = at + p.at - start
             at += nbytes
             group.clear()
 
         for i in straight:
-            t = tensors[i][1]
-            last = tensors[group[-1]][1] if group else None
-            if last is not None and (t.file != last.file or t.at > last.at + last.nbytes + GAP):
+            here, last = place[i], place[group[-1]] if group else None
+            if last is not None and (here.file != last.file or here.at > last.at + last.nbytes + GAP):
                 close()
             group.append(i)
         close()
-        converted: list[ConvertedSlot] = []
+        packed: list[PackedSlot] = []
         for i, (_, t) in enumerate(tensors):
             if i not in offsets:
                 offsets[i] = at
-                converted.append(ConvertedSlot(t, at))
+                packed.append(PackedSlot(t, at))
                 at += -(-t.nbytes // _SLOT) * _SLOT
         shard = max(padded(-(-at // parts)), ALIGN)
         slots = tuple(Slot(name, (t.nbytes,), offsets[i]) for i, (name, t) in enumerate(tensors))
-        return cls(Layout(slots, parts, shard), tuple(runs), tuple(c for c in converted if c.tensor.nbytes))
+        return cls(Layout(slots, parts, shard), tuple(runs), tuple(slot for slot in packed if slot.tensor.nbytes))
 
 
 class Reading(NamedTuple):
@@ -219,6 +240,8 @@ class StoredBucket(Bucket):
     # --- making it ---------------------------------------------------------------------------------
     @torch.no_grad()
     def _take_values(self) -> None:
+        for file, end in self.plan.ends().items():
+            self.reading.files.require(file, end)
         plan, numel = self.placement, self.held.stop - self.held.start
         state = "gather_buffers" if plan.released else "parameters"
         self.flat = self._buffer(self.layout.numel, state)
@@ -267,7 +290,14 @@ class StoredBucket(Bucket):
             if start < stop:
                 read = partial(files.read, run.file, run.start + start - run.offset)
                 yield Part(start - lo, stop - lo, read)
-        for slot in self.plan.converted:
+        for slot in self.plan.packed:
+            for piece in slot.tensor.pieces:
+                begin = slot.offset + piece.start
+                start, stop = max(lo, begin), min(hi, begin + piece.nbytes)
+                if start < stop:
+                    yield Part(start - lo, stop - lo, partial(files.read, piece.file, piece.at + start - begin))
+            if slot.tensor.pieces:
+                continue
             first, last = slot.elements(lo, hi)
             if first < last:
                 width = slot.tensor.dtype.itemsize
@@ -334,22 +364,22 @@ class StoredBucket(Bucket):
     def master_here(self, *, write: bool = False) -> Iterator[torch.Tensor]:
         """The held bytes, on the CPU or the device. They cannot be written to."""
         if write:
-            raise self._read_only()
+            self.require_writable()
         if self.placement.params_on_disk:
-            held = aligned_empty(self.stored.nbytes)
-            TransferGroup(self.stored.read(held)).wait()
-            yield held
+            yield self.stored.copied()
         else:
             yield self.master
 
     def take_values(self) -> None:
-        raise self._read_only()
+        if self.source is not None:  # what was written is not used again
+            TransferGroup(self.source.fill(self.flat.tensor[self.held])).wait()
+        self.require_writable()
 
     def moved(self) -> list[int]:
         return []  # they are moved here, and nowhere else
 
-    def _read_only(self) -> UnitError:
-        return UnitError(
+    def require_writable(self) -> None:
+        raise UnitError(
             "its weights are read from files each time they are needed, so that what is written to them is lost",
             where=f"unit {self.label}",
             fix="keep them in memory (device_map='cpu' or a device), or train with shardwise.fully_shard",

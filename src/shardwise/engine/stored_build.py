@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from shardwise.engine.bucket import Bucket
 from shardwise.engine.build import holder_of, install, members_of, mesh_of
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
+from shardwise.engine.select import has_forward
 from shardwise.engine.stored import Reading, StoredBucket, StoredTensor
 from shardwise.engine.unit import Unit
 from shardwise.errors import UnitError
@@ -64,22 +65,32 @@ def run_stored(
     reading = Reading(device, home, files or StoredFiles(rank=world.rank), PagePool())
     holder = partial(holder_of, module)
     made: list[Unit] = []
-    for name in [n for n, _ in module.named_modules() if n in homes and n] + [""]:
-        if not of_unit[name] and name:
+    filled = [name for name, its in of_unit.items() if its]
+    for name in [n for n, _ in module.named_modules() if n] + [""]:
+        within = bool(name) and name not in filled and _holds_others(module, name, filled)
+        if name and name not in filled and not within:
             continue
-        own = _strategy(split, homes[name], ahead)
+        own = _strategy(split, homes.get(name, "device"), ahead)
 
         def make(label: str, members: list[nn.Parameter], names: list[str], own: Strategy = own) -> Bucket:
             stored = [tensors[n] for n in names]
             return StoredBucket(label, members, names, stored, engine.mesh, own, engine.ledger, reading)
 
-        members = [(p, names, None) for p, names in of_unit[name]]
-        made.append(
-            Unit(name, module.get_submodule(name), members, holder, engine.mesh, own, engine.ledger, home, engine, make)
-        )
+        members = [(p, names, None) for p, names in of_unit.get(name, ())]
+        owner = module.get_submodule(name)
+        unit = Unit(name, owner, members, holder, engine.mesh, own, engine.ledger, home, engine, make)
+        # One without parameters has hooks all the same: a script may call an encoder by itself, and what the root holds
+        # is needed in it.
+        unit.settled = unit.settled and not within
+        made.append(unit)
     engine.take_over(made)
     install(engine, made)
     return engine
+
+
+def _holds_others(root: nn.Module, name: str, units: Collection[str]) -> bool:
+    """May a module be called by itself, with units inside it?"""
+    return has_forward(root.get_submodule(name)) and any(unit.startswith(f"{name}.") for unit in units)
 
 
 def _strategy(split: bool, home: str, ahead: int) -> Strategy:

@@ -28,6 +28,9 @@ class ValuesSource(Protocol):
     def write(self, buffer: torch.Tensor) -> list[Transfer]:
         """Start to write them out from the beginning of a buffer."""
 
+    def copied(self) -> torch.Tensor:
+        """A copy of them in new host memory."""
+
 
 class OffloadedValues:
     """A flat tensor with a home, and views of it that come and go with it.
@@ -91,6 +94,8 @@ class OffloadedValues:
 
     def copied(self) -> torch.Tensor:
         """A copy of them in new host memory."""
+        if self.resident:
+            return self.tensor.clone()
         memory = torch.empty(self._own, dtype=torch.uint8)
         TransferGroup(self.read(memory)).wait()
         return memory.view(self.tensor.dtype)

@@ -64,13 +64,19 @@ class StoredFiles:
         """Count from zero."""
         self._queue.stats = DiskStats()
 
-    def size(self, path: Path) -> int:
-        """Bytes of a file.
+    def require(self, path: Path, nbytes: int) -> None:
+        """Open a file.
 
         Raises:
-            OffloadError: it cannot be opened.
+            OffloadError: it cannot be opened, or has fewer than ``nbytes`` bytes.
         """
-        return self._extent(path).size
+        extent = self._extent(path)
+        if extent.size < nbytes:
+            raise OffloadError(
+                f"the file has {extent.size} bytes, and the weights in it end at {nbytes}",
+                where=self._queue.io.place(extent),
+                fix="it was cut off, or replaced; use another copy, and load the model again",
+            )
 
     def read(self, path: Path, start: int, into: torch.Tensor) -> DiskTransfer:
         """Start to fill ``into`` with the bytes of a file from ``start`` on.

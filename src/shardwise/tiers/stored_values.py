@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 
 from shardwise.errors import InternalError
+from shardwise.tiers.aligned import aligned_empty
 from shardwise.tiers.home import Home
 from shardwise.tiers.offloaded_values import through_host
-from shardwise.tiers.transfer import Transfer
+from shardwise.tiers.transfer import Transfer, TransferGroup
 
 Read = Callable[[torch.Tensor], Transfer]
 
@@ -46,6 +47,12 @@ class StoredValues:
         if target.device.type == "cpu":
             return self.read(target)
         return [through_host(self.home, self.nbytes, self.read, target)]
+
+    def copied(self) -> torch.Tensor:
+        """In new host memory; what no part has is zero."""
+        memory = aligned_empty(self.nbytes)
+        TransferGroup(self.read(memory)).wait()
+        return memory
 
     def settle(self) -> None:
         """Nobody writes to them."""
