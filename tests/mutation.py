@@ -31,16 +31,8 @@ _QUICK = (
     "(several_ranks and 4-hsdp-device) or restless or experts or (checkpoint and asynchronous)"
 )
 _HOST = (
-    "scenarios",
-    "join",
-    "clipping",
-    "state_dicts",
-    "written_values",
-    "offload",
-    "tiers",
-    "channel",
-    "offload_params",
-)
+    "tiers", "channel", "join", "scenarios", "clipping", "state_dicts", "written_values", "offload", "offload_params",
+)  # fmt: skip
 STAGES: tuple[tuple[Sequence[str], str, bool], ...] = (
     (_SIMULATED, _QUICK, False),
     (
@@ -52,8 +44,8 @@ STAGES: tuple[tuple[Sequence[str], str, bool], ...] = (
 )
 """Files of tests, which of them, and whether messages arrive late. The next ones run if nothing was noticed so far."""
 UNNOTICED: dict[str, str] = {
-    "tiers/saved_tensors.py SavedOnHost.drain: copy.wait()": "it bounds how much is under way; the copy is ordered after "
-    "what made the tensor, and the device's memory is kept until it has ended, also without it",
+    "tiers/saved_tensors.py SavedOnHost.drain: copy.wait()": "it bounds how much is under way: the copy is ordered "
+    "after what made the tensor, and the device's memory is kept until it has ended, also without it",
 }
 """Waits that no test misses, by name, and why that is so."""
 
