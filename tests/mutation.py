@@ -31,7 +31,8 @@ _QUICK = (
     "(several_ranks and 4-hsdp-device) or restless or experts or (checkpoint and asynchronous)"
 )
 _HOST = (
-    "tiers", "channel", "join", "scenarios", "clipping", "state_dicts", "written_values", "offload", "offload_params",
+    "tiers", "channel", "load", "join", "scenarios", "clipping", "state_dicts", "written_values", "offload",
+    "offload_params",
 )  # fmt: skip
 STAGES: tuple[tuple[Sequence[str], str, bool], ...] = (
     (_SIMULATED, _QUICK, False),
