@@ -215,6 +215,33 @@ def test_ranks_share_one_model_each_with_its_own_prompt(tmp_path, size):
         assert abs(read - 8 * on_disk) <= 3 * on_disk / 4
 
 
+def of_any_length(folder: Path) -> list[torch.Tensor]:
+    loaded = shardwise.load(folder, "split", max_memory={"cpu": 2 << 20}, batch=1, length=16)
+    out = []
+    for turn in range(2):
+        with shardwise.together(loaded):
+            for k in range(rank() + turn):
+                tokens = ids(seed=10 * k + rank(), rows=1, length=3 + k)
+                out.append(loaded.generate(tokens, max_new_tokens=2 + 5 * rank(), do_sample=False, pad_token_id=0))
+    out.append(said(loaded))  # all together again
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_write_texts_of_different_lengths(tmp_path, name, size):
+    model = make(name)
+    saved(model, tmp_path)
+    for r, out in enumerate(run(size, of_any_length, tmp_path)):
+        expected = [
+            model.generate(ids(seed=10 * k + r, rows=1, length=3 + k), max_new_tokens=2 + 5 * r, do_sample=False,
+                           pad_token_id=0)
+            for turn in range(2) for k in range(r + turn)
+        ]  # fmt: skip
+        assert len(out) == len(expected) + 1
+        assert all(torch.equal(a, b) for a, b in zip(out, [*expected, said(model)], strict=True))
+
+
 def on_the_device(folder: Path, where: str) -> torch.Tensor:
     kw = {"device_map": {"": "disk"}} if where == "disk" else {"max_memory": {0: 700_000, "cpu": 200_000}, "length": 16}
     loaded = shardwise.load(folder, **({"device_map": "auto"} | kw), batch=1)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from shardwise.errors import ShardwiseError
     from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel, fully_shard
     from shardwise.inference.load import load
+    from shardwise.inference.uneven import together
     from shardwise.launchers import debug_launcher, notebook_launcher
     from shardwise.local_sgd import LocalSGD
     from shardwise.observe.memory import MemoryMeter, memory_meter
@@ -91,6 +92,7 @@ _HOME = {
     "skip_first_batches": "data_loader",
     "stats": "observe.stats",
     "synchronize_rng_states": "rng",
+    "together": "inference.uneven",
 }
 _MODULES = ("checkpoint", "errors")
 # Spelled out: type checkers take nothing else for the list of what is public.
@@ -139,6 +141,7 @@ __all__ = [
     "skip_first_batches",
     "stats",
     "synchronize_rng_states",
+    "together",
 ]
 
 __getattr__ = importing(__name__, _HOME, _MODULES)

@@ -82,6 +82,8 @@ def _may_change(loader: Any) -> bool:
 class _Followed:
     """Accumulation windows, loss scales and schedules, for ranks that follow."""
 
+    parts = False
+
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
 

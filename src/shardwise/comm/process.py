@@ -35,7 +35,7 @@ class JoinContext(Protocol):
     def ready(self) -> None:
         """All ranks with data meet before something that those without have no part in."""
 
-    def forward(self) -> None:
+    def forward(self, part: int = 0) -> None:
         """A root's forward begins."""
 
     def event(self, kind: Hashable, engine: Any = None, *args: Any) -> AbstractContextManager[None]:

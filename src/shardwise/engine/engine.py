@@ -184,8 +184,7 @@ class Engine:
         self.backward.recover()
         if self.refuse_training is not None and torch.is_grad_enabled():
             raise self.refuse_training
-        if self.world.join is not None:
-            self.world.join.forward()
+        self.runs()
         if not self.passes.active:
             self.check()
             for unit in self.backward.moving:
@@ -198,6 +197,15 @@ class Engine:
         if training and self.strategy.broadcast_buffers and self.sync and self.world.size > 1:
             with self.announce(Command.BUFFERS):
                 self.send_buffers(self._leader())
+
+    def runs(self, part: int = 0) -> None:
+        """A forward begins: that shows ranks without data that this one has some.
+
+        Args:
+            part: which part of the model runs; 0 is all of it.
+        """
+        if self.world.join is not None:
+            self.world.join.forward(part)
 
     def send_buffers(self, source: int) -> None:
         """The buffers of rank ``source`` for everyone, one per dtype and place (what DDP does before a forward).

@@ -298,10 +298,14 @@ class FlatParameters:
         return torch.empty(numel, dtype=dtype, pin_memory=self.home.pin)
 
     # --- gather and release --------------------------------------------------------------------------
+    def fill(self) -> None:
+        """Have memory for the values."""
+        self.flat.fill()
+
     def stage(self) -> None:
         """Begin to bring held shards from their home into ``flat``, if that is where they are."""
         if self.source is not None and self._arriving is None:
-            self.flat.fill()
+            self.fill()
             self._arriving = self.source.fill(self.flat.tensor[self.held])
 
     def unstage(self) -> None:
@@ -309,7 +313,7 @@ class FlatParameters:
         if self._arriving is not None:
             arriving, self._arriving = self._arriving, None
             TransferGroup(arriving).wait()
-            self.flat.release()
+            self.release()
 
     def start_gather(self) -> Transfer:
         """Fill ``flat`` from the shards of the shard axis. Sends (S-1)/S of it."""
@@ -321,7 +325,7 @@ class FlatParameters:
                 return arriving
             arriving.wait()  # here, not later: all ranks start their collectives in the same order
         else:
-            self.flat.fill()
+            self.fill()
             if self.sends_own:
                 self.flat.tensor[self.held].copy_(self.master if self.shard is None else self.shard)
         return self.mesh.gather(self.flat.tensor, self.op("gather"))

@@ -55,8 +55,9 @@ class Forward:
         stay_gathered: units that are not released between forward and backward.
         gather_log: a checksum of the gathers of this step, which ranks compare.
         saved: what autograd saves.
-        wraps: the model is about to run again, as one that writes a text word by word: when it has ended, the first
-            units are brought from their home.
+        repeats: called with a number when a part of the model begins to run by itself (0: all of it), of a model that
+            runs again and again, as one that writes a text word by word. When it has ended, the first units are
+            brought from their home.
     """
 
     def __init__(self, root: nn.Module, passes: Passes, tracker: Tracker, ahead: int, begins: Hook) -> None:
@@ -67,7 +68,7 @@ class Forward:
         self.stay_gathered: list[Unit] = []
         self.gather_log = 0
         self.saved: SavedTensors | None = None
-        self.wraps = False
+        self.repeats: Callable[[int], None] | None = None
         self._running: list[_Running] = []  # outermost first
         self._parents: dict[int, Call] = {}  # per unit (by index), what its last forward was inside of
         self._hooks: list[AbstractContextManager[Any]] = []  # entered
@@ -91,8 +92,10 @@ class Forward:
             self._order().begin()
             self.choose_what_stays()
 
-    def _open(self) -> None:
+    def _open(self, unit: Unit) -> None:
         self.passes.forward += 1
+        if self.passes.forward == 1 and self.repeats is not None:
+            self.repeats(0 if unit.module is self.root else unit.index + 1)
         if self.passes.forward == 1 and self.saved is not None and torch.is_grad_enabled():
             hooks = self.saved.hooks()
             hooks.__enter__()
@@ -110,7 +113,7 @@ class Forward:
             unit.watch()
         if not failed:  # where it was is what the report of a failure says
             self.tracker.phase = self.tracker.unit = ""
-            if self.wraps:
+            if self.repeats is not None:
                 self._stage(self._order().now)
 
     def drop(self, reason: Pin) -> None:
@@ -137,7 +140,7 @@ class Forward:
     # --- one unit ------------------------------------------------------------------------------------
     def enter(self, unit: Unit, args: Any, kwargs: Any) -> Any:
         """``unit`` is about to compute. Returns new ``(args, kwargs)``, or ``None`` to leave them."""
-        self._open()
+        self._open(unit)
         parent = None
         for running in reversed(self._running):
             if running.call is not None:

@@ -17,7 +17,8 @@ with it that needs the others, so a batch that is skipped costs nothing and brea
 with a level:
 
 =============================  =================================================
-it has a batch                 ``BATCH``, plus how many dataloaders are being read, one inside the other
+it has a batch                 ``BATCH``, plus how many dataloaders are being read, one inside the other; or the
+                               part of the model that it is about to run, where there are no dataloaders
 a dataloader has ended         how deep that one is nested, 1 is the outermost
 the block has ended            0
 =============================  =================================================
@@ -59,6 +60,7 @@ class Loop(Protocol):
     """What a Join asks of whoever counts micro-batches and knows the open dataloaders."""
 
     steps: Any  # whose micro-batches these are
+    parts: bool  # there are no dataloaders, and ranks may run different parts of a model
 
     @property
     def depth(self) -> int:
@@ -165,10 +167,13 @@ class Join:
             (depth, last), self._pending = self._pending, None
             self._round(BATCH + depth, last)
 
-    def forward(self) -> None:
-        """A model is about to run. Outside of any dataloader, that is what shows that this rank has data."""
-        if not self.loop.depth:
-            self.batch()
+    def forward(self, part: int = 0) -> None:
+        """A model, or that part of it, is about to run. Outside of any dataloader, that shows that this rank has data.
+
+        Ranks that are about to run another part than others follow them first.
+        """
+        if not self.loop.depth and not self.following:
+            self._pending = part, self.loop.at_end
 
     def at_end(self, depth: int) -> bool:
         """Have all ranks their last batch of the dataloader ``depth`` deep in hand, or ended it?"""
@@ -198,7 +203,8 @@ class Join:
         levels, ends = rows[:, 0].tolist(), rows[:, 1].tolist()
         top = max(levels)
         live = [r for r in range(world.size) if levels[r] == top]
-        if odd := [r for r in range(world.size) if BATCH <= levels[r] < top]:
+        odd = [r for r in range(world.size) if BATCH <= levels[r] < top]
+        if odd and not self.loop.parts:
             raise CommError(
                 f"rank {live[0]} reads {top - BATCH} dataloaders, one inside the other, and rank {odd[0]} "
                 f"{levels[odd[0]] - BATCH}",

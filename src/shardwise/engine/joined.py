@@ -134,5 +134,5 @@ class _Places:
 
     def __call__(self) -> list[torch.Tensor]:
         for b in self.buckets:
-            b.flat.fill()
+            b.fill()
         return [b.flat.tensor for b in self.buckets]

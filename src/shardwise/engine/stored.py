@@ -36,7 +36,7 @@ from shardwise.tiers.offloaded_values import OffloadedValues
 from shardwise.tiers.page_buffer import PageBuffer, PagePool
 from shardwise.tiers.stored_files import StoredFiles, Task
 from shardwise.tiers.stored_values import Part, StoredValues
-from shardwise.tiers.transfer import Transfer, TransferGroup
+from shardwise.tiers.transfer import TransferGroup
 
 GAP = 256 << 10
 """Bytes between two tensors of a unit that are read along, rather than beginning another request."""
@@ -330,15 +330,7 @@ class StoredBucket(Bucket):
         return new
 
     # --- gather and release --------------------------------------------------------------------------
-    def stage(self) -> None:
-        self._fill()
-        super().stage()
-
-    def start_gather(self) -> Transfer:
-        self._fill()
-        return super().start_gather()
-
-    def _fill(self) -> None:
+    def fill(self) -> None:
         if not self.flat.filled:
             self.flat.fill()
             if self._moves:

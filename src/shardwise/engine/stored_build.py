@@ -84,6 +84,7 @@ def run_stored(
         unit.settled = unit.settled and not within
         made.append(unit)
     engine.take_over(made)
+    engine.forward.repeats = engine.runs
     install(engine, made)
     return engine
 

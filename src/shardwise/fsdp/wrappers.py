@@ -15,11 +15,11 @@ from shardwise.engine.build import no_sync, require_engine
 from shardwise.engine.clip import clip_grad_norm_
 from shardwise.engine.manual import engine_around
 from shardwise.engine.select import UnitRule
+from shardwise.engine.uneven import uneven_inputs
 from shardwise.environment import strategy_from_environment
 from shardwise.errors import LeftOut, StrategyError
 from shardwise.fsdp.arguments import precision_of
 from shardwise.fsdp.modules import shard
-from shardwise.fsdp.uneven import uneven_inputs
 from shardwise.strategy import Strategy
 
 
@@ -208,7 +208,7 @@ class DistributedDataParallel(Wrapper):
                 "join(divide_by_initial_world_size=False) and join(throw_on_early_termination=True) are not served",
                 fix="leave them out; Accelerator.join_uneven_inputs takes the mean over the ranks that have a batch",
             )
-        with uneven_inputs(require_engine(unwrap(self))):
+        with uneven_inputs([require_engine(unwrap(self))]):
             yield
 
     def join_hook(self, **_: Any) -> NoReturn:

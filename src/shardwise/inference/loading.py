@@ -73,8 +73,7 @@ def load_from_files(
         print(plan, flush=True)
     _load_buffers(state, found, device)
     module.eval()
-    engine = run_stored(module, tensors, plan.homes, device, split=parts > 1, ahead=ahead)
-    engine.forward.wraps = True
+    run_stored(module, tensors, plan.homes, device, split=parts > 1, ahead=ahead)
     module.shardwise_plan = plan  # type: ignore[assignment]
     return module
 

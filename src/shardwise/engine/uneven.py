@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,20 +12,21 @@ from shardwise.engine.join import Join
 
 
 @contextmanager
-def uneven_inputs(engine: Engine) -> Iterator[None]:
+def uneven_inputs(engines: Sequence[Engine]) -> Iterator[None]:
     """Inside, ranks may run out of data at different times; see :mod:`shardwise.engine.join`.
 
     Args:
-        engine: the model's. Optimizers that are attached to it step on all ranks.
+        engines: the models', in an order that all ranks share. Optimizers that are attached to them step on all ranks.
     """
     world = World.current()
     if world.size == 1 or world.fake:
         yield
     elif world.join is not None:
-        world.join.include([engine])
+        world.join.include(engines)
         yield
     else:
-        with Join(world, [engine], engine.optimizers, _Uncounted()):
+        optimizers = list({id(o): o for engine in engines for o in engine.optimizers}.values())
+        with Join(world, engines, optimizers, _Uncounted()):
             yield
 
 
@@ -33,6 +34,7 @@ class _Uncounted:
     """A loop without dataloaders, windows and scales of ours."""
 
     steps: Any = None
+    parts = True
     depth = 0
     at_end = False
 
