@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import shardwise
 from models import rank
 from ranks import run
 from shardwise.engine.hooks import engine_of
 from shardwise.errors import CheckpointError, OffloadError, ReleasedParameterError, UnitError
+from shardwise.inference.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
+from shardwise.inference.meta import init_empty_weights
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -115,10 +120,18 @@ def test_a_dict_says_where_each_part_is(tmp_path):
     model = make("llama")
     saved(model, tmp_path)
     loaded = shardwise.load(
-        tmp_path, {"model.embed_tokens": "cpu", "model.layers": "disk", "model.layers.1": "cpu", "": "cpu"}
+        tmp_path,
+        {
+            "model.embed_tokens": "cpu",
+            "model.layers": "disk",
+            "model.layers.1": "cpu",
+            "model.layers.2.mlp": "cpu",
+            "": "cpu",
+        },
     )
     homes = loaded.shardwise_plan.homes
     assert [homes[f"model.layers.{i}"] for i in range(4)] == ["nvme", "device", "nvme", "nvme"]
+    assert homes["model.layers.2.mlp"] == "device"
     assert torch.equal(said(loaded), said(model))
 
 
@@ -401,9 +414,6 @@ def test_a_file_that_is_cut_short_later_is_named(tmp_path):
 
 
 def test_nothing_of_a_dropped_model_stays():
-    import gc
-    import threading
-
     with tempfile.TemporaryDirectory() as folder:
         saved(make("llama"), Path(folder))
         gc.collect()
@@ -414,3 +424,45 @@ def test_nothing_of_a_dropped_model_stays():
         del loaded
         gc.collect()
         assert threading.active_count() == before
+
+
+# --- Accelerate's words -------------------------------------------------------------------------------
+def test_models_with_values_are_dispatched(tmp_path):
+    expected = said(make("t5"))
+    for n, device_map in enumerate([{"": "cpu"}, {"": "disk"}, {"encoder": "cpu", "": "disk"}]):
+        model = dispatch_model(make("t5"), device_map, offload_dir=tmp_path / str(n))
+        assert torch.equal(said(model), expected)
+        assert torch.equal(said(copy.deepcopy(model)), expected)
+    model = disk_offload(make("t5"), tmp_path / "all")
+    assert torch.equal(said(model), expected)
+    assert torch.equal(said(cpu_offload(make("t5"))), expected)
+
+
+def test_what_is_dispatched_is_not_kept_twice():
+    model = wide(6)
+    storages = [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
+    cpu_offload(model)
+    gc.collect()
+    assert all(ref.expired() for ref in storages)
+
+
+def test_a_checkpoint_is_loaded_and_dispatched(tmp_path):
+    model = make("gpt2")
+    saved(model, tmp_path)
+    with init_empty_weights():
+        empty = gpt2()
+    empty.tie_weights()
+    loaded = load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "disk"}, no_split_module_classes="GPT2Block")
+    assert torch.equal(said(loaded), said(model))
+
+
+def test_dispatching_says_what_is_missing(tmp_path):
+    with pytest.raises(OffloadError, match="offload_dir"):
+        dispatch_model(make("llama"), {"": "disk"})
+    with init_empty_weights():
+        empty = llama()
+    with pytest.raises(UnitError, match="no values"):
+        dispatch_model(empty, {"": "disk"}, offload_dir=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OffloadError, match="cannot be made"):
+        disk_offload(make("llama"), tmp_path / "file" / "in")

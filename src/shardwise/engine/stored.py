@@ -12,6 +12,7 @@ brings the rest.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -221,10 +222,10 @@ class StoredBucket(Bucket):
         self.master_dtype = self.dtype = self.reduce_dtype = torch.uint8
         self.reconcile = self.finish_transfers = self.finish_update = _nothing
         self.tensors = list(tensors)
-        self.plan = StoredLayout.plan(list(zip(names, tensors, strict=True)), mesh.parts)
+        plan = StoredLayout.plan(list(zip(names, tensors, strict=True)), mesh.parts)
         self.granularity, self.whole_tensors, self.compute_dtype, self.overlap = "element", False, None, False
         self.wire_bytes, self.share = 0, 1.0 / mesh.parts
-        self._set_layout(self.plan.layout)
+        self._set_layout(plan.layout)
         self.offsets = [(i, slot.offset) for i, slot in enumerate(self.layout.slots) if slot.numel]
         self.placement = place(
             strategy, Ranks(mesh.parts, mesh.shard.size), "uint8", trainable=False, floating=False,
@@ -234,20 +235,21 @@ class StoredBucket(Bucket):
         self._name_messages()
         self.pieces, self.piece_params, self.piece_starts = [[] for _ in params], [[] for _ in params], []
         self.shard = self.values = self._arriving = None
-        self._take_values()
+        self._take_stored(plan)
         self.grads = self._gradients()
 
     # --- making it ---------------------------------------------------------------------------------
     @torch.no_grad()
-    def _take_values(self) -> None:
-        for file, end in self.plan.ends().items():
+    def _take_stored(self, stored_layout: StoredLayout) -> None:
+        for file, end in stored_layout.ends().items():
             self.reading.files.require(file, end)
         plan, numel = self.placement, self.held.stop - self.held.start
         state = "gather_buffers" if plan.released else "parameters"
         self.flat = self._buffer(self.layout.numel, state)
-        stored = StoredValues(self.reading.home, numel, list(self._parts(self.held.start, self.held.stop)))
+        stored = StoredValues(
+            self.reading.home, numel, list(self._parts(stored_layout, self.held.start, self.held.stop))
+        )
         self.source = None
-        self.stored = stored
         if plan.params_on_disk:
             self.master = torch.empty(0, dtype=torch.uint8)
             self.source = stored
@@ -271,6 +273,10 @@ class StoredBucket(Bucket):
         for p in self.params:
             p.requires_grad_(False)
         self._attach_all()
+        if not plan.params_on_disk and self.master.numel() == self.layout.numel:  # all of it is here: nobody else's
+            of = weakref.ref(self)  # values that it was made of are needed no longer, nor their files
+            for i, t in enumerate(self.tensors):
+                self.tensors[i] = StoredTensor(t.dtype, t.shape, (), partial(_read_back, of, i))
 
     def _cut(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The parameters in the flat buffer."""
@@ -282,15 +288,15 @@ class StoredBucket(Bucket):
             return PageBuffer(nbytes, state, self.ledger, self.reading.pages)
         return Buffer(nbytes, torch.uint8, self.device, state, self.ledger)
 
-    def _parts(self, lo: int, hi: int) -> Iterator[Part]:
+    def _parts(self, plan: StoredLayout, lo: int, hi: int) -> Iterator[Part]:
         """What of which file belongs into the flat buffer's bytes ``lo:hi``."""
         files = self.reading.files
-        for run in self.plan.runs:
+        for run in plan.runs:
             start, stop = run.overlap(lo, hi)
             if start < stop:
                 read = partial(files.read, run.file, run.start + start - run.offset)
                 yield Part(start - lo, stop - lo, read)
-        for slot in self.plan.packed:
+        for slot in plan.packed:
             for piece in slot.tensor.pieces:
                 begin = slot.offset + piece.start
                 start, stop = max(lo, begin), min(hi, begin + piece.nbytes)
@@ -321,7 +327,7 @@ class StoredBucket(Bucket):
         finish_transfers: Callable[[], None],
         finish_update: Callable[[], None],
     ) -> StoredBucket:
-        """Once more, for other parameters: what is in memory is read again."""
+        """Once more, for other parameters: what stays in memory is copied, or read again where ranks split it."""
         new = StoredBucket(
             self.label, params, self.names, self.tensors, self.mesh, self.strategy, ledger, self.reading
         )  # fmt: skip
@@ -358,7 +364,8 @@ class StoredBucket(Bucket):
         if write:
             self.require_writable()
         if self.placement.params_on_disk:
-            yield self.stored.copied()
+            assert self.source is not None
+            yield self.source.copied()
         else:
             yield self.master
 
@@ -376,6 +383,14 @@ class StoredBucket(Bucket):
             where=f"unit {self.label}",
             fix="keep them in memory (device_map='cpu' or a device), or train with shardwise.fully_shard",
         )
+
+
+def _read_back(of: weakref.ref[StoredBucket], index: int, start: int, stop: int, out: torch.Tensor) -> None:
+    """Elements of a parameter whose bucket has all values, for a copy of it."""
+    bucket = of()
+    assert bucket is not None, "it is being copied"
+    slot = bucket.layout.slots[index]
+    out.copy_(bucket.master[slot.offset : slot.stop].view(out.dtype)[start:stop])
 
 
 def _nothing() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from functools import partial
 
 import torch
@@ -28,7 +28,7 @@ HOMES = ("device", "cpu", "nvme")
 
 def run_stored(
     module: nn.Module,
-    tensors: Mapping[str, StoredTensor],
+    tensors: MutableMapping[str, StoredTensor],
     homes: Mapping[str, str],
     device: torch.device,
     *,
@@ -41,7 +41,8 @@ def run_stored(
     Args:
         module: its parameters are placeholders, on any device (``meta`` as a rule), which are replaced by others on
             ``device``. Buffers stay as they are.
-        tensors: where the values of each parameter are, by its first name.
+        tensors: where the values of each parameter are, by each of its names. They are taken out as they are used: what
+            is in memory is not kept there twice.
         homes: the units, by name (``""`` is the root, which has to be there), and where each one's weights are between
             two uses: ``device``, ``cpu`` or ``nvme`` (in their files).
         device: where the model runs.
@@ -60,6 +61,8 @@ def run_stored(
     engine = Engine(module, strategy, mesh_of(world, device, strategy))
     _give_placeholders(module, tensors, device)
     params = list(module.named_parameters(remove_duplicate=False))
+    for alias in {name for name, _ in params} - {name for name, _ in module.named_parameters()}:
+        tensors.pop(alias, None)
     of_unit = members_of(params, list(homes))
     home = Home("cpu", engine.ledger, rank=world.rank, pin=devices.can_pin(device), device=device, ahead=ahead + 1)
     reading = Reading(device, home, files or StoredFiles(rank=world.rank), PagePool())
@@ -67,21 +70,21 @@ def run_stored(
     made: list[Unit] = []
     filled = [name for name, its in of_unit.items() if its]
     for name in [n for n, _ in module.named_modules() if n] + [""]:
-        within = bool(name) and name not in filled and _holds_others(module, name, filled)
-        if name and name not in filled and not within:
+        holds = bool(name) and _holds_others(module, name, filled)
+        if name and name not in filled and not holds:
             continue
         own = _strategy(split, homes.get(name, "device"), ahead)
 
         def make(label: str, members: list[nn.Parameter], names: list[str], own: Strategy = own) -> Bucket:
-            stored = [tensors[n] for n in names]
+            stored = [tensors.pop(n) for n in names]
             return StoredBucket(label, members, names, stored, engine.mesh, own, engine.ledger, reading)
 
         members = [(p, names, None) for p, names in of_unit.get(name, ())]
         owner = module.get_submodule(name)
         unit = Unit(name, owner, members, holder, engine.mesh, own, engine.ledger, home, engine, make)
-        # One without parameters has hooks all the same: a script may call an encoder by itself, and what the root holds
-        # is needed in it.
-        unit.settled = unit.settled and not within
+        # It has hooks even if it has nothing to do: a script may call an encoder by itself, and what the root holds is
+        # needed in it.
+        unit.settled = unit.settled and not holds
         made.append(unit)
     engine.take_over(made)
     engine.forward.repeats = engine.runs

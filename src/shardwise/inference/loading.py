@@ -5,25 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from shardwise import device as devices
 from shardwise.checkpoint.formats import open_source
 from shardwise.checkpoint.model_loading import Fit, fit
 from shardwise.checkpoint.model_state import ModelState, model_states
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.checkpoint.stored_tensor import KINDS, Stored
-from shardwise.comm import World, init
-from shardwise.engine.select import select_units
+from shardwise.comm import init
 from shardwise.engine.stored import FilePiece, StoredTensor
 from shardwise.engine.stored_build import run_stored
 from shardwise.errors import CheckpointError, UnitError
 from shardwise.inference.budget import memory_beside, room_for
 from shardwise.inference.conversions import converted
-from shardwise.inference.placing import DEVICE, DISK, HOST, Weights, WeightsPlan, place_weights
+from shardwise.inference.maps import device_of, home_of, units_of_map, weights_of
+from shardwise.inference.placing import WeightsPlan, place_weights
 from shardwise.inference.pretrained import model_of
 
 _SHORT = 64 << 10  # bytes; many runs shorter than this are read in blocks, and taken apart
@@ -57,9 +55,9 @@ def load_from_files(
         shown = "\n    ".join(found.lines[:_SHOWN])
         raise CheckpointError(f"{KINDS[source.kind]} that do not fit the model:\n    {shown}", where=str(source.path))
     tensors = _tensors(module, state, found, StorageReader(), wanted if isinstance(wanted, torch.dtype) else None)
-    device = _device(world, device_map)
-    units = _units(module, device_map, no_split_module_classes)
-    weights = _weights(state, units, tensors)
+    device = device_of(device_map) if isinstance(device_map, Mapping) else world.device
+    units = units_of_map(module, device_map if isinstance(device_map, Mapping) else {}, no_split_module_classes)
+    weights = weights_of(module, units, tensors)
     parts = world.size if device_map == "split" else 1
     if isinstance(device_map, str):
         if device_map not in MAPS:
@@ -67,7 +65,7 @@ def load_from_files(
         beside = memory_beside(module, batch=batch, length=length)
         plan = place_weights(weights, room_for(device, max_memory, beside), parts=parts, ahead=ahead)
     else:
-        plan = WeightsPlan({w.name: _home_of(w.name, device_map, device) for w in weights},
+        plan = WeightsPlan({w.name: home_of(w.name, device_map, device) for w in weights},
                            {w.name: w.nbytes for w in weights}, ahead, parts)  # fmt: skip
     if verbose and world.rank == 0:
         print(plan, flush=True)
@@ -84,11 +82,15 @@ def _tensors(
     """Where the values of each parameter are, by each of its names."""
     out: dict[str, StoredTensor] = {}
     for name in state.parameters:
-        stored = found.tensors[name]
-        kind = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
-        pieces = _pieces(stored) if stored.dtype == kind else ()
-        out[name] = StoredTensor(kind, tuple(stored.shape), pieces, partial(reader.read_tensor, stored))
+        out[name] = stored_tensor(found.tensors[name], dtype, reader)
     return out | {alias: out[name] for alias, name in state.aliases.items() if name in out}
+
+
+def stored_tensor(stored: Stored, dtype: torch.dtype | None, reader: StorageReader | None = None) -> StoredTensor:
+    """A tensor of files as a parameter of that dtype; ``None``: its own."""
+    kind = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+    pieces = _pieces(stored) if stored.dtype == kind else ()
+    return StoredTensor(kind, tuple(stored.shape), pieces, partial((reader or StorageReader()).read_tensor, stored))
 
 
 def _pieces(stored: Stored) -> tuple[FilePiece, ...]:
@@ -106,78 +108,6 @@ def _pieces(stored: Stored) -> tuple[FilePiece, ...]:
     if len(out) == 1 and out[0].at % width:  # no tensor can begin there
         return ()
     return tuple(out)
-
-
-def _device(world: World, device_map: object) -> torch.device:
-    if isinstance(device_map, Mapping):
-        named = {torch.device(devices.named(at)) for at in device_map.values() if at not in ("disk", "cpu")}
-        if len(named) > 1:
-            raise UnitError(
-                f"the map names several devices: {', '.join(sorted(map(str, named)))}",
-                fix="one device per rank for now; 'cpu' and 'disk' beside it",
-            )
-        if named:
-            return named.pop()
-        if set(device_map.values()) == {"cpu"}:
-            return torch.device("cpu")  # the map's own words: it runs there
-    return world.device
-
-
-def _units(module: nn.Module, device_map: object, classes: Sequence[str] | None) -> list[str]:
-    """Names of units in the order in which they are registered; the root's, ``""``, comes first."""
-    found = {name for name, _ in select_units(module, None if classes is None else _of_classes(module, classes))}
-    if isinstance(device_map, Mapping):
-        known = {name for name, _ in module.named_modules()} | {name for name, _ in module.named_parameters()}
-        unknown = sorted(set(device_map) - known)
-        if unknown:
-            raise UnitError(
-                f"device_map names what the model does not have: {', '.join(unknown[:5])}", fix="see named_modules()"
-            )
-        owners = {name if isinstance(_at(module, name), nn.Module) else name.rpartition(".")[0] for name in device_map}
-        found |= {name for name in owners if name and not any(_within(name, f) for f in found)}
-    return ["", *(name for name, _ in module.named_modules() if name in found)]
-
-
-def _at(module: nn.Module, name: str) -> object:
-    owner = module
-    for part in name.split(".") if name else ():
-        owner = getattr(owner, part)
-    return owner
-
-
-def _within(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".")
-
-
-def _of_classes(module: nn.Module, classes: Sequence[str]) -> Any:
-    return lambda name, m: type(m).__name__ in classes
-
-
-def _weights(state: ModelState, units: Sequence[str], tensors: Mapping[str, StoredTensor]) -> list[Weights]:
-    """How much each unit has. A tied parameter belongs to the innermost unit that all its names are in."""
-    names: dict[str, list[str]] = {name: [name] for name in state.parameters}
-    for alias, name in state.aliases.items():
-        if name in names:
-            names[name].append(alias)
-    nbytes = dict.fromkeys(units, 0)
-    for name, its in names.items():
-        owner = max((u for u in units if all(not u or _within(n, u) for n in its)), key=len)
-        nbytes[owner] += tensors[name].nbytes
-    return [Weights(name, n) for name, n in nbytes.items()]
-
-
-def _home_of(unit: str, device_map: Mapping[str, Any], device: torch.device) -> str:
-    best = max((key for key in device_map if not key or _within(unit, key)), key=len, default=None)
-    if best is None and not unit:  # the root's own parameters, of which each has an entry
-        inner = [at for key, at in device_map.items() if "." not in key]
-        best_at: Any = inner[0] if inner else None
-    else:
-        best_at = None if best is None else device_map[best]
-    if best_at is None:
-        raise UnitError(f"device_map has no place for '{unit or '(root)'}'", fix="add an entry for it, or for ''")
-    if best_at == "disk":
-        return DISK
-    return HOST if best_at == "cpu" and device.type != "cpu" else DEVICE
 
 
 @torch.no_grad()
