@@ -466,3 +466,17 @@ def test_dispatching_says_what_is_missing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OffloadError, match="cannot be made"):
         disk_offload(make("llama"), tmp_path / "file" / "in")
+
+
+def test_writes_in_a_forward_are_refused_and_not_used(streamed):
+    model, loaded = streamed
+    layer = loaded.model.layers[1].mlp.up_proj
+
+    def spoil(module, args, output):
+        module.weight.zero_()
+
+    handle = layer.register_forward_hook(spoil)
+    with pytest.raises(UnitError, match="lost"), torch.no_grad():
+        loaded(ids())
+    handle.remove()
+    assert torch.equal(said(loaded), said(model))

@@ -11,7 +11,7 @@ from torch import nn
 from shardwise import device as devices
 from shardwise import host
 from shardwise.errors import OffloadError
-from shardwise.inference.placing import Room
+from shardwise.inference.plan import Room
 from shardwise.sizes import parse_bytes
 
 KEPT = 0.9

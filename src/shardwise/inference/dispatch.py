@@ -26,7 +26,7 @@ from shardwise.errors import OffloadError, UnitError
 from shardwise.inference.load import load
 from shardwise.inference.loading import stored_tensor
 from shardwise.inference.maps import DeviceMap, device_of, home_of, units_of_map, weights_of
-from shardwise.inference.placing import DEVICE, DISK, HOST, WeightsPlan
+from shardwise.inference.plan import DEVICE, DISK, HOST, WeightsPlan
 
 
 def load_checkpoint_and_dispatch(

@@ -21,7 +21,7 @@ from shardwise.errors import CheckpointError, UnitError
 from shardwise.inference.budget import memory_beside, room_for
 from shardwise.inference.conversions import converted
 from shardwise.inference.maps import device_of, home_of, units_of_map, weights_of
-from shardwise.inference.placing import WeightsPlan, place_weights
+from shardwise.inference.plan import WeightsPlan, place_weights
 from shardwise.inference.pretrained import model_of
 
 _SHORT = 64 << 10  # bytes; many runs shorter than this are read in blocks, and taken apart

@@ -14,7 +14,7 @@ from shardwise.engine.build import members_of
 from shardwise.engine.select import has_forward, select_units
 from shardwise.engine.stored import StoredTensor
 from shardwise.errors import UnitError
-from shardwise.inference.placing import DEVICE, DISK, HOST, Weights
+from shardwise.inference.plan import DEVICE, DISK, HOST, Weights
 
 DeviceMap = Mapping[str, Any]
 """``"disk"``, ``"cpu"``, a device or its number, by name of a module or parameter; ``""`` is the rest."""
