@@ -6,7 +6,7 @@
 each with a prompt of its own. *Load*: time until a model that fits is in memory. *Resident*: what our hooks cost where
 nothing moves. Contenders take turns within each round, and every ratio is taken within one round. *Bare* reads the same
 files from beginning to end, with as many threads and past the page cache as we do; whoever reads through it finds it
-empty. Every answer has to be, bit for bit, that of the model in memory.
+empty. Every answer of ours has to be, bit for bit, that of the model in memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the parts of ``inference.py`` share: the model and its files, what it is asked, a cold page cache, a bare read."""
+"""What the parts of ``inference.py`` share: the model and its files, what it is asked, a cold cache, a bare read."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ LENGTH = 17  # tokens of the longest sequence
 
 
 class Ask:
-    """The same question to several models, which have to answer alike, bit for bit.
+    """The same question to several models: ours has to answer bit for bit as the one in memory does.
+
+    Others may have their weights at addresses that are aligned otherwise, and so add in another order.
 
     Args:
         model: in memory: says what is right.
@@ -117,8 +119,11 @@ class Ask:
         self(model)
 
     @torch.no_grad()
-    def __call__(self, model: Any) -> float:
+    def __call__(self, model: Any, *, exact: bool = True) -> float:
         """Seconds of one forward.
+
+        Args:
+            exact: the answer has to be right to the last bit.
 
         Raises:
             AssertionError: another answer than that of the model in memory.
@@ -129,7 +134,7 @@ class Ask:
         seconds = perf_counter() - start
         if self.expected is None:
             self.expected = logits
-        elif not torch.equal(logits, self.expected):
+        elif not (torch.equal(logits, self.expected) if exact else torch.allclose(logits, self.expected, 1e-3, 1e-5)):
             off = (logits - self.expected).abs().max()
             raise AssertionError(f"{self.setting.name}: logits are not those of the model in memory (off by {off:.1e})")
         return seconds

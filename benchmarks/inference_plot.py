@@ -37,7 +37,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for title, bars, line in (
             ("read speed, bare read = 1 (more is better)", _speeds(result), 1.0),
             ("time of disk_offload / ours (more is better)", _offload(result), 1.0),
-            ("tokens/s of all ranks / of one alone (more is better)", _split(result), None),
+            ("tokens/s of all ranks / of one alone (more is better)", _split(result), 1.0),
             ("time / plain forward in memory (less is better)", _resident(result), 1.0),
         )
         if bars
@@ -57,7 +57,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(axis: Axes, bars: Sequence[Bar], line: float | None) -> None:
+def _panel(axis: Axes, bars: Sequence[Bar], line: float) -> None:
     rows, at = [], 0.0
     for i, bar in enumerate(bars):
         at += 1.5 if bar.new and i else 1.0
@@ -74,13 +74,12 @@ def _panel(axis: Axes, bars: Sequence[Bar], line: float | None) -> None:
             end, words = max(end, bar.best), f"{words} (at best {bar.best:.2f})"
         axis.annotate(words, (end, row), (5, 0), textcoords="offset points", va="center")
         ends.append(end)
-    if line is not None:
-        axis.axvline(line, color=INK, linewidth=0.8, linestyle=":")
+    axis.axvline(line, color=INK, linewidth=0.8, linestyle=":")
     axis.set_yticks(rows, [b.label for b in bars])
     for label, bar in zip(axis.get_yticklabels(), bars, strict=True):
         label.set_color(OURS if bar.ours else INK)
     axis.set_ylim(at + 0.6, rows[0] - 0.6)
-    axis.set_xlim(0, 1.25 * max([*ends, line or 0.0]))
+    axis.set_xlim(0, 1.25 * max([*ends, line]))
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(OTHERS)
     axis.tick_params(axis="y", length=0)

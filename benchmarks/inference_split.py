@@ -13,12 +13,22 @@ import torch.distributed as dist
 import ranks
 import shardwise
 from inference_model import (
-    DECODE, LENGTH, PREFILL, ROOMY, Ask, PageCache, bytes_read, in_memory, least_memory, quiet, reader, settle, weights,
-)  # fmt: skip
+    DECODE,
+    LENGTH,
+    PREFILL,
+    ROOMY,
+    Ask,
+    PageCache,
+    bytes_read,
+    in_memory,
+    least_memory,
+    quiet,
+    settle,
+    weights,
+)
 from inference_parts import peak, turns
 from report import paired, quartiles
 
-WHERE = ("memory", "disk")
 ASKED = (PREFILL, DECODE)
 
 
@@ -63,7 +73,7 @@ def race(rank: int, folder: Path, where: str, limit: int, rounds: int) -> dict[s
     read = bytes_read(split, asks[PREFILL.name])
     plan = split.shardwise_plan
     streamed = sum(n for unit, n in plan.nbytes.items() if plan.homes[unit] == "nvme")
-    return {"seconds": seconds, "bytes_read": read, "streamed": streamed, "opened": len(reader(split)._extents)}
+    return {"seconds": seconds, "bytes_read": read, "streamed": streamed}
 
 
 def split(folder: Path, nbytes: int, args: Any, cache: PageCache) -> dict[str, Any]:
