@@ -79,7 +79,7 @@ def _panel(axis: Axes, bars: Sequence[Bar], line: float) -> None:
     for label, bar in zip(axis.get_yticklabels(), bars, strict=True):
         label.set_color(OURS if bar.ours else INK)
     axis.set_ylim(at + 0.6, rows[0] - 0.6)
-    axis.set_xlim(0, 1.25 * max([*ends, line]))
+    axis.set_xlim(0, 1.3 * max([*ends, line]))
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(OTHERS)
     axis.tick_params(axis="y", length=0)
