@@ -480,3 +480,13 @@ def test_writes_in_a_forward_are_refused_and_not_used(streamed):
         loaded(ids())
     handle.remove()
     assert torch.equal(said(loaded), said(model))
+
+
+def test_pages_are_used_again(tmp_path):
+    saved(make("llama"), tmp_path)
+    loaded = shardwise.load(tmp_path, {"": "disk"})
+    seen = set()
+    for layer in loaded.model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda m, a, out: seen.add(m.weight.data_ptr()))
+    said(loaded)
+    assert len(seen) <= 2 * (loaded.shardwise_plan.ahead + 2)

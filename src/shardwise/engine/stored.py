@@ -226,6 +226,11 @@ class StoredBucket(Bucket):
         self.granularity, self.whole_tensors, self.compute_dtype, self.overlap = "element", False, None, False
         self.wire_bytes, self.share = 0, 1.0 / mesh.parts
         self._set_layout(plan.layout)
+        # Size, strides and offset of each parameter in the flat buffer seen in its dtype.
+        self._strides = [
+            (t.dtype, (t.shape, _strides(t.shape), slot.offset // t.dtype.itemsize))
+            for t, slot in zip(tensors, plan.layout.slots, strict=True)
+        ]
         self.offsets = [(i, slot.offset) for i, slot in enumerate(self.layout.slots) if slot.numel]
         self.placement = place(
             strategy, Ranks(mesh.parts, mesh.shard.size), "uint8", trainable=False, floating=False,
@@ -280,8 +285,8 @@ class StoredBucket(Bucket):
 
     def _cut(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The parameters in the flat buffer."""
-        pairs = zip(self.layout.slots, self.tensors, strict=True)
-        return [flat[s.offset : s.stop].view(t.dtype).view(t.shape) for s, t in pairs]
+        typed = {dtype: flat.view(dtype) for dtype in {t.dtype for t in self.tensors}}
+        return [typed[dtype].as_strided(*place) for dtype, place in self._strides]
 
     def _buffer(self, nbytes: int, state: str) -> Buffer:
         if self.device.type == "cpu":
@@ -391,6 +396,10 @@ def _read_back(of: weakref.ref[StoredBucket], index: int, start: int, stop: int,
     assert bucket is not None, "it is being copied"
     slot = bucket.layout.slots[index]
     out.copy_(bucket.master[slot.offset : slot.stop].view(out.dtype)[start:stop])
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _nothing() -> None:

@@ -46,7 +46,10 @@ def aligned_empty(nbytes: int) -> torch.Tensor:
 
     Forked children do not have it: they end if they touch it.
     """
-    return torch.frombuffer(_map(nbytes), dtype=torch.uint8)[:nbytes]
+    # Not a slice: its base would be one more tensor that has the memory.
+    return (
+        torch.frombuffer(_map(nbytes), dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 class BufferPool:
