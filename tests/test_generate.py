@@ -274,7 +274,7 @@ def test_launchers_that_are_killed_again_and_again(where, folders, tmp_path):
     """Their ranks, which they leave behind, write on for a moment while the next run has begun."""
     prompts, out = _many(tmp_path)
     request = ["generate", *_request(folders["llama"], prompts, out, 2, where)]
-    for lines in (1, 8, 20):
+    for lines in (1, 8):
         before = _written(out)
         _kill(start(*request, cwd=tmp_path), out, before + lines)
         _torn(out)
@@ -403,6 +403,7 @@ def test_an_unfinished_run_goes_on_with_its_own_settings_only(tmp_path):
         (["G", "x", "--max-new-tokens", "128"], "more than the model's 128 positions"),
         (["M", ""], "the prompt has no tokens"),
         (["weightless", "--ids", "1"], "weightless"),
+        (["broken", "--ids", "1"], "transformers cannot read it"),
         (["M", "--prompts", "empty.jsonl", "--out", "o"], "empty.jsonl, line 2: the prompt has no tokens"),
     ],
 )
@@ -411,6 +412,8 @@ def test_a_wrong_request_is_refused_in_one_line(args, message, folders, tmp_path
     Path("empty").mkdir()
     Path("weightless").mkdir()
     Path("weightless", "config.json").write_bytes(Path(folders["llama"], "config.json").read_bytes())
+    Path("broken").mkdir()
+    write(Path("broken", "config.json"), {"architectures": ["LlamaForCausalLM"]})
     write(Path("good.jsonl"), {"prompt": "x"})
     write(Path("bad.jsonl"), {"prompt": "x"}, {"prompt": "y"}, '{"prompt":')
     write(Path("twice.jsonl"), {"id": 2, "ids": [1]}, {"ids": [1]})
@@ -452,6 +455,17 @@ def test_a_failure_on_the_way_ends_with_1(folders, tmp_path, monkeypatch, capfd)
     assert here(monkeypatch, folders["llama"], "--prompts", prompts, "--out", tmp_path / "o") == 1
     err = capfd.readouterr().err
     assert "error: here: the disk is gone" in err and "1 of 1 answers are missing" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done(folders, tmp_path):
+    prompts, out = _many(tmp_path)
+    process = start("generate", *_request(folders["llama"], prompts, out, 1, "auto"), cwd=tmp_path)
+    process.until(lambda: _written(out) >= 2)
+    process.send_signal(signal.SIGINT)
+    code, _, err = process.finish()
+    assert code == 130 and "stopped by Ctrl-C" in err and "the same command goes on" in err and "Traceback" not in err
+    assert 2 <= len(answered(out)) < COUNT
 
 
 @pytest.mark.slow

@@ -109,9 +109,9 @@ def run_ranks(ranks: Ranks, failed: list[int] | None = None) -> int:
             agent.leave()
     if not result.is_failed():
         return 0
+    show_cursor()
     if ranks.refusal is not None and ranks.refusal.exists():
         return 1
-    show_cursor()
     if failed is not None:
         failed += [rank for rank, _ in agent.failures(result)]
     for line in agent.summary(result):
