@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def work(job: Job) -> bool:
     if world.rank == 0:
         say(str(plan))
     meter = Meter(model, plan)
-    with together(model):
+    # Ranks that each have the whole model have nothing to wait for, least of all in a collective that times out.
+    with together(model) if plan.parts > 1 else nullcontext():
         if job.out is None:
             _show(model, tokenizer, ids[0], job, meter)
         else:
