@@ -378,7 +378,8 @@ def test_named_devices_reach_the_ranks_as_what_this_process_sees(
 
 
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
-    commands = [["--help"], *([name, "--help"] for name in ("launch", "config", "doctor", "demo", "checkpoint"))]
+    names = ("launch", "config", "doctor", "demo", "generate", "checkpoint")
+    commands = [["--help"], *([name, "--help"] for name in names)]
     commands += [["checkpoint", name, "--help"] for name in ("inspect", "verify", "export", "diff")]
     text = (
         "import sys\nfrom shardwise import cli\n"

@@ -236,6 +236,12 @@ def memory(device: torch.device) -> tuple[int, int] | None:
     return None if told is None else told(device)
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process had of a device, as torch counts them, if it does."""
+    told = _offer(device.type, "max_memory_allocated")
+    return None if told is None else int(told(device))
+
+
 def empty_cache() -> None:
     """Give what torch keeps for later back to the accelerator, if this process uses one."""
     kind = in_use()

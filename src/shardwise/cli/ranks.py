@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -55,6 +56,7 @@ class Ranks:
         environment: variables for the ranks, on top of this process's. ``OMP_NUM_THREADS`` in it is this host's cores
             divided among the ranks, and divided anew when they become fewer.
         limit_s: all ranks are ended if they run for longer; ``None`` for no limit.
+        refusal: a file in which a rank says why it did not begin. Where it is there, nobody is said to have failed.
     """
 
     command: Sequence[str]
@@ -68,6 +70,7 @@ class Ranks:
     devices: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
     limit_s: float | None = None
+    refusal: Path | None = None
 
 
 def run_ranks(ranks: Ranks, failed: list[int] | None = None) -> int:
@@ -107,6 +110,8 @@ def run_ranks(ranks: Ranks, failed: list[int] | None = None) -> int:
     if not result.is_failed():
         return 0
     show_cursor()
+    if ranks.refusal is not None and ranks.refusal.exists():
+        return 1
     if failed is not None:
         failed += [rank for rank, _ in agent.failures(result)]
     for line in agent.summary(result):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,7 +50,8 @@ def model_of(folder: str | os.PathLike[str], dtype: torch.dtype | str | None) ->
             fix="install the version of transformers that wrote it, or give a module and checkpoint=",
         )
     kind: Any = known[0]
-    config = transformers.AutoConfig.from_pretrained(path)
+    with _readable(file):
+        config = transformers.AutoConfig.from_pretrained(path)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if not isinstance(wanted, torch.dtype):
         wanted = getattr(config, "dtype", None)
@@ -63,5 +66,20 @@ def model_of(folder: str | os.PathLike[str], dtype: torch.dtype | str | None) ->
     if hasattr(model, "tie_weights"):
         model.tie_weights()  # on meta nobody has
     if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+        with _readable(path / "generation_config.json"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return cast(nn.Module, model)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Around what transformers reads: what it finds wrong there is said as ours."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"transformers cannot read it: {said}", where=str(file), fix="use another copy of the file"
+        ) from error
