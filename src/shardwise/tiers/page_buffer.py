@@ -14,26 +14,37 @@ from shardwise.tiers.ledger import Ledger
 class PagePool:
     """Page-aligned memory of values that come and go. New pages cost more time than a fast disk takes to fill them.
 
-    What does not fit what is asked for goes back to the system before more is taken, so there is never more than was
-    in use at one time, but for what fits.
+    What is in nobody's use is kept for the next one it fits, as long as all there is does not exceed what was in use
+    at one time.
     """
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
+        self._used = self._most = 0  # bytes in use, and the most that have been
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """``uint8`` of ``nbytes``, with undefined values, whose address is a multiple of the disk's block."""
+        """``uint8`` of ``nbytes`` at least, with undefined values, whose address is a multiple of the disk's block."""
         fitting = [t for t in self._free if nbytes <= t.numel() <= 2 * nbytes]
-        if not fitting:
-            self._free.clear()
-            return aligned_empty(padded(nbytes))
-        found = min(fitting, key=torch.Tensor.numel)
-        self._free = [t for t in self._free if t is not found]
+        if fitting:
+            found = min(fitting, key=torch.Tensor.numel)
+            self._free = [t for t in self._free if t is not found]
+        else:
+            size = padded(nbytes)
+            while self._free and self._used + self.nbytes + size > self._most:
+                self._free.pop(0)  # the one that was given back first
+            found = aligned_empty(size)
+        self._used += found.numel()
+        self._most = max(self._most, self._used)
         return found
 
     def give(self, pages: torch.Tensor) -> None:
         """Give back what :meth:`take` returned; nobody else has a view of it."""
+        self.forget(pages.numel())
         self._free.append(pages)
+
+    def forget(self, nbytes: int) -> None:
+        """Pages of that size are somebody else's from here on."""
+        self._used -= nbytes
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +103,9 @@ class PageBuffer(Buffer):
         if self._pages is not None and self.nbytes:
             aliased, pages, self._pages = self.aliased, self._pages, None
             self.tensor = self._empty
-            if not aliased:
+            if aliased:
+                self._pool.forget(pages.numel())
+            else:
                 self._pool.give(pages)
             self.ledger.add(self.state, -self.nbytes)
         return True
