@@ -229,7 +229,7 @@ def test_ranks_share_one_model_each_with_its_own_prompt(tmp_path, size):
 
 
 def of_any_length(folder: Path) -> list[torch.Tensor]:
-    loaded = shardwise.load(folder, "split", max_memory={"cpu": 2 << 20}, batch=1, length=16)
+    loaded = shardwise.load(folder, "split", max_memory={"cpu": 4 << 20}, batch=1, length=16)
     out = []
     for turn in range(2):
         with shardwise.together(loaded):

@@ -61,6 +61,7 @@ class StoredTensor:
         dtype: that the parameter has.
         shape: likewise.
         pieces: its bytes, in row-major order and of that dtype; empty: they have to be converted.
+        other: its bytes in another dtype, where they lie in a row: read past the page cache, and converted.
         convert: ``convert(start, stop, out)`` fills ``out``, 1-D in ``dtype`` and on the CPU, with elements
             ``start:stop`` of the flattened tensor.
     """
@@ -69,6 +70,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     pieces: tuple[FilePiece, ...]
     convert: Callable[[int, int, torch.Tensor], None]
+    other: tuple[FilePiece, torch.dtype] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -408,4 +410,8 @@ def _nothing() -> None:
 
 def _convert(files: StoredFiles, tensor: StoredTensor, start: int, stop: int, into: torch.Tensor) -> Task:
     """Begin to fill ``into``, ``uint8``, with elements ``start:stop``."""
-    return files.beside(partial(tensor.convert, start, stop, into.view(tensor.dtype)))
+    out = into.view(tensor.dtype)
+    if tensor.other is None:
+        return files.beside(partial(tensor.convert, start, stop, out))
+    piece, dtype = tensor.other
+    return files.beside(partial(files.convert, piece.file, piece.at + start * dtype.itemsize, dtype, out))

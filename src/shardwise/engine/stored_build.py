@@ -65,7 +65,8 @@ def run_stored(
         tensors.pop(alias, None)
     of_unit = members_of(params, list(homes))
     home = Home("cpu", engine.ledger, rank=world.rank, pin=devices.can_pin(device), device=device, ahead=ahead + 1)
-    reading = Reading(device, home, files or StoredFiles(rank=world.rank), PagePool())
+    home.reader = files or StoredFiles(rank=world.rank)
+    reading = Reading(device, home, home.reader, PagePool())
     holder = partial(holder_of, module)
     made: list[Unit] = []
     filled = [name for name, its in of_unit.items() if its]

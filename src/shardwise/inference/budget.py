@@ -11,20 +11,26 @@ from torch import nn
 from shardwise import device as devices
 from shardwise import host
 from shardwise.errors import OffloadError
-from shardwise.inference.plan import Room
-from shardwise.sizes import parse_bytes
+from shardwise.inference.plan import HOST, Room, WeightsPlan
+from shardwise.sizes import format_bytes, parse_bytes
 
 KEPT = 0.9
 """The part of what is free that weights and activations may take: allocators round up, and others run, too."""
 
 
-def room_for(device: torch.device, max_memory: Mapping[int | str, int | str] | None, beside: int) -> Room:
+def room_for(
+    device: torch.device, max_memory: Mapping[int | str, int | str] | None, beside: int, ranks: int = 1
+) -> Room:
     """What may be used.
 
     Args:
         device: where the model runs.
         max_memory: bytes, or ``"10GiB"``, by number of the device and ``"cpu"``; default: :data:`KEPT` of what is free.
         beside: bytes that are not for weights.
+        ranks: of this host, which share what is free. What is given is each one's own.
+
+    Raises:
+        OffloadError: a size that is none, or of a device that the model does not run on.
     """
     given = {str(key): _bytes(key, value) for key, value in (max_memory or {}).items()}
     memory = given.get("cpu")
@@ -32,7 +38,10 @@ def room_for(device: torch.device, max_memory: Mapping[int | str, int | str] | N
         free = host.memory()
         if free is None:
             raise OffloadError("this system does not say how much memory is free", fix="max_memory={'cpu': '8GiB'}")
-        memory = int(KEPT * free.free)
+        memory = int(KEPT * free.free) // ranks
+    known = {"cpu", str(device.index or 0), str(device)}
+    if unknown := sorted(given.keys() - known):
+        raise OffloadError(f"max_memory is about {', '.join(unknown)}", fix=f"the model runs on {device}, and 'cpu'")
     if device.type == "cpu":
         return Room(memory, 0, beside)
     here = given.get(str(device.index or 0), given.get(str(device)))
@@ -49,6 +58,20 @@ def _bytes(key: object, value: int | str) -> int:
     if found is None:
         raise OffloadError(f"max_memory[{key!r}]={value!r} is no size", fix="bytes, or '10GiB', '500MB'")
     return found
+
+
+def require_room(plan: WeightsPlan, room: Room) -> None:
+    """Raise if a plan that somebody has made does not fit.
+
+    Raises:
+        OffloadError: says how much is missing, and where.
+    """
+    for what, needed, there in (("device", plan.device, room.device), ("host", plan.total(HOST), room.host)):
+        if needed > there:
+            raise OffloadError(
+                f"this map takes {format_bytes(needed)} of the {what}, and {format_bytes(there)} are allowed",
+                fix="put more on 'disk', or let device_map='auto' choose",
+            )
 
 
 def memory_beside(module: nn.Module, *, batch: int, length: int) -> int:

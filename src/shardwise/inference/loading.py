@@ -18,7 +18,7 @@ from shardwise.comm import init
 from shardwise.engine.stored import FilePiece, StoredTensor
 from shardwise.engine.stored_build import run_stored
 from shardwise.errors import CheckpointError, UnitError
-from shardwise.inference.budget import memory_beside, room_for
+from shardwise.inference.budget import memory_beside, require_room, room_for
 from shardwise.inference.conversions import converted
 from shardwise.inference.maps import device_of, home_of, units_of_map, weights_of
 from shardwise.inference.plan import WeightsPlan, place_weights
@@ -46,7 +46,7 @@ def load_from_files(
     module, folder = (model, checkpoint) if isinstance(model, nn.Module) else (model_of(model, dtype), model)
     if folder is None:
         raise CheckpointError("a module without its weights", fix="give checkpoint=, the folder or file they are in")
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    wanted = _dtype(dtype)
     (state,) = model_states([module], placeholders=True)
     source = open_source(folder)
     source.sections = {key: converted(module, found, source.path) for key, found in source.sections.items()}
@@ -54,19 +54,22 @@ def load_from_files(
     if found.missing or found.mismatched:
         shown = "\n    ".join(found.lines[:_SHOWN])
         raise CheckpointError(f"{KINDS[source.kind]} that do not fit the model:\n    {shown}", where=str(source.path))
-    tensors = _tensors(module, state, found, StorageReader(), wanted if isinstance(wanted, torch.dtype) else None)
+    tensors = _tensors(module, state, found, StorageReader(), wanted)
     device = device_of(device_map) if isinstance(device_map, Mapping) else world.device
     units = units_of_map(module, device_map if isinstance(device_map, Mapping) else {}, no_split_module_classes)
     weights = weights_of(module, units, tensors)
     parts = world.size if device_map == "split" else 1
+    beside = memory_beside(module, batch=batch, length=length)
     if isinstance(device_map, str):
         if device_map not in MAPS:
             raise UnitError(f"device_map={device_map!r}", fix=f"one of {', '.join(MAPS)}, or a dict")
-        beside = memory_beside(module, batch=batch, length=length)
-        plan = place_weights(weights, room_for(device, max_memory, beside), parts=parts, ahead=ahead)
+        room = room_for(device, max_memory, beside, world.local_size)
+        plan = place_weights(weights, room, parts=parts, ahead=ahead)
     else:
         plan = WeightsPlan({w.name: home_of(w.name, device_map, device) for w in weights},
-                           {w.name: w.nbytes for w in weights}, ahead, parts)  # fmt: skip
+                           {w.name: w.nbytes for w in weights}, ahead, parts, beside)  # fmt: skip
+        if max_memory is not None:
+            require_room(plan, room_for(device, max_memory, beside, world.local_size))
     if verbose and world.rank == 0:
         print(plan, flush=True)
     _load_buffers(state, found, device)
@@ -74,6 +77,15 @@ def load_from_files(
     run_stored(module, tensors, plan.homes, device, split=parts > 1, ahead=ahead)
     module.shardwise_plan = plan  # type: ignore[assignment]
     return module
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise CheckpointError(f"dtype={dtype!r} is none to run in", fix="float32, bfloat16, float16, or None")
+    return found
 
 
 def _tensors(
@@ -89,8 +101,10 @@ def _tensors(
 def stored_tensor(stored: Stored, dtype: torch.dtype | None, reader: StorageReader | None = None) -> StoredTensor:
     """A tensor of files as a parameter of that dtype; ``None``: its own."""
     kind = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
-    pieces = _pieces(stored) if stored.dtype == kind else ()
-    return StoredTensor(kind, tuple(stored.shape), pieces, partial((reader or StorageReader()).read_tensor, stored))
+    pieces = _pieces(stored)
+    other = (pieces[0], stored.dtype) if len(pieces) == 1 and stored.dtype != kind else None
+    convert = partial((reader or StorageReader()).read_tensor, stored)
+    return StoredTensor(kind, tuple(stored.shape), pieces if stored.dtype == kind else (), convert, other)
 
 
 def _pieces(stored: Stored) -> tuple[FilePiece, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from shardwise.comm.joined import JOINED_BYTES
 from shardwise.errors import OffloadError
 from shardwise.sizes import format_bytes
 
@@ -72,7 +73,8 @@ class WeightsPlan:
     def streaming(self) -> int:
         """Bytes of the device for units that come and go: the one that runs and those on their way."""
         going = sorted((self.nbytes[n] for n, at in self.homes.items() if at != DEVICE or self.parts > 1), reverse=True)
-        return sum(going[: self.ahead + 2])
+        small = sum(nbytes for nbytes in going if nbytes < JOINED_BYTES) if self.parts > 1 else 0
+        return sum(going[: self.ahead + 2]) + 2 * min(JOINED_BYTES, small)  # which travel together, and are packed
 
     @property
     def device(self) -> int:
@@ -85,7 +87,8 @@ class WeightsPlan:
             count = sum(at == home for at in self.homes.values())
             if count:
                 rows.append((_WORDS[home], str(count), format_bytes(self.total(home))))
-        rows.append(("device: units on their way", str(self.ahead + 2), format_bytes(self.streaming)))
+        if self.streaming:
+            rows.append(("device: units on their way", str(self.ahead + 2), format_bytes(self.streaming)))
         rows.append(("device: activations and cache", "", format_bytes(self.beside)))
         widths = [max(len(row[k]) for row in rows) for k in range(3)]
         return "\n".join(
@@ -109,8 +112,7 @@ def place_weights(units: Sequence[Weights], room: Room, *, parts: int = 1, ahead
     all_here = WeightsPlan({u.name: DEVICE for u in units}, nbytes, ahead, parts, room.beside)
     if all_here.total(DEVICE) + (all_here.streaming if parts > 1 else 0) + room.beside <= room.device:
         return all_here
-    largest = sorted((u.nbytes for u in units), reverse=True)
-    moving = sum(largest[: ahead + 2])
+    moving = WeightsPlan({u.name: DISK for u in units}, nbytes, ahead, parts).streaming
     free = room.device - room.beside - moving
     if free < 0:
         raise OffloadError(

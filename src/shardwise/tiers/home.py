@@ -15,6 +15,7 @@ from shardwise.tiers.disk import DiskStats, DiskStore, Extent
 from shardwise.tiers.ledger import Ledger
 from shardwise.tiers.link import Link
 from shardwise.tiers.malloc import release_free_memory
+from shardwise.tiers.stored_files import StoredFiles
 from shardwise.tiers.transfer import Transfer, TransferGroup
 
 TENSOR_ALIGN = 64
@@ -59,6 +60,7 @@ class Home:
         link: copies of values and gradients between the device and the host.
         step_link: copies of updates, which values on their way do not wait for.
         prefetches: values that are being read ahead, the first to be needed in front.
+        reader: of files that somebody else wrote, where values are read from those.
         landing: waits for gradients that are on their way to the host, in order.
 
     Raises:
@@ -90,6 +92,7 @@ class Home:
         self.ahead = ahead
         self.prefetches: deque[Prefetch] = deque()
         self.landing: deque[Callable[[], None]] = deque()
+        self.reader: StoredFiles | None = None
         self._trimmed = 0.0
         self._pools: dict[str, BufferPool] = {}
         self._dropped: list[Extent] = []
@@ -103,10 +106,14 @@ class Home:
 
     @property
     def stats(self) -> DiskStats:
+        if self.reader is not None:
+            return self.reader.stats
         return self.disk.stats if self.disk is not None else DiskStats()
 
     def reset_stats(self) -> None:
         """Count from zero, once what is under way has ended."""
+        if self.reader is not None:
+            self.reader.reset_stats()
         if self.disk is not None:
             self.disk.drain()
             self.disk.reset_stats()

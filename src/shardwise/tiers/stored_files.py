@@ -9,27 +9,35 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
 from shardwise.errors import OffloadError
-from shardwise.tiers.aligned import padded
+from shardwise.tiers.aligned import aligned_empty, padded
 from shardwise.tiers.block_io import BlockIO, Extent
 from shardwise.tiers.direct_io import open_direct
 from shardwise.tiers.disk import CHUNK, CLOSE_S, DEPTH, memory_of
 from shardwise.tiers.disk_errors import explain
 from shardwise.tiers.io_queue import DiskStats, DiskTransfer, IOQueue
 
+BLOCK = 8 << 20
+"""Bytes that are converted at a time."""
+
 
 class Task:
     """Work of a thread as a :class:`~shardwise.tiers.transfer.Transfer`; an exception of it is raised by ``wait()``."""
 
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
+    def __init__(self, future: Future[None], stats: DiskStats) -> None:
+        self._future, self._stats = future, stats
 
     def wait(self) -> None:
+        if not self._future.done():
+            start = perf_counter()
+            wait([self._future])
+            self._stats.wait_s += perf_counter() - start
         self._future.result()
 
 
@@ -54,6 +62,7 @@ class StoredFiles:
         self._queue = IOQueue(io, depth, timeout, ("read",))
         self._extents: dict[Path, Extent] = {}
         self._thread: ThreadPoolExecutor | None = None
+        self._block: torch.Tensor | None = None
         self._finalizer = weakref.finalize(self, _close, self._queue)
 
     @property
@@ -96,7 +105,27 @@ class StoredFiles:
         """Start work in a thread, after what was given to it before."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="shardwise-convert")
-        return Task(self._thread.submit(work))
+        return Task(self._thread.submit(work), self._queue.stats)
+
+    def convert(self, path: Path, start: int, dtype: torch.dtype, out: torch.Tensor) -> None:
+        """Fill ``out`` with numbers of another dtype that begin at a byte of a file. For :meth:`beside`.
+
+        Args:
+            dtype: of the file's.
+            out: 1-D, contiguous, on the CPU.
+
+        Cost: one buffer of :data:`BLOCK`.
+        """
+        if self._block is None:
+            self._block = aligned_empty(BLOCK)
+        each = BLOCK // dtype.itemsize
+        for done in range(0, out.numel(), each):
+            part = out[done : done + each]
+            raw = self._block[: part.numel() * dtype.itemsize]
+            transfer = self.read(path, start + done * dtype.itemsize, raw)
+            transfer.ended.wait(self._queue.timeout)  # whoever waits for this thread counts the time
+            transfer.wait()
+            part.copy_(raw.view(dtype))
 
     def _extent(self, path: Path) -> Extent:
         found = self._extents.get(path)
