@@ -377,8 +377,6 @@ class StoredBucket(Bucket):
             yield self.master
 
     def take_values(self) -> None:
-        if self.source is not None:  # what was written is not used again
-            TransferGroup(self.source.fill(self.flat.tensor[self.held])).wait()
         self.require_writable()
 
     def moved(self) -> list[int]:

@@ -324,13 +324,21 @@ class Unit:
             for b in self.buckets:
                 b.unstage()
         if self.residence.here:
-            self.take_writes()
-            self.residence.to(Residency.RELEASED)
-            self._watched = False
-            for b in self.buckets:
-                if b.placement.released:
-                    self.lingers |= not b.release()
-                    guard(b.params)
+            try:
+                self.take_writes()
+            except UnitError:
+                if any(b.read_only for b in self.buckets):  # what was written is not used again
+                    self._let_go()
+                raise
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self.residence.to(Residency.RELEASED)
+        self._watched = False
+        for b in self.buckets:
+            if b.placement.released:
+                self.lingers |= not b.release()
+                guard(b.params)
 
     def free(self) -> None:
         """Free the bytes of released values that the script had a view of, if it has none any more."""
