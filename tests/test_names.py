@@ -36,7 +36,13 @@ device_placement step""")
 PLACES = {
     "": "Accelerator PartialState skip_first_batches notebook_launcher debug_launcher find_executable_batch_size "
     "synchronize_rng_states DataLoaderConfiguration ProfileKwargs AutocastKwargs DistributedDataParallelKwargs "
-    "DistributedType GradScalerKwargs InitProcessGroupKwargs DeepSpeedPlugin FullyShardedDataParallelPlugin",
+    "DistributedType GradScalerKwargs InitProcessGroupKwargs DeepSpeedPlugin FullyShardedDataParallelPlugin "
+    "init_empty_weights init_on_device infer_auto_device_map cpu_offload_with_hook",
+    "big_modeling": "init_empty_weights init_on_device infer_auto_device_map cpu_offload_with_hook "
+    "attach_layerwise_casting_hooks",
+    "hooks": "ModelHook SequentialHook AlignDevicesHook add_hook_to_module remove_hook_from_module CpuOffload "
+    "remove_hook_from_submodules attach_align_device_hook attach_align_device_hook_on_blocks UserCpuOffloadHook "
+    "attach_execution_device_hook LayerwiseCastingHook",
     "state": "PartialState AcceleratorState GradientState",
     "logging": "get_logger MultiProcessAdapter",
     "launchers": "notebook_launcher debug_launcher",
@@ -52,7 +58,13 @@ PLACES = {
     "broadcast_object_list pad_across_processes pad_input_tensors send_to_device recursively_apply find_batch_size "
     "find_executable_batch_size release_memory extract_model_from_parallel DataLoaderConfiguration "
     "ProjectConfiguration GradientAccumulationPlugin DistributedDataParallelKwargs GradScalerKwargs "
-    "InitProcessGroupKwargs AutocastKwargs ProfileKwargs DistributedType LoggerType is_wandb_available tqdm",
+    "InitProcessGroupKwargs AutocastKwargs ProfileKwargs DistributedType LoggerType is_wandb_available tqdm "
+    "infer_auto_device_map get_balanced_memory get_max_memory compute_module_sizes set_module_tensor_to_device "
+    "offload_state_dict OffloadedWeightsLoader load_state_dict find_tied_parameters",
+    "utils.modeling": "compute_module_total_buffer_size clean_device_map get_max_layer_size align_module_device "
+    "has_offloaded_params get_non_persistent_buffers check_tied_parameters_on_same_device load_offloaded_weights",
+    "utils.offload": "offload_weight load_offloaded_weight save_offload_index PrefixedDataset "
+    "extract_submodules_state_dict",
 }
 
 
@@ -122,7 +134,17 @@ def test_the_paths_of_accelerate_utils_are_one_module_each():
     from shardwise import compat, utils
 
     assert utils is compat
-    for name in ("operations", "modeling", "dataclasses", "other", "random", "memory", "imports", "environment"):
+    for name in (
+        "operations",
+        "modeling",
+        "dataclasses",
+        "other",
+        "random",
+        "memory",
+        "imports",
+        "environment",
+        "offload",
+    ):
         importlib.import_module(f"shardwise.utils.{name}")
         assert sys.modules[f"shardwise.utils.{name}"] is sys.modules[f"shardwise.compat.{name}"] is getattr(utils, name)
     told = pickle.loads(pickle.dumps(utils.ProjectConfiguration("folder")))

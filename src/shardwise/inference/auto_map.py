@@ -75,10 +75,9 @@ class _Search:
     ) -> None:
         self.contents = Contents(model, whole, dtype, special)
         self.budgets = budgets
-        self.devices = [key for key in budgets if key != _DISK] + [_DISK]
-        accelerators = [key for key in self.devices if is_accelerator(key)]
-        first = next((key for key in accelerators if budgets[key] > 0), accelerators[0] if accelerators else None)
-        self.with_reserve = {"cpu"} if first is None else {first} if first == "mps" else {first, "cpu"}
+        self.devices = [key for key in budgets if key != _DISK and budgets[key] > 0] + [_DISK]
+        first = next(iter(self.devices))  # an accelerator, if there is one
+        self.with_reserve: set[int | str] = {first, "cpu"} if first != "mps" else {first}
         self.left = self.contents.start(model)
         self.found: dict[str, Place] = {}
         self.on: dict[int | str, set[int]] = {key: set() for key in self.devices}

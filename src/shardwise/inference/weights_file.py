@@ -75,17 +75,10 @@ def _safetensors(path: str, device_map: Mapping[str, Place] | None) -> dict[str,
     try:
         with safe_open(path, framework="pt") as file:
             _check_format(file.metadata(), path)
-            names = list(file.keys())
-        by_place: dict[torch.device, list[str]] = {}
-        for name in names:
-            by_place.setdefault(_place(name, device_map), []).append(name)
-        found: dict[str, torch.Tensor] = {}
-        for place, there in by_place.items():
-            with safe_open(path, framework="pt", device=str(place)) as file:
-                found |= {name: file.get_tensor(name) for name in there}
+            # Mapped, and then moved: the format's own reader knows some types of devices only.
+            return {name: file.get_tensor(name).to(_place(name, device_map)) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"damaged ({error})", where=path, fix="use another copy of the file") from error
-    return {name: found[name] for name in names}
 
 
 def _check_format(metadata: Mapping[str, str] | None, path: str) -> None:
