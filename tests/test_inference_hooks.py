@@ -250,6 +250,22 @@ def test_tied_weights_that_are_offloaded_share_memory_while_they_are_there():
     assert known == {state["0.weight"].data_ptr(): {}} and model[0].weight.is_meta
 
 
+def test_a_module_with_two_names_has_one_hook():
+    layer = nn.Linear(3, 3)
+    for attach in (
+        lambda model: attach_align_device_hook(model, "cpu", offload=True),
+        lambda model: attach_align_device_hook_on_blocks(model, "cpu", {"0": True, "2": True}),
+    ):
+        model = nn.Sequential(layer, nn.Sequential(layer), layer)
+        x = torch.randn(2, 3)
+        expected = model(x)
+        attach(model)
+        assert layer.weight.is_meta and isinstance(layer._hf_hook, AlignDevicesHook)
+        assert torch.equal(model(x), expected)
+        remove_hook_from_submodules(model)
+        assert not layer.weight.is_meta
+
+
 def test_eight_bit_weights_get_their_scales():
     module = nn.Linear(2, 2, bias=False)
     module.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)

@@ -60,7 +60,7 @@ def container(draw, kind, depth):
 def model(draw):
     root = draw(container(Group, 0))
     owners = [(m, name) for m in root.modules() for name in m._parameters if m._parameters[name] is not None]
-    for _ in range(draw(st.integers(0, 3)) if len(owners) > 1 else 0):
+    for _ in range(draw(st.integers(0, 4)) if len(owners) > 1 else 0):
         (one, a), (other, b) = draw(st.sampled_from(owners)), draw(st.sampled_from(owners))
         one._parameters[a] = other._parameters[b]
     if draw(st.booleans()) and len(root._modules) > 1:
@@ -169,8 +169,8 @@ def test_ties_go_together_wherever_their_first_name_is():
     root[2].linear2.weight = root[0].linear2.weight
     found = infer_auto_device_map(root, {0: 400, 1: 500})
     assert found == {"0": 0, "2.linear2": 0, "1": 1, "2.linear1": 1, "2.batchnorm": 1}
-    chain = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))  # 0 and 2 by a weight, 2 and 4 by a bias
-    chain[2].weight, chain[4].bias = chain[0].weight, chain[2].bias
+    chain = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))  # 0 and 4 by a weight, 4 and 2 by a bias
+    chain[4].weight, chain[2].bias = chain[0].weight, chain[4].bias
     found = infer_auto_device_map(chain, {0: 288, 1: 1000})
     assert found["0"] == found["2"] == found["4"]
     assert found["1"] == 1

@@ -118,9 +118,10 @@ class AlignDevicesHook(ModelHook):
 
     def _bring(self, module: nn.Module, device: Device) -> None:
         place = devices.named(device)
+        weights = {} if self.weights_map is None else self.weights_map
         tied = self.tied_params_map if place.type != "meta" else None
         for name in self._offloaded(module):
-            value = (self.weights_map or {})[name]
+            value = weights[name]
             copies = (tied or {}).get(value.data_ptr()) if value.device.type != "meta" else None
             if copies is not None and place not in copies:
                 self._brought.append((copies, place))  # it goes when this module's call ends, not earlier

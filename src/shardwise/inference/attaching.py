@@ -69,33 +69,27 @@ def attach_align_device_hook(
             use a submodule's weight without calling the submodule.
         execution_device, offload, offload_buffers, skip_keys, tied_params_map: as for :class:`AlignDevicesHook`.
     """
-    at_once = offload and _is_one_of(module, preload_module_classes)
-    if at_once or any(True for _ in named_module_tensors(module)):
-        prefix = f"{module_name}." if module_name else ""
-        hook = AlignDevicesHook(
-            execution_device,
-            offload=offload,
-            weights_map=None if weights_map is None else PrefixedDataset(weights_map, prefix),
-            offload_buffers=offload_buffers,
-            place_submodules=at_once,
-            skip_keys=skip_keys,
-            tied_params_map=tied_params_map,
-        )
-        add_hook_to_module(module, hook, append=True)
-    if at_once:
-        return
-    for name, child in module.named_children():
-        attach_align_device_hook(
-            child,
-            execution_device,
-            offload,
-            weights_map,
-            offload_buffers,
-            _below(module_name, name),
-            skip_keys,
-            preload_module_classes,
-            tied_params_map,
-        )
+    seen: set[int] = set()
+    left = [(module_name, module)]
+    while left:
+        name, part = left.pop()
+        if id(part) in seen:  # one module with two names has one hook
+            continue
+        seen.add(id(part))
+        at_once = offload and _is_one_of(part, preload_module_classes)
+        if at_once or any(True for _ in named_module_tensors(part)):
+            hook = AlignDevicesHook(
+                execution_device,
+                offload=offload,
+                weights_map=None if weights_map is None else PrefixedDataset(weights_map, f"{name}." if name else ""),
+                offload_buffers=offload_buffers,
+                place_submodules=at_once,
+                skip_keys=skip_keys,
+                tied_params_map=tied_params_map,
+            )
+            add_hook_to_module(part, hook, append=True)
+        if not at_once:
+            left += [(_below(name, child_name), child) for child_name, child in reversed(children_of(part))]
 
 
 def attach_align_device_hook_on_blocks(
@@ -120,71 +114,54 @@ def attach_align_device_hook_on_blocks(
         module_name, weights_map, preload_module_classes: as for :func:`attach_align_device_hook`.
         offload_buffers, skip_keys, tied_params_map: as for :class:`AlignDevicesHook`.
     """
+    for_hooks: dict[str, Any] = {"skip_keys": skip_keys, "tied_params_map": tied_params_map}
+
+    def offloaded(part: nn.Module, name: str, device: Device | None) -> None:
+        attach_align_device_hook(
+            part,
+            device,
+            offload=True,
+            weights_map=weights_map,
+            offload_buffers=offload_buffers,
+            module_name=name,
+            preload_module_classes=preload_module_classes,
+            **for_hooks,
+        )
+
     if not isinstance(execution_device, Mapping) and not isinstance(offload, Mapping):
         if offload:
-            attach_align_device_hook(
-                module,
-                execution_device,
-                True,
-                weights_map,
-                offload_buffers,
-                module_name,
-                skip_keys,
-                preload_module_classes,
-                tied_params_map,
-            )
-            return
-        whole = AlignDevicesHook(
-            execution_device,
-            io_same_device=True,
-            place_submodules=True,
-            skip_keys=skip_keys,
-            tied_params_map=tied_params_map,
-        )
-        add_hook_to_module(module, whole)
+            offloaded(module, module_name, execution_device)
+        else:
+            whole = AlignDevicesHook(execution_device, io_same_device=True, place_submodules=True, **for_hooks)
+            add_hook_to_module(module, whole)
         return
     where, away = _by_block(execution_device, offload)
-    place = where.get(module_name)
-    named = module_name in where and module_name in away
-    if named and away[module_name]:
-        attach_align_device_hook(
-            module,
-            place,
-            True,
-            weights_map,
-            offload_buffers,
-            module_name,
-            skip_keys,
-            preload_module_classes,
-            tied_params_map,
-        )
-    if named or not module_name:
-        stays = named and not away[module_name]
-        if stays or not named or not hasattr(module, "_hf_hook"):
+    seen: set[int] = set()
+    left = [(module_name, module)]
+    while left:
+        name, part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        left += [(_below(name, child_name), child) for child_name, child in reversed(children_of(part))]
+        named = name in where and name in away
+        if name and not named:
+            continue
+        place, stays = where.get(name), named and not away[name]
+        if named and not stays:
+            offloaded(part, name, place)
+        if stays or not named or not hasattr(part, "_hf_hook"):
             hook = AlignDevicesHook(
                 place,
                 offload_buffers=stays and offload_buffers,
-                io_same_device=not module_name,
+                io_same_device=not name,
                 place_submodules=stays,
-                skip_keys=skip_keys,
-                tied_params_map=tied_params_map,
+                **for_hooks,
             )
-            add_hook_to_module(module, hook)
+            add_hook_to_module(part, hook)
         if named and place is not None:
             preload = None if stays else preload_module_classes
-            attach_execution_device_hook(module, place, skip_keys, preload, tied_params_map)
-    for name, child in module.named_children():
-        attach_align_device_hook_on_blocks(
-            child,
-            where,
-            away,
-            weights_map,
-            offload_buffers,
-            _below(module_name, name),
-            skip_keys,
-            preload_module_classes,
-            tied_params_map,
-        )
+            attach_execution_device_hook(part, place, preload_module_classes=preload, **for_hooks)
 
 
 def _by_block(

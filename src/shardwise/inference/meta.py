@@ -82,8 +82,9 @@ def init_on_device(device: torch.device | str | int, include_buffers: bool | Non
         if include_buffers:
             stack.callback(register_module_buffer_registration_hook(buffer).remove)
             stack.enter_context(place)
-        _blocks.open.append(_Block(place, include_buffers))
-        stack.callback(_blocks.open.pop)
+        block = _Block(place, include_buffers)
+        _blocks.open.append(block)
+        stack.callback(_blocks.open.remove, block)
         yield
 
 

@@ -50,7 +50,7 @@ def set_module_tensor_to_device(
         DeviceError: there is no such device.
     """
     owner, name = owner_of(module, tensor_name)
-    place = devices.named(device)
+    place = device if isinstance(device, torch.device) and device.index is not None else devices.named(device)
     old = getattr(owner, name)
     table: dict[str, Any] = owner._buffers if name in owner._buffers else owner._parameters
     known = _known(tied_params_map, value, old)
