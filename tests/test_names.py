@@ -111,6 +111,23 @@ def test_arguments_are_accelerates():
     assert list(ours)[: len(others)] == list(others), "positional arguments in another order"
 
 
+def parameters_of(function) -> list[str]:
+    found = inspect.signature(function).parameters.values()
+    return [p.name for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+@pytest.mark.parametrize("place", ["big_modeling", "hooks", "utils.modeling", "utils.offload"])
+def test_arguments_for_large_models_are_accelerates(place):
+    pytest.importorskip("accelerate")
+    ours, theirs = (importlib.import_module(f"{library}.{place}") for library in ("shardwise", "accelerate"))
+    both = [name for name in ours.__all__ if hasattr(theirs, name)]
+    assert len(both) > 6
+    for name in both:
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if not isinstance(mine, type) or "__init__" in vars(mine):
+            assert parameters_of(mine)[: len(parameters_of(other))] == parameters_of(other), name
+
+
 @pytest.mark.parametrize("argument", ["megatron_lm_plugin", "torch_tp_plugin", "parallelism_config"])
 def test_what_is_left_out_says_what_to_use(argument):
     with pytest.raises(StrategyError, match=f"{argument} is left out") as caught:
