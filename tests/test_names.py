@@ -36,7 +36,13 @@ device_placement step""")
 PLACES = {
     "": "Accelerator PartialState skip_first_batches notebook_launcher debug_launcher find_executable_batch_size "
     "synchronize_rng_states DataLoaderConfiguration ProfileKwargs AutocastKwargs DistributedDataParallelKwargs "
-    "DistributedType GradScalerKwargs InitProcessGroupKwargs DeepSpeedPlugin FullyShardedDataParallelPlugin",
+    "DistributedType GradScalerKwargs InitProcessGroupKwargs DeepSpeedPlugin FullyShardedDataParallelPlugin "
+    "init_empty_weights init_on_device infer_auto_device_map cpu_offload_with_hook",
+    "big_modeling": "init_empty_weights init_on_device infer_auto_device_map cpu_offload_with_hook "
+    "attach_layerwise_casting_hooks",
+    "hooks": "ModelHook SequentialHook AlignDevicesHook add_hook_to_module remove_hook_from_module CpuOffload "
+    "remove_hook_from_submodules attach_align_device_hook attach_align_device_hook_on_blocks UserCpuOffloadHook "
+    "attach_execution_device_hook LayerwiseCastingHook",
     "state": "PartialState AcceleratorState GradientState",
     "logging": "get_logger MultiProcessAdapter",
     "launchers": "notebook_launcher debug_launcher",
@@ -52,7 +58,13 @@ PLACES = {
     "broadcast_object_list pad_across_processes pad_input_tensors send_to_device recursively_apply find_batch_size "
     "find_executable_batch_size release_memory extract_model_from_parallel DataLoaderConfiguration "
     "ProjectConfiguration GradientAccumulationPlugin DistributedDataParallelKwargs GradScalerKwargs "
-    "InitProcessGroupKwargs AutocastKwargs ProfileKwargs DistributedType LoggerType is_wandb_available tqdm",
+    "InitProcessGroupKwargs AutocastKwargs ProfileKwargs DistributedType LoggerType is_wandb_available tqdm "
+    "infer_auto_device_map get_balanced_memory get_max_memory compute_module_sizes set_module_tensor_to_device "
+    "offload_state_dict OffloadedWeightsLoader load_state_dict find_tied_parameters",
+    "utils.modeling": "compute_module_total_buffer_size clean_device_map get_max_layer_size align_module_device "
+    "has_offloaded_params get_non_persistent_buffers check_tied_parameters_on_same_device load_offloaded_weights",
+    "utils.offload": "offload_weight load_offloaded_weight save_offload_index PrefixedDataset "
+    "extract_submodules_state_dict",
 }
 
 
@@ -99,6 +111,23 @@ def test_arguments_are_accelerates():
     assert list(ours)[: len(others)] == list(others), "positional arguments in another order"
 
 
+def parameters_of(function) -> list[str]:
+    found = inspect.signature(function).parameters.values()
+    return [p.name for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+@pytest.mark.parametrize("place", ["big_modeling", "hooks", "utils.modeling", "utils.offload"])
+def test_arguments_for_large_models_are_accelerates(place):
+    pytest.importorskip("accelerate")
+    ours, theirs = (importlib.import_module(f"{library}.{place}") for library in ("shardwise", "accelerate"))
+    both = [name for name in ours.__all__ if hasattr(theirs, name)]
+    assert len(both) > 6
+    for name in both:
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if not isinstance(mine, type) or "__init__" in vars(mine):
+            assert parameters_of(mine)[: len(parameters_of(other))] == parameters_of(other), name
+
+
 @pytest.mark.parametrize("argument", ["megatron_lm_plugin", "torch_tp_plugin", "parallelism_config"])
 def test_what_is_left_out_says_what_to_use(argument):
     with pytest.raises(StrategyError, match=f"{argument} is left out") as caught:
@@ -122,7 +151,17 @@ def test_the_paths_of_accelerate_utils_are_one_module_each():
     from shardwise import compat, utils
 
     assert utils is compat
-    for name in ("operations", "modeling", "dataclasses", "other", "random", "memory", "imports", "environment"):
+    for name in (
+        "operations",
+        "modeling",
+        "dataclasses",
+        "other",
+        "random",
+        "memory",
+        "imports",
+        "environment",
+        "offload",
+    ):
         importlib.import_module(f"shardwise.utils.{name}")
         assert sys.modules[f"shardwise.utils.{name}"] is sys.modules[f"shardwise.compat.{name}"] is getattr(utils, name)
     told = pickle.loads(pickle.dumps(utils.ProjectConfiguration("folder")))

@@ -37,7 +37,11 @@ if TYPE_CHECKING:
     from shardwise.engine.optimizer import attach, optimizer_state
     from shardwise.errors import ShardwiseError
     from shardwise.fsdp import DistributedDataParallel, FullyShardedDataParallel, fully_shard
+    from shardwise.inference.auto_map import infer_auto_device_map
+    from shardwise.inference.cpu_hook import cpu_offload_with_hook
+    from shardwise.inference.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
     from shardwise.inference.load import load
+    from shardwise.inference.meta import init_empty_weights, init_on_device
     from shardwise.inference.uneven import together
     from shardwise.launchers import debug_launcher, notebook_launcher
     from shardwise.local_sgd import LocalSGD
@@ -75,14 +79,22 @@ _HOME = {
     "attach": "engine.optimizer",
     "clip_grad_norm_": "engine.clip",
     "clip_grad_value_": "engine.clip",
+    "cpu_offload_with_hook": "inference.cpu_hook",
     "debug_launcher": "launchers",
     "ema_update_": "engine.averaging",
     "expected": "observe.stats",
     "find_executable_batch_size": "compat.memory",
     "fully_shard": "fsdp",
     "load": "inference.load",
+    "load_checkpoint_and_dispatch": "inference.dispatch",
+    "dispatch_model": "inference.dispatch",
+    "disk_offload": "inference.dispatch",
+    "cpu_offload": "inference.dispatch",
     "gathered": "engine.gathered",
+    "infer_auto_device_map": "inference.auto_map",
     "init": "comm",
+    "init_empty_weights": "inference.meta",
+    "init_on_device": "inference.meta",
     "memory_meter": "observe.memory",
     "optimizer_state": "engine.optimizer",
     "no_sync": "engine.build",
@@ -123,15 +135,23 @@ __all__ = [
     "checkpoint",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "cpu_offload",
+    "cpu_offload_with_hook",
     "debug_launcher",
+    "disk_offload",
+    "dispatch_model",
     "ema_update_",
     "errors",
     "expected",
     "find_executable_batch_size",
     "fully_shard",
     "gathered",
+    "infer_auto_device_map",
     "init",
+    "init_empty_weights",
+    "init_on_device",
     "load",
+    "load_checkpoint_and_dispatch",
     "memory_meter",
     "no_sync",
     "notebook_launcher",

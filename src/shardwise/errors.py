@@ -116,3 +116,11 @@ class TrackerError(ShardwiseError, ValueError):
 
 class OffloadError(ShardwiseError, OSError):
     """Host memory or a disk that cannot take, or give back, what was put there. ``errno`` is the system's, if any."""
+
+
+class PlacementError(ShardwiseError, ValueError):
+    """A device map that does not fit its model, or a tensor that cannot be put where it was asked for."""
+
+
+class ForeignWeights(CheckpointError, ValueError, OSError):
+    """A file of weights in a format that this library, or torch, does not read."""

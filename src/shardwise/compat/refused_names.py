@@ -17,7 +17,7 @@ def _names(text: str, instead: str) -> dict[str, str]:
     return dict.fromkeys(text.split(), instead)
 
 
-_LATER = "load the model in the script; device maps and streamed loading come in a later version"
+_LATER = "load the model in the script; streamed loading comes in a later version"
 _FP8 = "use mixed_precision='bf16'"
 _MEGATRON = "use strategy='zero3', or torch.distributed.tensor.parallel on models that Shardwise does not shard"
 
@@ -33,7 +33,7 @@ LEFT_OUT: dict[str, str] = {
     **_names("TorchTensorParallelPlugin TorchTensorParallelConfig ParallelismConfig get_model_tp_size", _MEGATRON),
     **_names("TorchContextParallelConfig DeepSpeedSequenceParallelConfig", "split sequences in the script"),
     **_names(
-        "AORecipeKwargs FP8RecipeKwargs MSAMPRecipeKwargs TERecipeKwargs CustomDtype apply_fp8_autowrap "
+        "AORecipeKwargs FP8RecipeKwargs MSAMPRecipeKwargs TERecipeKwargs apply_fp8_autowrap "
         "contextual_fp8_autocast convert_model convert_model_to_fp8_ao filter_first_and_last_linear_layers "
         "has_ao_layers has_transformer_engine_layers check_cuda_fp8_capability get_fsdp2_grad_scaler "
         "is_msamp_available is_torchao_available is_transformer_engine_available "
@@ -75,14 +75,7 @@ LEFT_OUT: dict[str, str] = {
         "compile_regions compile_regions_fsdp2",
         "call .compile() on each block, or TorchDynamoPlugin(use_regional_compilation=True)",
     ),
-    **_names(
-        "OffloadedWeightsLoader PrefixedDataset align_module_device calculate_maximum_sizes check_device_map "
-        "check_tied_parameters_in_config check_tied_parameters_on_same_device extract_submodules_state_dict "
-        "get_balanced_memory get_max_layer_size get_max_memory has_offloaded_params infer_auto_device_map "
-        "load_checkpoint_in_model load_offloaded_weight load_offloaded_weights load_state_dict "
-        "offload_state_dict offload_weight save_offload_index set_module_tensor_to_device",
-        _LATER,
-    ),
+    **_names("load_checkpoint_in_model", _LATER),
     **_names("get_current_device_type is_xccl_available get_cpu_distributed_information", "ask accelerator.device"),
     **_names("get_grad_scaler", "torch.amp.GradScaler works on sharded models"),
     **_names("get_mixed_precision_context_manager", "use accelerator.autocast()"),

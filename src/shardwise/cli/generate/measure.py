@@ -14,7 +14,7 @@ from shardwise import device as devices
 from shardwise.comm import World
 from shardwise.engine.build import require_engine
 from shardwise.engine.stored import StoredBucket
-from shardwise.inference.placing import DEVICE, HOST, WeightsPlan
+from shardwise.inference.plan import DEVICE, HOST, WeightsPlan
 from shardwise.tiers.io_queue import DiskStats
 
 

@@ -1,0 +1,122 @@
+"""Models that have their values: where each unit's go, and what of them is written to a folder first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from shardwise import device as devices
+from shardwise.checkpoint.formats import open_source
+from shardwise.engine.build import members_of
+from shardwise.engine.stored import StoredTensor
+from shardwise.engine.stored_build import run_stored
+from shardwise.errors import OffloadError, UnitError
+from shardwise.inference.loading import stored_tensor
+from shardwise.inference.maps import DeviceMap, device_of, home_of, units_of_map, weights_of
+from shardwise.inference.plan import DEVICE, DISK, HOST, WeightsPlan
+
+Values = Mapping[str, torch.Tensor] | None
+Folder = str | os.PathLike[str] | None
+
+
+def dispatch(model: nn.Module, device_map: DeviceMap, values: Values, folder: Folder) -> nn.Module:
+    """See :func:`shardwise.inference.dispatch.dispatch_model`."""
+    device = device_of(device_map)
+    places = set(device_map.values())
+    if len(places) == 1 and "disk" not in places and not _without_values(model):
+        units_of_map(model, device_map, None)  # names what there is not
+        only = next(iter(places))
+        return model.to("cpu" if only == "cpu" else devices.named(only))
+    units = units_of_map(model, device_map, None)
+    return _take_over(model, {name: home_of(name, device_map, device) for name in units}, device, values, folder)
+
+
+def all_of_it(model: nn.Module, home: str, device: Any, values: Values, folder: Folder) -> nn.Module:
+    """All weights have one home."""
+    where = devices.of_rank() if device is None else devices.named(device)
+    return _take_over(model, dict.fromkeys(units_of_map(model, {}, None), home), where, values, folder)
+
+
+@torch.no_grad()
+def _take_over(
+    model: nn.Module,
+    homes: dict[str, str],
+    device: torch.device,
+    values: Mapping[str, torch.Tensor] | None,
+    folder: str | os.PathLike[str] | None,
+) -> nn.Module:
+    for name in (name for name in _without_values(model) if values is None or name not in values):
+        raise UnitError(
+            f"'{name}' is on the meta device and has no values", fix="give state_dict=, or load a checkpoint"
+        )
+    tensors = {name: _of_memory(p if not p.is_meta else (values or {})[name]) for name, p in _named(model)}
+    if device.type == "cpu":
+        homes = {name: DEVICE if home == HOST else home for name, home in homes.items()}
+    weights = weights_of(model, list(homes), tensors)
+    if DISK in homes.values():
+        if folder is None:
+            raise OffloadError("something goes to the disk, and there is no folder for it", fix="offload_dir='...'")
+        _write_out(model, homes, tensors, Path(folder))
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    run_stored(model, tensors, homes, device)
+    model.eval()
+    model.shardwise_plan = WeightsPlan(homes, {w.name: w.nbytes for w in weights}, 1)  # type: ignore[assignment]
+    return model
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters(remove_duplicate=False))
+
+
+def _without_values(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.is_meta]
+
+
+def _of_memory(values: torch.Tensor) -> StoredTensor:
+    """Values that are in memory, until they are taken over."""
+    values = values.detach()
+    return StoredTensor(values.dtype, tuple(values.shape), (), partial(_copy, values))
+
+
+def _copy(values: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> None:
+    out.copy_(values.reshape(-1)[start:stop])
+
+
+def _write_out(model: nn.Module, homes: Mapping[str, str], tensors: dict[str, StoredTensor], folder: Path) -> None:
+    """Write what belongs to units of the disk to a file each, and let the tensors be there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OffloadError(
+            f"the folder cannot be made: {error.strerror}", where=str(folder), fix="another one"
+        ) from error
+    for k, (unit, members) in enumerate(members_of(_named(model), list(homes)).items()):
+        if homes[unit] != DISK or not members:
+            continue
+        file = folder / f"{k:05d}_{(unit or 'root').replace('.', '_')}.safetensors"
+        out = {}
+        for _, names in members:
+            tensor = tensors[names[0]]
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+            tensor.convert(0, whole.numel(), whole.view(-1))
+            out[names[0]] = whole
+        try:
+            save_file(out, file)
+        except OSError as error:
+            raise OffloadError(
+                f"the weights of '{unit}' cannot be written: {error}", where=str(file), fix="free space"
+            ) from error
+        (section,) = open_source(file).sections.values()
+        for _, names in members:
+            stored = stored_tensor(section[names[0]], None)
+            tensors.update(dict.fromkeys(names, stored))
