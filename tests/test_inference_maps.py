@@ -111,8 +111,8 @@ def test_any_model_under_any_budgets(root, data):
     for name, block in root.named_modules(remove_duplicate=False):
         inside = {where[n] for n in tensors if isinstance(block, Block) and n.startswith(f"{name}.")}
         assert len(inside) <= 1, f"{name} is cut"
-    for group in utils.find_tied_parameters(root):
-        assert len({where[name] for name in group}) == 1, f"{group} on several devices"
+    shared = {id(tensor): {where[n] for n in tensors if tensors[n] is tensor} for tensor in tensors.values()}
+    assert all(len(places) == 1 for places in shared.values()), "tied, and on several devices"
     accelerators = [key for key in budgets if key != "cpu" and budgets[key]]
     if accelerators and nbytes(on[first := min(accelerators)].values()):
         away = [m for n, m in layers(root) if any(where[t] != first for t in tensors if t.startswith(f"{n}."))]
@@ -176,6 +176,9 @@ def test_ties_go_together_wherever_their_first_name_is():
     assert found["1"] == 1
     twice = nn.Linear(4, 4)
     both = nn.Sequential(twice, nn.Linear(9, 9), twice)
+    norm = nn.BatchNorm1d(1, affine=False)  # no parameters: 16 bytes of buffers
+    pair = nn.Sequential(norm, nn.Linear(4, 1), norm)
+    assert infer_auto_device_map(pair, {0: 36}) == {"": 0}
     assert infer_auto_device_map(both, {0: 1, 1: 439, "cpu": 1000}, clean_result=False) == {"0": 1, "2": 1, "1": "cpu"}
 
 
@@ -210,6 +213,14 @@ def test_it_says_what_it_does(capsys):
     infer_auto_device_map(nn.Sequential(Small(), Small()), {0: 400, 1: 300}, verbose=True)
     told = capsys.readouterr().out
     assert "0: 236 B, on 0" in told and "1: cut into its parts" in told
+
+
+def test_room_for_what_a_module_has_of_its_own():
+    root = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(1, 1)))
+    root[1].table = nn.Parameter(torch.ones(50))
+    found = infer_auto_device_map(root, {0: 223, "cpu": 1000})
+    assert found == {"": "cpu"}, "24 bytes, and no room for 200 that have to come there"
+    assert infer_auto_device_map(root, {0: 224, "cpu": 1000}) == {"0": 0, "1": "cpu"}
 
 
 # --- maps --------------------------------------------------------------------------------------------

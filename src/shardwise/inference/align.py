@@ -87,7 +87,8 @@ class AlignDevicesHook(ModelHook):
             self.input_device = next((tensor.device for tensor in tensors), None)
         if self.offload and self.execution_device is not None:
             self._bring(module, self.execution_device)
-        return self._sent((args, kwargs), self.execution_device)
+        sent: tuple[tuple[Any, ...], dict[str, Any]] = self._sent((args, kwargs), self.execution_device)
+        return sent
 
     @uncompiled
     def post_forward(self, module: nn.Module, output: Any) -> Any:

@@ -53,7 +53,7 @@ def infer_auto_device_map(
         PlacementError, ConfigError: a device, a size or a dtype that is none.
     """
     search = _Search(model, get_max_memory(max_memory), class_names(no_split_module_classes), dtype, special_dtypes)
-    if check_tied_parameters_in_config(model) and not search.contents.tied:
+    if check_tied_parameters_in_config(model) and not search.contents.tied - search.contents.buffers:
         _log.warning("the model's weights are not tied yet: call model.tie_weights() first, or they count twice")
     search.say = print if verbose else _silent
     search.run(fallback_allocation)
@@ -96,7 +96,7 @@ class _Search:
             if self._fits(group, device):
                 self._put(group, device)
             elif self._fits([part], device, beside=group) and (other := self._to_cut(group[1:])) is not None:
-                self._cut(other)  # a tied parameter in it: the rest of it may go elsewhere
+                self._cut(other)  # a tied tensor in it: the rest of it may go elsewhere
             elif not self._fits([part], device, beside=group) and self.contents.can_be_cut(part):
                 self._cut(part)
             elif fallback and not self.on[device] and (later := self._later(device)) is not None:

@@ -43,7 +43,8 @@ class CpuOffload(ModelHook):
             devices.empty_cache()
         if _is_on(module) != self.execution_device:
             module.to(self.execution_device)
-        return operations.to_device((args, kwargs), self.execution_device)
+        sent: tuple[tuple[Any, ...], dict[str, Any]] = operations.to_device((args, kwargs), self.execution_device)
+        return sent
 
 
 def _is_on(module: nn.Module) -> torch.device | None:

@@ -40,9 +40,10 @@ class _Block:
     def parameter(self, p: nn.Parameter) -> nn.Parameter:
         if p.device == self.device:
             return p
-        if p not in self.moved:
-            self.moved[p] = on_device(p, self.device)
-        return self.moved[p]
+        found: nn.Parameter | None = self.moved.get(p)
+        if found is None:
+            found = self.moved[p] = on_device(p, self.device)
+        return found
 
 
 _blocks = _Blocks()

@@ -167,7 +167,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         from safetensors import safe_open
 
         with safe_open(file, framework="pt") as opened:
-            tensor = opened.get_tensor(info.get("weight_name", key))
+            tensor: torch.Tensor = opened.get_tensor(info.get("weight_name", key))
         if "dtype" in info:
             tensor = tensor.to(as_dtype(info["dtype"]))
         return tensor if self.device is None else tensor.to(self.device)

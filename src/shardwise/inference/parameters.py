@@ -36,7 +36,8 @@ def on_device(p: nn.Parameter, device: torch.device, non_blocking: bool = False)
         return p
     if isinstance(p, nn.UninitializedParameter):
         kind: Any = type(p)
-        return kind(requires_grad=p.requires_grad, device=device, dtype=p.dtype)
+        new: nn.Parameter = kind(requires_grad=p.requires_grad, device=device, dtype=p.dtype)
+        return new
     with torch.no_grad():
         moved = p.to(device, non_blocking=non_blocking)
     return moved if isinstance(moved, type(p)) and isinstance(moved, nn.Parameter) else like(p, moved.detach())

@@ -17,7 +17,7 @@ class Contents:
     Attributes:
         size_of: bytes by tensor, which goes by its ``id``.
         inside: tensors by the name of a module, or of the tensor itself.
-        tied: parameters with several names.
+        tied: tensors with several names; a module with two names is in one place, its buffers too.
         buffers: tensors that are buffers.
         layer: bytes of the largest layer in each part: a module that is not cut, or the tensors that one which is cut
             has of its own.
@@ -41,6 +41,7 @@ class Contents:
             names[id(p)] += 1
             self._add(name, p, size_of)
         for name, buffer in model.named_buffers(remove_duplicate=False):
+            names[id(buffer)] += 1
             self.buffers.add(id(buffer))
             self._add(name, buffer, size_of)
         self.tied = {key for key, number in names.items() if number > 1}
@@ -94,7 +95,7 @@ class Contents:
         return self.total(self.ids(parts))
 
     def together(self, part: Part, left: Sequence[Part]) -> list[Part]:
-        """A part, and those of ``left`` that have to be where it is, for a tied parameter; and what these are tied to.
+        """A part, and those of ``left`` that have to be where it is, for a tied tensor; and what these are tied to.
 
         Args:
             left: parts that are not placed yet.
