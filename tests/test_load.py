@@ -482,6 +482,16 @@ def test_writes_in_a_forward_are_refused_and_not_used(streamed):
     assert torch.equal(said(loaded), said(model))
 
 
+def test_compiled_models_and_blocks(streamed):
+    model, loaded = streamed
+    with torch.no_grad():
+        expected = model(ids()).logits
+        for layer in loaded.model.layers:
+            layer.compile(backend="eager")
+        assert torch.equal(loaded(ids()).logits, expected)
+        assert torch.equal(torch.compile(loaded, backend="eager")(ids()).logits, expected)
+
+
 def test_pages_are_used_again(tmp_path):
     saved(make("llama"), tmp_path)
     loaded = shardwise.load(tmp_path, {"": "disk"})
