@@ -207,8 +207,10 @@ def test_tied_values_are_on_a_device_once():
         set_module_tensor_to_device(model, f"{i}.weight", "cpu", value if i else None, tied_params_map=known)
     assert model[1].weight is model[2].weight is not model[0].weight
     assert list(known[value.data_ptr()]) == [torch.device("cpu")]
-    set_module_tensor_to_device(model, "0.weight", "meta", tied_params_map={0: {META: model[1].weight}})
-    assert model[0].weight.is_meta, "addresses on meta tell nothing"
+    set_module_tensor_to_device(model, "0.weight", "meta")
+    others = {0: {torch.device("cpu"): model[1].weight}}
+    set_module_tensor_to_device(model, "0.weight", "cpu", torch.zeros(2, 2), tied_params_map=others)
+    assert model[0].weight.sum() == 0, "the addresses of tensors on meta tell nothing"
 
 
 # --- ties and names -----------------------------------------------------------------------------------
