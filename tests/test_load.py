@@ -20,8 +20,15 @@ from models import rank
 from ranks import run
 from shardwise.engine.hooks import engine_of
 from shardwise.errors import CheckpointError, OffloadError, ReleasedParameterError, UnitError
-from shardwise.inference.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
+from shardwise.inference.dispatch import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+)
 from shardwise.inference.meta import init_empty_weights
+from shardwise.inference.offloaded import OffloadedWeightsLoader
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -500,3 +507,25 @@ def test_pages_are_used_again(tmp_path):
         layer.mlp.up_proj.register_forward_hook(lambda m, a, out: seen.add(m.weight.untyped_storage().data_ptr()))
     said(loaded)
     assert len(seen) <= 2 * (loaded.shardwise_plan.ahead + 2)
+
+
+def test_a_checkpoint_is_loaded_into_a_model(tmp_path):
+    model = make("t5")
+    saved(model, tmp_path / "model")
+    for device_map in (None, {"": "cpu"}):
+        with init_empty_weights():
+            empty = t5()
+        empty.tie_weights()
+        load_checkpoint_in_model(empty.eval(), tmp_path / "model", device_map)
+        assert empty.lm_head.weight is empty.shared.weight and torch.equal(said(empty), said(model))
+    with init_empty_weights():
+        empty = t5()
+    empty.tie_weights()
+    load_checkpoint_in_model(empty, tmp_path / "model", {"encoder": "disk", "": "cpu"}, tmp_path / "away")
+    assert empty.encoder.block[0].layer[0].SelfAttention.q.weight.is_meta
+    assert not empty.decoder.block[0].layer[0].SelfAttention.q.weight.is_meta
+    away = OffloadedWeightsLoader(save_folder=tmp_path / "away")
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    assert torch.equal(away[name], model.state_dict()[name])
+    with pytest.raises(OffloadError, match="folder"):
+        load_checkpoint_in_model(t5(), tmp_path / "model", {"": "disk"})

@@ -11,7 +11,13 @@ from shardwise.inference.auto_map import infer_auto_device_map
 from shardwise.inference.casting import attach_layerwise_casting_hooks
 from shardwise.inference.cpu_hook import cpu_offload_with_hook
 from shardwise.inference.device_map import check_device_map
-from shardwise.inference.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
+from shardwise.inference.dispatch import (
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+)
 from shardwise.inference.memory import get_balanced_memory, get_max_memory
 from shardwise.inference.meta import init_empty_weights, init_on_device
 
@@ -31,4 +37,5 @@ __all__ = [
     "init_empty_weights",
     "init_on_device",
     "load_checkpoint_and_dispatch",
+    "load_checkpoint_in_model",
 ]

@@ -16,6 +16,7 @@ from shardwise.inference.align import (
 )
 from shardwise.inference.auto_map import infer_auto_device_map
 from shardwise.inference.device_map import check_device_map, clean_device_map
+from shardwise.inference.dispatch import load_checkpoint_in_model
 from shardwise.inference.dtypes import CustomDtype, dtype_byte_size
 from shardwise.inference.memory import get_balanced_memory, get_max_memory
 from shardwise.inference.offloaded import load_offloaded_weights
@@ -60,6 +61,7 @@ __all__ = [
     "id_tensor_storage",
     "infer_auto_device_map",
     "is_peft_model",
+    "load_checkpoint_in_model",
     "load_offloaded_weights",
     "load_state_dict",
     "named_module_tensors",

@@ -17,7 +17,6 @@ def _names(text: str, instead: str) -> dict[str, str]:
     return dict.fromkeys(text.split(), instead)
 
 
-_LATER = "load the model in the script; streamed loading comes in a later version"
 _FP8 = "use mixed_precision='bf16'"
 _MEGATRON = "use strategy='zero3', or torch.distributed.tensor.parallel on models that Shardwise does not shard"
 
@@ -75,7 +74,6 @@ LEFT_OUT: dict[str, str] = {
         "compile_regions compile_regions_fsdp2",
         "call .compile() on each block, or TorchDynamoPlugin(use_regional_compilation=True)",
     ),
-    **_names("load_checkpoint_in_model", _LATER),
     **_names("get_current_device_type is_xccl_available get_cpu_distributed_information", "ask accelerator.device"),
     **_names("get_grad_scaler", "torch.amp.GradScaler works on sharded models"),
     **_names("get_mixed_precision_context_manager", "use accelerator.autocast()"),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from shardwise import device as devices
+from shardwise.errors import UnitError
 from shardwise.inference.load import load
 
 DeviceMap = Mapping[str, Any]
@@ -54,6 +55,40 @@ def load_checkpoint_and_dispatch(
         model, where, checkpoint=checkpoint, max_memory=max_memory, dtype=dtype, no_split_module_classes=classes
     )
     return loaded
+
+
+def load_checkpoint_in_model(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str],
+    device_map: DeviceMap | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    offload_state_dict: bool = False,
+    offload_buffers: bool = False,
+    keep_in_fp32_modules: Sequence[str] | None = None,
+    offload_8bit_bnb: bool = False,
+    strict: bool = False,
+    full_state_dict: bool = True,
+    broadcast_from_rank0: bool = False,
+) -> None:
+    """Give a model the values of a checkpoint, one tensor at a time. Nothing runs differently afterwards.
+
+    Args:
+        device_map: where each value goes; ``"disk"``: to ``offload_folder``, and the parameter stays without values.
+            ``None``: where the parameter is, and to the CPU if that is nowhere.
+        dtype: of floating-point values; ``None``: that of the model.
+        strict: raise if names differ. Other shapes always do.
+
+    Raises:
+        CheckpointError: no weights, or they do not fit.
+        OffloadError: something goes to the disk, and there is no folder for it.
+    """
+    from shardwise.inference.dispatching import load_in
+
+    if keep_in_fp32_modules or offload_8bit_bnb:
+        raise UnitError("keep_in_fp32_modules and offload_8bit_bnb are not served", fix="shardwise.load, without them")
+    found = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    load_in(model, checkpoint, device_map, offload_folder, found, strict)
 
 
 def dispatch_model(

@@ -14,13 +14,20 @@ from torch import nn
 
 from shardwise import device as devices
 from shardwise.checkpoint.formats import open_source
+from shardwise.checkpoint.model_loading import fit
+from shardwise.checkpoint.model_state import model_states
+from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.engine.build import members_of
 from shardwise.engine.stored import StoredTensor
 from shardwise.engine.stored_build import run_stored
-from shardwise.errors import OffloadError, UnitError
+from shardwise.errors import CheckpointError, OffloadError, UnitError
+from shardwise.inference.device_map import place_of
 from shardwise.inference.loading import stored_tensor
 from shardwise.inference.maps import DeviceMap, device_of, home_of, units_of_map, weights_of
+from shardwise.inference.offloaded import offload_weight, save_offload_index
+from shardwise.inference.placing import set_module_tensor_to_device
 from shardwise.inference.plan import DEVICE, DISK, HOST, WeightsPlan
+from shardwise.inference.ties import find_tied_parameters, retie_parameters
 
 Values = Mapping[str, torch.Tensor] | None
 Folder = str | os.PathLike[str] | None
@@ -120,3 +127,45 @@ def _write_out(model: nn.Module, homes: Mapping[str, str], tensors: dict[str, St
         for _, names in members:
             stored = stored_tensor(section[names[0]], None)
             tensors.update(dict.fromkeys(names, stored))
+
+
+# --- values of a checkpoint into a model ----------------------------------------------------------------
+@torch.no_grad()
+def load_in(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str],
+    device_map: DeviceMap | None,
+    folder: Folder,
+    dtype: torch.dtype | None,
+    strict: bool,
+) -> None:
+    """See :func:`shardwise.inference.dispatch.load_checkpoint_in_model`."""
+    (state,) = model_states([model], placeholders=True)
+    source = open_source(checkpoint)
+    found = fit(state, source, None)
+    if (strict and (found.missing or found.unexpected)) or found.mismatched:
+        shown = "\n    ".join(found.lines[:10])
+        raise CheckpointError(f"tensors that do not fit the model:\n    {shown}", where=str(source.path))
+    ties = find_tied_parameters(model)
+    index: dict[str, dict[str, Any]] = {}
+    with StorageReader() as reader:
+        for name, held in {**state.parameters, **state.buffers}.items():
+            if name not in found.tensors:
+                continue
+            stored = found.tensors[name]
+            here: Any = "cpu" if held.is_meta else held.device
+            at = here if device_map is None else place_of(name, device_map)
+            kind = dtype if dtype is not None and stored.dtype.is_floating_point else None
+            value = reader.values(stored).view(stored.shape)
+            if at != "disk":
+                set_module_tensor_to_device(model, name, at, value=value, dtype=kind)
+                continue
+            if folder is None:
+                raise OffloadError(
+                    "something goes to the disk, and there is no folder for it", fix="offload_folder='...'"
+                )
+            os.makedirs(folder, exist_ok=True)
+            offload_weight(value if kind is None else value.to(kind), name, folder, index)
+    if folder is not None:
+        save_offload_index(index, folder)
+    retie_parameters(model, ties)

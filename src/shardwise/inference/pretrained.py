@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,7 +59,7 @@ def model_of(folder: str | os.PathLike[str], dtype: torch.dtype | str | None) ->
     before = torch.get_default_dtype()
     torch.set_default_dtype(wanted if isinstance(wanted, torch.dtype) and wanted.is_floating_point else before)
     try:
-        with init_empty_weights():
+        with init_empty_weights(), _without_drawing():
             model = kind(config)
     finally:
         torch.set_default_dtype(before)
@@ -69,6 +69,15 @@ def model_of(folder: str | os.PathLike[str], dtype: torch.dtype | str | None) ->
         with _readable(path / "generation_config.json"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return cast(nn.Module, model)
+
+
+def _without_drawing() -> AbstractContextManager[None]:
+    """Initial values that nobody will see take most of the time in which a small model is made."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # it was elsewhere once, and only saves time
+        return nullcontext()
+    return cast("AbstractContextManager[None]", no_init_weights())
 
 
 @contextmanager
