@@ -54,7 +54,7 @@ def load_from_files(
     if found.missing or found.mismatched:
         shown = "\n    ".join(found.lines[:_SHOWN])
         raise CheckpointError(f"{KINDS[source.kind]} that do not fit the model:\n    {shown}", where=str(source.path))
-    tensors = _tensors(module, state, found, StorageReader(), wanted)
+    tensors = _tensors(state, found, StorageReader(), wanted)
     device = device_of(device_map) if isinstance(device_map, Mapping) else world.device
     units = units_of_map(module, device_map if isinstance(device_map, Mapping) else {}, no_split_module_classes)
     weights = weights_of(module, units, tensors)
@@ -66,8 +66,8 @@ def load_from_files(
         room = room_for(device, max_memory, beside, world.local_size)
         plan = place_weights(weights, room, parts=parts, ahead=ahead)
     else:
-        plan = WeightsPlan({w.name: home_of(w.name, device_map, device) for w in weights},
-                           {w.name: w.nbytes for w in weights}, ahead, parts, beside)  # fmt: skip
+        homes = {w.name: home_of(w.name, device_map, device) for w in weights}
+        plan = WeightsPlan(homes, {w.name: w.nbytes for w in weights}, ahead, parts, beside)
         if max_memory is not None:
             require_room(plan, room_for(device, max_memory, beside, world.local_size))
     if verbose and world.rank == 0:
@@ -89,7 +89,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _tensors(
-    module: nn.Module, state: ModelState, found: Fit, reader: StorageReader, dtype: torch.dtype | None
+    state: ModelState, found: Fit, reader: StorageReader, dtype: torch.dtype | None
 ) -> dict[str, StoredTensor]:
     """Where the values of each parameter are, by each of its names."""
     out: dict[str, StoredTensor] = {}

@@ -7,8 +7,8 @@ has to be waited for longer than one unit takes. What does not fit is refused be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from shardwise.comm.joined import JOINED_BYTES
 from shardwise.errors import OffloadError
@@ -63,7 +63,6 @@ class WeightsPlan:
     ahead: int
     parts: int = 1
     beside: int = 0
-    units_here: dict[str, int] = field(default_factory=dict)
 
     def total(self, home: str) -> int:
         """Bytes at a home, on this rank."""
@@ -121,15 +120,15 @@ def place_weights(units: Sequence[Weights], room: Room, *, parts: int = 1, ahead
             fix=f"give {format_bytes(moving + room.beside)} at least, cut the model into smaller units "
             "(no_split_module_classes), or use a smaller batch or length",
         )
-    homes = _spread(units, free * parts, {})
+    homes = _spread(units, free * parts)
     rest = [u for u in units if homes[u.name] != DEVICE]
-    homes |= {n: HOST for n, at in _spread(rest, room.host * parts, {}).items() if at == DEVICE}
+    homes |= {n: HOST for n, at in _spread(rest, room.host * parts).items() if at == DEVICE}
     return WeightsPlan(homes, nbytes, ahead, parts, room.beside)
 
 
-def _spread(units: Sequence[Weights], room: int, homes: Mapping[str, str]) -> dict[str, str]:
+def _spread(units: Sequence[Weights], room: int) -> dict[str, str]:
     """Keep ``room`` bytes of weights here, evenly spread; the rest is on the disk."""
-    total, out = sum(u.nbytes for u in units), dict(homes)
+    total, out = sum(u.nbytes for u in units), dict[str, str]()
     kept, seen = 0, 0
     for unit in units:
         seen += unit.nbytes
