@@ -172,7 +172,7 @@ def test_ranks_share_prompts_of_different_lengths_out(model, where, folders, tmp
 
 
 def test_split_weights_that_do_not_fit_are_read_from_the_disk_by_both(folders, tmp_path):
-    memory = {"cpu": 2_100_000}
+    memory = {"cpu": 2_250_000}
     job = _job(folders["llama"], "split", tmp_path / "s", max_memory=memory, batch=2)
     assert run(2, _work, job) == [True, True]
     found = {**answered(tmp_path / "s" / "part-0"), **answered(tmp_path / "s" / "part-1")}
