@@ -73,6 +73,7 @@ def test_demo_states_what_happened(preset: str, tmp_path: Path) -> None:
     assert nats.item() / np.log(2) == pytest.approx(bits["model"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_one_rank_prints_tables(tmp_path: Path) -> None:
     code, out, err = command("demo", "--cpu", "--nproc", 1, "--size", "tiny", "--steps", 1, cwd=tmp_path)
     assert code == 0, err

@@ -254,7 +254,8 @@ def test_a_killed_run_goes_on(folders, tmp_path, monkeypatch, capfd):
     _all_there(folders["llama"], out)
 
 
-@pytest.mark.parametrize("where", ["split", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["split", "auto"])
 def test_a_run_that_lost_a_rank_goes_on_with_fewer(where, folders, tmp_path, monkeypatch):
     prompts, out = _many(tmp_path)
     first = start("generate", *_request(folders["llama"], prompts, out, 2, where), cwd=tmp_path)
