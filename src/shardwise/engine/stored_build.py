@@ -23,8 +23,6 @@ from shardwise.tiers.home import Home
 from shardwise.tiers.page_buffer import PagePool
 from shardwise.tiers.stored_files import StoredFiles
 
-HOMES = ("device", "cpu", "nvme")
-
 
 def run_stored(
     module: nn.Module,
@@ -57,7 +55,8 @@ def run_stored(
     if engine_of(module) is not None:
         raise UnitError(f"{type(module).__name__} is sharded already", fix="load a new one")
     world = init(device)
-    strategy = _strategy(split, "nvme" if "nvme" in homes.values() else "device", ahead)
+    away = next((home for home in ("nvme", "cpu") if home in homes.values()), "device")
+    strategy = _strategy(split, away, ahead)
     engine = Engine(module, strategy, mesh_of(world, device, strategy))
     _give_placeholders(module, tensors, device)
     params = list(module.named_parameters(remove_duplicate=False))
