@@ -115,6 +115,13 @@ def test_cross_validation(size):
 
 
 @sizes
+def test_larger_than_memory(size):
+    answers, from_the_disk = everywhere(size, "larger_than_memory")
+    assert from_the_disk and [len(answer) for answer in answers] == [5, 6, 7, 8, 9]
+    assert answers == everywhere(1, "larger_than_memory")[0]
+
+
+@sizes
 def test_distributed_inference(size):
     pytest.importorskip("transformers")
     answers = everywhere(size, "distributed_inference")

@@ -529,3 +529,15 @@ def test_a_checkpoint_is_loaded_into_a_model(tmp_path):
     assert torch.equal(away[name], model.state_dict()[name])
     with pytest.raises(OffloadError, match="folder"):
         load_checkpoint_in_model(t5(), tmp_path / "model", {"": "disk"})
+
+
+def one_cannot(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        shardwise.load(folder if rank() == 0 else folder / "nowhere", "split")
+    return str(caught.value)
+
+
+def test_all_ranks_have_a_model_that_they_split_or_none(tmp_path):
+    saved(make("llama"), tmp_path)
+    first, second = run(2, one_cannot, tmp_path)
+    assert "nowhere" in second and "rank 1" in first

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import nn
 
+from shardwise.checkpoint.coordination import CollectiveBlock
 from shardwise.checkpoint.formats import open_source
 from shardwise.checkpoint.model_loading import Fit, fit
 from shardwise.checkpoint.model_state import ModelState, model_states
@@ -43,40 +45,60 @@ def load_from_files(
 ) -> nn.Module:
     """:func:`shardwise.load`."""
     world = init()
-    module, folder = (model, checkpoint) if isinstance(model, nn.Module) else (model_of(model, dtype), model)
-    if folder is None:
-        raise CheckpointError("a module without its weights", fix="give checkpoint=, the folder or file they are in")
-    wanted = _dtype(dtype)
-    (state,) = model_states([module], placeholders=True)
+    doing = f"loading {checkpoint or (type(model).__name__ if isinstance(model, nn.Module) else model)}"
+    split = device_map == "split"
+
+    def agreed() -> AbstractContextManager[object]:
+        """Of a model that all ranks split, all have it or none: what is wrong on one of them is raised on all."""
+        return CollectiveBlock(doing, slow=True) if split else nullcontext()
+
+    with agreed():
+        module, folder = (model, checkpoint) if isinstance(model, nn.Module) else (model_of(model, dtype), model)
+        if folder is None:
+            raise CheckpointError(
+                "a module without its weights", fix="give checkpoint=, the folder or file they are in"
+            )
+        (state,) = model_states([module], placeholders=True)
+        found = _found(module, state, folder)
+        tensors = _tensors(state, found, StorageReader(), _dtype(dtype))
+        device = device_of(device_map) if isinstance(device_map, Mapping) else world.device
+        units = units_of_map(module, device_map if isinstance(device_map, Mapping) else {}, no_split_module_classes)
+        weights = weights_of(module, units, tensors)
+        parts = world.size if split else 1
+        beside = memory_beside(module, batch=batch, length=length)
+        if isinstance(device_map, str):
+            if device_map not in MAPS:
+                raise UnitError(f"device_map={device_map!r}", fix=f"one of {', '.join(MAPS)}, or a dict")
+            room = room_for(device, max_memory, beside, world.local_size)
+            plan = place_weights(weights, room, parts=parts, ahead=ahead)
+        else:
+            homes = {w.name: home_of(w.name, device_map, device) for w in weights}
+            plan = WeightsPlan(homes, {w.name: w.nbytes for w in weights}, ahead, parts, beside)
+            if max_memory is not None:
+                require_room(plan, room_for(device, max_memory, beside, world.local_size))
+        _load_buffers(state, found, device)
+    if verbose and world.rank == 0:
+        print(plan, flush=True)
+    module.eval()
+    with agreed():
+        run_stored(module, tensors, plan.homes, device, split=parts > 1, ahead=ahead)
+    module.shardwise_plan = plan  # type: ignore[assignment]
+    return module
+
+
+def _found(module: nn.Module, state: ModelState, folder: str | os.PathLike[str]) -> Fit:
+    """What of the files goes where.
+
+    Raises:
+        CheckpointError: it does not fit the model.
+    """
     source = open_source(folder)
     source.sections = {key: converted(module, found, source.path) for key, found in source.sections.items()}
     found = fit(state, source, None)
     if found.missing or found.mismatched:
         shown = "\n    ".join(found.lines[:_SHOWN])
         raise CheckpointError(f"{KINDS[source.kind]} that do not fit the model:\n    {shown}", where=str(source.path))
-    tensors = _tensors(state, found, StorageReader(), wanted)
-    device = device_of(device_map) if isinstance(device_map, Mapping) else world.device
-    units = units_of_map(module, device_map if isinstance(device_map, Mapping) else {}, no_split_module_classes)
-    weights = weights_of(module, units, tensors)
-    parts = world.size if device_map == "split" else 1
-    beside = memory_beside(module, batch=batch, length=length)
-    if isinstance(device_map, str):
-        if device_map not in MAPS:
-            raise UnitError(f"device_map={device_map!r}", fix=f"one of {', '.join(MAPS)}, or a dict")
-        room = room_for(device, max_memory, beside, world.local_size)
-        plan = place_weights(weights, room, parts=parts, ahead=ahead)
-    else:
-        homes = {w.name: home_of(w.name, device_map, device) for w in weights}
-        plan = WeightsPlan(homes, {w.name: w.nbytes for w in weights}, ahead, parts, beside)
-        if max_memory is not None:
-            require_room(plan, room_for(device, max_memory, beside, world.local_size))
-    if verbose and world.rank == 0:
-        print(plan, flush=True)
-    _load_buffers(state, found, device)
-    module.eval()
-    run_stored(module, tensors, plan.homes, device, split=parts > 1, ahead=ahead)
-    module.shardwise_plan = plan  # type: ignore[assignment]
-    return module
+    return found
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
