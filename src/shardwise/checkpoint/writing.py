@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -365,5 +366,14 @@ def _removed_if_it_fails(world: World, out: OutputFiles, workers: WorkerThreads 
         for file in out.by_name.values():
             file.abandon()
         if world.rank == 0:
-            shutil.rmtree(out.folder, ignore_errors=True)
+            _remove(out.folder)
         raise
+
+
+def _remove(folder: Path) -> None:
+    """Another rank hears of the failure a moment later: a thread of it may just make a file in there."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.01)
