@@ -19,7 +19,7 @@ import shardwise
 from models import rank
 from ranks import run
 from shardwise.engine.hooks import engine_of
-from shardwise.errors import CheckpointError, OffloadError, ReleasedParameterError, UnitError
+from shardwise.errors import CheckpointError, ConfigError, OffloadError, ReleasedParameterError, UnitError
 from shardwise.inference.dispatch import (
     cpu_offload,
     disk_offload,
@@ -173,6 +173,8 @@ def test_any_module_on_the_meta_device(tmp_path):
     for file in ("weights.pt", "weights.safetensors"):
         with torch.device("meta"):
             other = Odd()
+        with pytest.raises(UnitError, match="passing"):
+            shardwise.load(other, {"": "disk"}, checkpoint=tmp_path / file)
         other.passing = torch.full((96,), 0.25)  # on meta nobody can know
         loaded = shardwise.load(other, {"": "disk"}, checkpoint=tmp_path / file)
         assert loaded is other and loaded.head.weight is loaded.table.weight
@@ -409,6 +411,15 @@ def test_bad_requests(tmp_path, kw, says):
         shardwise.load(tmp_path, **kw)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("float33", ConfigError), ("int3", CheckpointError), ("int8", CheckpointError)]
+)
+def test_dtypes_that_nothing_runs_in(tmp_path, dtype, error):
+    saved(make("llama"), tmp_path)
+    with pytest.raises(error, match=dtype):
+        shardwise.load(tmp_path, dtype=dtype)
+
+
 def test_a_file_that_is_cut_short_later_is_named(tmp_path):
     model = make("llama")
     saved(model, tmp_path)
@@ -518,6 +529,12 @@ def test_a_checkpoint_is_loaded_into_a_model(tmp_path):
         empty.tie_weights()
         load_checkpoint_in_model(empty.eval(), tmp_path / "model", device_map)
         assert empty.lm_head.weight is empty.shared.weight and torch.equal(said(empty), said(model))
+    experts = make("mixtral")  # whose names and shapes are others in the files
+    saved(experts, tmp_path / "experts")
+    with init_empty_weights():
+        empty = mixtral()
+    load_checkpoint_in_model(empty.eval(), tmp_path / "experts", strict=True)
+    assert torch.equal(said(empty), said(experts))
     with init_empty_weights():
         empty = t5()
     empty.tie_weights()

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.comm import World
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.join import Join
+from shardwise.engine.uneven import uneven_inputs
 from shardwise.errors import UnitError
 from shardwise.optimizer import AcceleratedOptimizer
 from shardwise.stepping import Steps
@@ -42,16 +42,9 @@ def join_uneven_inputs(
             "keep their setting",
             stacklevel=3,
         )
-    world = World.current()
     try:
-        if world.size == 1 or world.fake:
+        with uneven_inputs(engines, [o.optimizer for o in steps.optimizers], _Followed(steps)):
             yield
-        elif world.join is not None:
-            world.join.include(engines)
-            yield
-        else:
-            with Join(world, engines, [o.optimizer for o in steps.optimizers], _Followed(steps)):
-                yield
     finally:
         for loader, before in changed:
             loader.even_batches = before

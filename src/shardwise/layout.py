@@ -131,5 +131,10 @@ class Layout:
         )
 
 
+def row_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor."""
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 def _up(n: int, align: int) -> int:
     return -(-n // align) * align

@@ -38,6 +38,7 @@ from shardwise.checkpoint.torch_format import archivable, archive_around
 from shardwise.comm import World
 from shardwise.engine.state_dict import held, publish, units_of
 from shardwise.errors import CheckpointError
+from shardwise.layout import row_strides
 from shardwise.naming import clean_name
 
 _AT_ONCE = 256 << 20  # bytes of tensors that are taken apart
@@ -187,7 +188,7 @@ def _item(
     dtype = cast(Any, metadata.state_dict_metadata[index.fqn]).properties.dtype
     size = tuple(sizes[index.fqn, tuple(index.offset or ())])
     box = (torch.Size(read.storage_offsets), torch.Size(read.lengths))
-    strides = tuple(prod(size[i + 1 :]) for i in range(len(size)))
+    strides = row_strides(size)
     target = partial(_target, planner, read)
     item = _Item(index.fqn, target, path / info.relative_path, info.offset, info.length, None, dtype, strides, box)
     if not archivable(dtype):

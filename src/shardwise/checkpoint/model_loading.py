@@ -283,7 +283,7 @@ def _load_model(
         for name in sorted({name for _, names in told for name in names}):
             found.leave_out(name, f"the names of '{name}' are tied in the model, and there they are different tensors")
         if found.lines and strict:
-            raise CheckpointError(_says(found.lines, source), where=str(given), fix=_advice(found))
+            raise CheckpointError(misfit(found.lines, source), where=str(given), fix=_advice(found))
     total = sum((hi - lo) * stored.dtype.itemsize for stored, lo, hi in _wanted(state, found))
     with Progress("loading", total, progress) as bar, StorageReader(seen=bar.add) as reader:
         with CollectiveBlock(doing, slow=True):
@@ -298,7 +298,8 @@ def _load_model(
     return LoadedModel(given, source.kind, found.missing, found.unexpected, found.mismatched, reader.nbytes)
 
 
-def _says(lines: Sequence[str], source: Source) -> str:
+def misfit(lines: Sequence[str], source: Source) -> str:
+    """Why files and a model do not go together, in words."""
     shown = "\n    ".join(lines[:_SHOWN])
     more = f"\n    and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
     return f"{KINDS[source.kind]} that does not fit the model:\n    {shown}{more}"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from shardwise.errors import CheckpointError
+from shardwise.layout import row_strides
 
 Section = tuple[str, ...]
 """The keys of the dicts around a state dict: ``("model",)`` for ``{"model": {...}}``, ``()`` for the outermost one."""
@@ -164,7 +165,7 @@ def box_segments(
     while cut > 1 and sizes[cut - 1] == shape[cut - 1]:
         cut -= 1
     cut = max(cut - 1, 0)  # a run goes along this dim
-    steps = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    steps = row_strides(shape)
     start = sum(o * s for o, s in zip(offsets, steps, strict=True))
     length = prod(sizes[cut:])
     if not cut:

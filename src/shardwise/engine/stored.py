@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from torch import nn
 from shardwise.comm.mesh import Mesh
 from shardwise.engine.bucket import Bucket
 from shardwise.errors import UnitError
-from shardwise.layout import Layout, Slot
+from shardwise.layout import Layout, Slot, row_strides
 from shardwise.placement import Ranks, place
 from shardwise.strategy import Strategy
 from shardwise.tiers import Buffer, Ledger
@@ -230,7 +230,7 @@ class StoredBucket(Bucket):
         self._set_layout(plan.layout)
         # Size, strides and offset of each parameter in the flat buffer seen in its dtype.
         self._strides = [
-            (t.dtype, (t.shape, _strides(t.shape), slot.offset // t.dtype.itemsize))
+            (t.dtype, (t.shape, row_strides(t.shape), slot.offset // t.dtype.itemsize))
             for t, slot in zip(tensors, plan.layout.slots, strict=True)
         ]
         self.offsets = [(i, slot.offset) for i, slot in enumerate(self.layout.slots) if slot.numel]
@@ -326,14 +326,7 @@ class StoredBucket(Bucket):
         self.flat.owners = len(self.params)
         self.note()
 
-    def copied(
-        self,
-        params: Sequence[nn.Parameter],
-        ledger: Ledger,
-        reconcile: Callable[[], None],
-        finish_transfers: Callable[[], None],
-        finish_update: Callable[[], None],
-    ) -> StoredBucket:
+    def copied(self, params: Sequence[nn.Parameter], ledger: Ledger, *_: Any, **__: Any) -> StoredBucket:
         """Once more, for other parameters: what stays in memory is copied, or read again where ranks split it."""
         new = StoredBucket(
             self.label, params, self.names, self.tensors, self.mesh, self.strategy, ledger, self.reading
@@ -396,10 +389,6 @@ def _read_back(of: weakref.ref[StoredBucket], index: int, start: int, stop: int,
     assert bucket is not None, "it is being copied"
     slot = bucket.layout.slots[index]
     out.copy_(bucket.master[slot.offset : slot.stop].view(out.dtype)[start:stop])
-
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _nothing() -> None:

@@ -69,8 +69,9 @@ def run_stored(
     holder = partial(holder_of, module)
     made: list[Unit] = []
     filled = [name for name, its in of_unit.items() if its]
-    for name in [n for n, _ in module.named_modules() if n] + [""]:
-        holds = bool(name) and _holds_others(module, name, filled)
+    modules = dict(module.named_modules())
+    for name in [*(n for n in modules if n), ""]:
+        holds = bool(name) and _holds_others(modules[name], name, filled)
         if name and name not in filled and not holds:
             continue
         own = _strategy(split, homes.get(name, "device"), ahead)
@@ -80,8 +81,7 @@ def run_stored(
             return StoredBucket(label, members, names, stored, engine.mesh, own, engine.ledger, reading)
 
         members = [(p, names, None) for p, names in of_unit.get(name, ())]
-        owner = module.get_submodule(name)
-        unit = Unit(name, owner, members, holder, engine.mesh, own, engine.ledger, home, engine, make)
+        unit = Unit(name, modules[name], members, holder, engine.mesh, own, engine.ledger, home, engine, make)
         # It has hooks even if it has nothing to do: a script may call an encoder by itself, and what the root holds is
         # needed in it.
         unit.settled = unit.settled and not holds
@@ -92,9 +92,9 @@ def run_stored(
     return engine
 
 
-def _holds_others(root: nn.Module, name: str, units: Collection[str]) -> bool:
+def _holds_others(module: nn.Module, name: str, units: Collection[str]) -> bool:
     """May a module be called by itself, with units inside it?"""
-    return has_forward(root.get_submodule(name)) and any(unit.startswith(f"{name}.") for unit in units)
+    return has_forward(module) and any(unit.startswith(f"{name}.") for unit in units)
 
 
 def _strategy(split: bool, home: str, ahead: int) -> Strategy:

@@ -78,8 +78,7 @@ def _put_together(target: str, converter: Any, by_source: Mapping[str, Sequence[
 
 def stacked(tensors: Sequence[Stored]) -> Stored:
     """``torch.stack`` along the first dimension."""
-    first = tensors[0]
-    return concatenated([replace(t, shape=(1, *t.shape)) for t in tensors], 0) if tensors else first
+    return concatenated([replace(t, shape=(1, *t.shape)) for t in tensors], 0)
 
 
 def concatenated(tensors: Sequence[Stored], dim: int) -> Stored:

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from shardwise.errors import PlacementError
+from shardwise.inference.tensors import get_non_persistent_buffers
 
 Place = int | str | torch.device
 """A number of an accelerator, ``cpu``, ``disk``, or a device."""
+DeviceMap = Mapping[str, Place]
+"""By name of a module or parameter; ``""`` is the rest."""
 
 
 def within(name: str, module: str) -> bool:
@@ -70,11 +73,7 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Place]) -> None:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    passing = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in modules.items()
-        for name in module._non_persistent_buffers_set
-    }
+    passing = get_non_persistent_buffers(model, recurse=True, fqns=True)
     buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
     unknown = [name for name in device_map if name not in modules and name not in {*tensors, *buffers}]
     if unknown:

@@ -18,9 +18,9 @@ from torch import nn
 
 from shardwise import device as devices
 from shardwise.errors import UnitError
+from shardwise.inference.device_map import DeviceMap
+from shardwise.inference.dtypes import as_dtype
 from shardwise.inference.load import load
-
-DeviceMap = Mapping[str, Any]
 
 
 def load_checkpoint_and_dispatch(
@@ -87,8 +87,7 @@ def load_checkpoint_in_model(
 
     if keep_in_fp32_modules or offload_8bit_bnb:
         raise UnitError("keep_in_fp32_modules and offload_8bit_bnb are not served", fix="shardwise.load, without them")
-    found = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    load_in(model, checkpoint, device_map, offload_folder, found, strict)
+    load_in(model, checkpoint, device_map, offload_folder, None if dtype is None else as_dtype(dtype), strict)
 
 
 def dispatch_model(

@@ -14,16 +14,15 @@ from torch import nn
 
 from shardwise import device as devices
 from shardwise.checkpoint.formats import open_source
-from shardwise.checkpoint.model_loading import fit
 from shardwise.checkpoint.model_state import model_states
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.engine.build import members_of
 from shardwise.engine.stored import StoredTensor
 from shardwise.engine.stored_build import run_stored
-from shardwise.errors import CheckpointError, OffloadError, UnitError
-from shardwise.inference.device_map import place_of
-from shardwise.inference.loading import stored_tensor
-from shardwise.inference.maps import DeviceMap, device_of, home_of, units_of_map, weights_of
+from shardwise.errors import OffloadError, UnitError
+from shardwise.inference.device_map import DeviceMap, Place, place_of
+from shardwise.inference.loading import fitted, move_buffers, stored_tensor
+from shardwise.inference.maps import device_of, home_of, units_of_map, weights_of
 from shardwise.inference.offloaded import offload_weight, save_offload_index
 from shardwise.inference.placing import set_module_tensor_to_device
 from shardwise.inference.plan import DEVICE, DISK, HOST, WeightsPlan
@@ -36,12 +35,10 @@ Folder = str | os.PathLike[str] | None
 def dispatch(model: nn.Module, device_map: DeviceMap, values: Values, folder: Folder) -> nn.Module:
     """See :func:`shardwise.inference.dispatch.dispatch_model`."""
     device = device_of(device_map)
+    units = units_of_map(model, device_map, None)
     places = set(device_map.values())
     if len(places) == 1 and "disk" not in places and not _without_values(model):
-        units_of_map(model, device_map, None)  # names what there is not
-        only = next(iter(places))
-        return model.to("cpu" if only == "cpu" else devices.named(only))
-    units = units_of_map(model, device_map, None)
+        return model.to(devices.named(places.pop()))
     return _take_over(model, {name: home_of(name, device_map, device) for name in units}, device, values, folder)
 
 
@@ -56,8 +53,8 @@ def _take_over(
     model: nn.Module,
     homes: dict[str, str],
     device: torch.device,
-    values: Mapping[str, torch.Tensor] | None,
-    folder: str | os.PathLike[str] | None,
+    values: Values,
+    folder: Folder,
 ) -> nn.Module:
     for name in (name for name in _without_values(model) if values is None or name not in values):
         raise UnitError(
@@ -68,13 +65,8 @@ def _take_over(
         homes = {name: DEVICE if home == HOST else home for name, home in homes.items()}
     weights = weights_of(model, list(homes), tensors)
     if DISK in homes.values():
-        if folder is None:
-            raise OffloadError("something goes to the disk, and there is no folder for it", fix="offload_dir='...'")
-        _write_out(model, homes, tensors, Path(folder))
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+        _write_out(model, homes, tensors, _made(folder))
+    move_buffers(model, device)
     run_stored(model, tensors, homes, device)
     model.eval()
     model.shardwise_plan = WeightsPlan(homes, {w.name: w.nbytes for w in weights}, 1)  # type: ignore[assignment]
@@ -99,14 +91,22 @@ def _copy(values: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> Non
     out.copy_(values.reshape(-1)[start:stop])
 
 
+def _made(folder: Folder) -> Path:
+    """The folder for what goes to the disk."""
+    if folder is None:
+        raise OffloadError("something goes to the disk, and there is no folder for it", fix="offload_dir='...'")
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"the folder cannot be made: {error.strerror}"
+        raise OffloadError(what, where=str(path), fix="another one") from error
+    return path
+
+
 def _write_out(model: nn.Module, homes: Mapping[str, str], tensors: dict[str, StoredTensor], folder: Path) -> None:
     """Write what belongs to units of the disk to a file each, and let the tensors be there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OffloadError(
-            f"the folder cannot be made: {error.strerror}", where=str(folder), fix="another one"
-        ) from error
+    reader = StorageReader()
     for k, (unit, members) in enumerate(members_of(_named(model), list(homes)).items()):
         if homes[unit] != DISK or not members:
             continue
@@ -125,7 +125,7 @@ def _write_out(model: nn.Module, homes: Mapping[str, str], tensors: dict[str, St
             ) from error
         (section,) = open_source(file).sections.values()
         for _, names in members:
-            stored = stored_tensor(section[names[0]], None)
+            stored = stored_tensor(section[names[0]], None, reader)
             tensors.update(dict.fromkeys(names, stored))
 
 
@@ -141,31 +141,24 @@ def load_in(
 ) -> None:
     """See :func:`shardwise.inference.dispatch.load_checkpoint_in_model`."""
     (state,) = model_states([model], placeholders=True)
-    source = open_source(checkpoint)
-    found = fit(state, source, None)
-    if (strict and (found.missing or found.unexpected)) or found.mismatched:
-        shown = "\n    ".join(found.lines[:10])
-        raise CheckpointError(f"tensors that do not fit the model:\n    {shown}", where=str(source.path))
+    found = fitted(state, checkpoint, missing=not strict, surplus=not strict)
     ties = find_tied_parameters(model)
     index: dict[str, dict[str, Any]] = {}
+    away: Path | None = None
     with StorageReader() as reader:
         for name, held in {**state.parameters, **state.buffers}.items():
             if name not in found.tensors:
                 continue
             stored = found.tensors[name]
-            here: Any = "cpu" if held.is_meta else held.device
+            here: Place = "cpu" if held.is_meta else held.device
             at = here if device_map is None else place_of(name, device_map)
             kind = dtype if dtype is not None and stored.dtype.is_floating_point else None
             value = reader.values(stored).view(stored.shape)
             if at != "disk":
                 set_module_tensor_to_device(model, name, at, value=value, dtype=kind)
                 continue
-            if folder is None:
-                raise OffloadError(
-                    "something goes to the disk, and there is no folder for it", fix="offload_folder='...'"
-                )
-            os.makedirs(folder, exist_ok=True)
-            offload_weight(value if kind is None else value.to(kind), name, folder, index)
-    if folder is not None:
-        save_offload_index(index, folder)
+            away = away or _made(folder)
+            offload_weight(value if kind is None else value.to(kind), name, away, index)
+    if away is not None:
+        save_offload_index(index, away)
     retie_parameters(model, ties)

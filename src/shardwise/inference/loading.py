@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -12,22 +12,22 @@ from torch import nn
 
 from shardwise.checkpoint.coordination import CollectiveBlock
 from shardwise.checkpoint.formats import open_source
-from shardwise.checkpoint.model_loading import Fit, fit
+from shardwise.checkpoint.model_loading import Fit, fit, misfit
 from shardwise.checkpoint.model_state import ModelState, model_states
 from shardwise.checkpoint.storage_reader import StorageReader
-from shardwise.checkpoint.stored_tensor import KINDS, Stored
+from shardwise.checkpoint.stored_tensor import Stored
 from shardwise.comm import init
 from shardwise.engine.stored import FilePiece, StoredTensor
 from shardwise.engine.stored_build import run_stored
 from shardwise.errors import CheckpointError, UnitError
 from shardwise.inference.budget import memory_beside, require_room, room_for
 from shardwise.inference.conversions import converted
+from shardwise.inference.dtypes import as_dtype
 from shardwise.inference.maps import device_of, home_of, units_of_map, weights_of
 from shardwise.inference.plan import WeightsPlan, place_weights
 from shardwise.inference.pretrained import model_of
 
 _SHORT = 64 << 10  # bytes; many runs shorter than this are read in blocks, and taken apart
-_SHOWN = 10  # differences that an error lists
 MAPS = ("auto", "balanced", "sequential", "split")
 
 
@@ -53,14 +53,15 @@ def load_from_files(
         return CollectiveBlock(doing, slow=True) if split else nullcontext()
 
     with agreed():
-        module, folder = (model, checkpoint) if isinstance(model, nn.Module) else (model_of(model, dtype), model)
+        wanted = _dtype(dtype)
+        module, folder = (model, checkpoint) if isinstance(model, nn.Module) else (model_of(model, wanted), model)
         if folder is None:
             raise CheckpointError(
                 "a module without its weights", fix="give checkpoint=, the folder or file they are in"
             )
         (state,) = model_states([module], placeholders=True)
-        found = _found(module, state, folder)
-        tensors = _tensors(state, found, StorageReader(), _dtype(dtype))
+        found = fitted(state, folder)
+        tensors = _tensors(state, found, StorageReader(), wanted)
         device = device_of(device_map) if isinstance(device_map, Mapping) else world.device
         units = units_of_map(module, device_map if isinstance(device_map, Mapping) else {}, no_split_module_classes)
         weights = weights_of(module, units, tensors)
@@ -86,26 +87,28 @@ def load_from_files(
     return module
 
 
-def _found(module: nn.Module, state: ModelState, folder: str | os.PathLike[str]) -> Fit:
+def fitted(state: ModelState, folder: str | os.PathLike[str], *, missing: bool = False, surplus: bool = True) -> Fit:
     """What of the files goes where.
 
+    Args:
+        missing, surplus: may the files lack something of the model, or have more than it?
+
     Raises:
-        CheckpointError: it does not fit the model.
+        CheckpointError: it does not fit.
     """
     source = open_source(folder)
-    source.sections = {key: converted(module, found, source.path) for key, found in source.sections.items()}
+    source.sections = {key: converted(state.module, found, source.path) for key, found in source.sections.items()}
     found = fit(state, source, None)
-    if found.missing or found.mismatched:
-        shown = "\n    ".join(found.lines[:_SHOWN])
-        raise CheckpointError(f"{KINDS[source.kind]} that do not fit the model:\n    {shown}", where=str(source.path))
+    if found.mismatched or (found.missing and not missing) or (found.unexpected and not surplus):
+        raise CheckpointError(misfit(found.lines, source), where=str(source.path))
     return found
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype in (None, "auto"):
         return None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+    found = as_dtype(dtype)
+    if not found.is_floating_point or found.itemsize < 2:
         raise CheckpointError(f"dtype={dtype!r} is none to run in", fix="float32, bfloat16, float16, or None")
     return found
 
@@ -120,12 +123,12 @@ def _tensors(
     return out | {alias: out[name] for alias, name in state.aliases.items() if name in out}
 
 
-def stored_tensor(stored: Stored, dtype: torch.dtype | None, reader: StorageReader | None = None) -> StoredTensor:
+def stored_tensor(stored: Stored, dtype: torch.dtype | None, reader: StorageReader) -> StoredTensor:
     """A tensor of files as a parameter of that dtype; ``None``: its own."""
     kind = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
     pieces = _pieces(stored)
     other = (pieces[0], stored.dtype) if len(pieces) == 1 and stored.dtype != kind else None
-    convert = partial((reader or StorageReader()).read_tensor, stored)
+    convert = partial(reader.read_tensor, stored)
     return StoredTensor(kind, tuple(stored.shape), pieces if stored.dtype == kind else (), convert, other)
 
 
@@ -149,14 +152,31 @@ def _pieces(stored: Stored) -> tuple[FilePiece, ...]:
 @torch.no_grad()
 def _load_buffers(state: ModelState, found: Fit, device: torch.device) -> None:
     """Persistent buffers come from the files, others are what the model made them. All are on the device."""
+    move_buffers(state.module, device, {*state.buffers, *state.aliases})
+    named = dict(state.module.named_buffers(remove_duplicate=False))
     with StorageReader() as reader:
-        for module in state.module.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = (
-                        torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-                    )
-        named = dict(state.module.named_buffers(remove_duplicate=False))
         for name in state.buffers:
             stored = found.tensors[name]
             named[name].copy_(reader.values(stored).view(stored.shape))
+
+
+def move_buffers(model: nn.Module, device: torch.device, awaited: Collection[str] = ()) -> None:
+    """Have all buffers on the device.
+
+    Args:
+        awaited: names of those that get values afterwards, and may be on the meta device.
+
+    Raises:
+        UnitError: another one is on the meta device: nobody knows its values.
+    """
+    lost = [n for n, b in model.named_buffers(remove_duplicate=False) if b.is_meta and n not in awaited]
+    if lost:
+        raise UnitError(
+            f"buffer '{lost[0]}' is on the meta device, and no file has its values",
+            fix="build the model inside init_empty_weights(), which leaves buffers as they are, or set it by hand",
+        )
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                there = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+                module._buffers[name] = there

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +13,8 @@ from shardwise.engine.build import members_of
 from shardwise.engine.select import has_forward, select_units
 from shardwise.engine.stored import StoredTensor
 from shardwise.errors import UnitError
+from shardwise.inference.device_map import DeviceMap, within
 from shardwise.inference.plan import DEVICE, DISK, HOST, Weights
-
-DeviceMap = Mapping[str, Any]
-"""``"disk"``, ``"cpu"``, a device or its number, by name of a module or parameter; ``""`` is the rest."""
 
 
 def device_of(device_map: DeviceMap) -> torch.device:
@@ -78,9 +75,7 @@ def home_of(unit: str, device_map: DeviceMap, device: torch.device) -> str:
     Raises:
         UnitError: it has no place for them.
     """
-    best = max(
-        (key for key in device_map if not key or unit == key or unit.startswith(f"{key}.")), key=len, default=None
-    )
+    best = max((key for key in device_map if within(unit, key)), key=len, default=None)
     at = None if best is None else device_map[best]
     if at is None and not unit:  # the root's own parameters: as the first of its children
         at = next((found for key, found in device_map.items() if "." not in key), None)

@@ -16,7 +16,7 @@ from shardwise.errors import CheckpointError
 from shardwise.inference.meta import init_empty_weights
 
 
-def model_of(folder: str | os.PathLike[str], dtype: torch.dtype | str | None) -> nn.Module:
+def model_of(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> nn.Module:
     """The module that a Hugging Face folder's ``config.json`` describes: parameters on meta, buffers with values.
 
     Args:
@@ -52,9 +52,7 @@ def model_of(folder: str | os.PathLike[str], dtype: torch.dtype | str | None) ->
     kind: Any = known[0]
     with _readable(file):
         config = transformers.AutoConfig.from_pretrained(path)
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if not isinstance(wanted, torch.dtype):
-        wanted = getattr(config, "dtype", None)
+    wanted = getattr(config, "dtype", None) if dtype is None else dtype
     model: Any
     before = torch.get_default_dtype()
     torch.set_default_dtype(wanted if isinstance(wanted, torch.dtype) and wanted.is_floating_point else before)
