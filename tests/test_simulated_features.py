@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ import shardwise
 from models import PRESETS, Block, adamw, assert_same, batch, loss_of, make, rank, train_alone, whole, world
 from ranks import run
 from shardwise import checkpoint, operations
+from shardwise.engine import elementwise
+from shardwise.errors import UpdateFailed
 from shardwise.utils import find_executable_batch_size, synchronize_rng_states
+from test_failed_updates import Breaks
 
 pytestmark = [pytest.mark.usefixtures("simulated_device"), pytest.mark.timeout(600)]
 SIM = "sim:0"
@@ -250,6 +254,31 @@ def saved_and_loaded(folder: str, keys: dict[str, Any], preset: str, asynchronou
 )  # fmt: skip
 def test_a_checkpoint(preset, keys, asynchronous, tmp_path):
     on(2, saved_and_loaded, str(tmp_path), keys, preset, asynchronous)
+
+
+def loaded_by_halves(strategy: str) -> None:
+    model = make().to(SIM)
+    shardwise.fully_shard(model, strategy=strategy)
+    optimizer = Breaks(model.parameters(), lr=0.1)
+    loss_of(model, batch(0, rank()).to(SIM)).backward()
+    optimizer.at = 3
+    known = {*elementwise.ELEMENTWISE, Breaks.__name__}
+    with mock.patch.object(elementwise, "ELEMENTWISE", known), pytest.raises(MemoryError):
+        optimizer.step()
+    optimizer.zero_grad()
+    values = {name: value.to(SIM) for name, value in make(seed=1).state_dict().items()}
+    model.load_state_dict(dict(list(values.items())[::2]), strict=False)
+    with pytest.raises(UpdateFailed):
+        model(batch(0, rank()).to(SIM))
+    model.load_state_dict(values)  # while values of the half load may still be on their way
+    assert_same(whole(model), values)
+    other = make(seed=1).to(SIM)
+    assert torch.equal(model(batch(0, rank()).to(SIM)), other(batch(0, rank()).to(SIM)))
+
+
+@pytest.mark.parametrize("strategy", PRESETS)
+def test_half_a_load_after_an_update_that_failed_and_a_whole_one(strategy):
+    on(2, loaded_by_halves, strategy)
 
 
 # --- the Accelerator and what comes with it ---------------------------------------------------------

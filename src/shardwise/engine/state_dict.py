@@ -126,10 +126,10 @@ def _after_load(module: nn.Module, _keys: Any) -> None:
         bucket.note()  # torch's own copies into values are not the script's
     if unit.residence.pinned(Pin.STATE_DICT):
         unit.residence.unpin(Pin.STATE_DICT)
-    unit.end_load()
     unit.release()
     if not unit.released:
-        unit.publish(unit.buckets)
+        unit.publish(unit.buckets)  # also if it is not complete: other ranks may not have failed, and gather
+    unit.end_load()
 
 
 @dataclass(frozen=True)
