@@ -24,35 +24,41 @@ and are not copied."""
 class JoinedReduction:
     """As :class:`~shardwise.comm.reduction.Reduction`, of several flat buffers of one dtype.
 
-    When it is made, ``raws`` have been copied: whoever gave them may let them go, and then :meth:`start` it.
+    When it is made, everything has been copied: whoever gave it may let it go, and then :meth:`start` it.
 
     Args:
-        raws: ``(parts * n,)`` each, with an ``n`` of its own.
-        outs: ``(copies * n,)`` each: the held shards. All have one dtype.
+        tensors: what is sent, 1-D: shard by shard, and in each of them ``n`` elements of each buffer, with an ``n`` of
+            its own.
+        scale: by which everything is multiplied on its way.
     """
 
     __slots__ = ("_memory", "_outs", "_packed", "_reduction", "_total", "mesh", "op")
 
-    def __init__(
-        self, mesh: Mesh, raws: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], op: Op, memory: Memory
-    ) -> None:
-        parts, copies = mesh.parts, len(mesh.held)
-        first, self._memory, self.mesh, self.op = raws[0], memory, mesh, op
-        n = sum(raw.numel() for raw in raws) // parts
-        packed = memory.empty(parts * n, first.dtype, first.device, "gather_buffers")
-        torch.cat([raw.view(parts, -1) for raw in raws], dim=1, out=packed.view(parts, n))
-        total: torch.Tensor = packed[mesh.held.start * n : mesh.held.stop * n]
+    def __init__(self, mesh: Mesh, tensors: Sequence[torch.Tensor], op: Op, memory: Memory, scale: float = 1.0) -> None:
+        self.mesh, self.op, self._memory = mesh, op, memory
+        first, numel = tensors[0], sum([tensor.numel() for tensor in tensors])
+        packed = memory.empty(numel, first.dtype, first.device, "gather_buffers")
+        torch.cat(list(tensors), out=packed)
+        if scale != 1.0:
+            packed.mul_(scale)
         self._packed = [packed]
-        if outs[0].dtype != first.dtype:
-            total = memory.empty(copies * n, outs[0].dtype, first.device, "gather_buffers")
+        self._reduction: Reduction | None = None
+
+    def start(self, outs: Sequence[torch.Tensor]) -> None:
+        """Send what was copied.
+
+        Args:
+            outs: ``(copies * n,)`` each: the held shards. All have one dtype.
+        """
+        packed, copies, dtype = self._packed[0], len(self.mesh.held), outs[0].dtype
+        n = packed.numel() // self.mesh.parts
+        total: torch.Tensor = packed[self.mesh.held.start * n : self.mesh.held.stop * n]
+        if dtype != packed.dtype:
+            total = self._memory.empty(copies * n, dtype, packed.device, "gather_buffers")
             self._packed.append(total)
         self._total = total.view(copies, n)
         self._outs = [out.view(copies, -1) for out in outs]
-        self._reduction: Reduction | None = None
-
-    def start(self) -> None:
-        """Send what was copied."""
-        self._reduction = self.mesh.reduce(self._packed[0], self._total.view(-1), self.op, self._memory)
+        self._reduction = self.mesh.reduce(packed, total, self.op, self._memory)
 
     def advance(self) -> None:
         """Finish the first stage and start the second."""

@@ -38,7 +38,7 @@ from shardwise.engine.control import Agreed, Exchange
 from shardwise.engine.forward import Forward
 from shardwise.engine.gradmask import mask
 from shardwise.engine.in_backward import InBackward
-from shardwise.engine.joined import LOOK_AHEAD, start_reduces
+from shardwise.engine.joined import LOOK_AHEAD, Reduces
 from shardwise.engine.own_gradients import OwnGradients
 from shardwise.engine.passes import Call, Passes, UnitOrder
 from shardwise.engine.residency import Pin
@@ -130,6 +130,7 @@ class Backward:
         self.order: list[int] = []
         self.seen_order = UnitOrder()
         self.in_backward: InBackward | None = None
+        self._reduces = Reduces()
         self._run: _Run | None = None
         self._lost = False  # the last backward ended in an exception
         self._token: weakref.ref[Any] | None = None
@@ -140,6 +141,9 @@ class Backward:
         self.moving = [unit for unit in self.units if not unit.settled]
         self._own = [b.grads for u in self.units for b in u.buckets if isinstance(b.grads, OwnGradients)]
         self._params = [key for unit in self.moving for key in unit.places]
+        small = [b for unit in self.moving for b in unit.buckets if b.wire_bytes < joined.JOINED_BYTES]
+        for b in small:
+            b.grads.packed = self.mesh.parts > 1 and len(small) > 1
         # Until a backward has shown better: the reverse of registration, with parents after their children.
         self.order = self.default_order()
 
@@ -315,7 +319,7 @@ class Backward:
         with torch.no_grad():
             while len(run.in_flight) >= _IN_FLIGHT:
                 self._finish(run.in_flight.popleft())
-            start_reduces(run.waiting)
+            self._reduces.start(run.waiting)
         run.in_flight.append(run.waiting)
         run.waiting, run.waiting_bytes = [], 0
 

@@ -169,6 +169,7 @@ class Gradients:
             ``(parts * n,)``. Made when needed.
         raw: ``(parts * n,)`` what arrived in a backward and is not yet reduced, in the dtype of the wire.
         arrived: per parameter (by index), what arrived in this backward and is not in ``raw`` yet.
+        packed: they travel with others, and are packed from where autograd made them: one copy of many at a time.
     """
 
     def __init__(self, bucket: FlatParameters, handle: Handle) -> None:
@@ -177,6 +178,7 @@ class Gradients:
         self.split, self.on_host, self.shows_handles = plan.grads_split, plan.grads_on_host, plan.shows_handles
         # Alone, nothing is to be reduced: gradients add up in their last place, whatever is there already.
         self._alone = bucket.mesh.parts == 1 and not self.split and bucket.reduce_dtype == bucket.master_dtype
+        self.packed = False
         self.states = GradStates(len(bucket.params), bucket.label)
         self.scalings = Scalings(len(bucket.params)) if plan.grads_cross else Unasked()
         self.reduced: torch.Tensor | None = None
@@ -184,7 +186,7 @@ class Gradients:
         self.arrived: dict[int, torch.Tensor] = {}
         self.given: object = None  # what :meth:`all_for_step` returned when pieces got it to keep
         self.reduction: Reduction | JoinedReduction | None = None
-        self._reducing: tuple[torch.Tensor, torch.Tensor] | None = None  # the ``raw`` to be reduced, and into what
+        self._reducing: torch.Tensor | None = None  # the ``raw`` that is being reduced
         self._merge: torch.Tensor | None = None  # what it is reduced to, if that is not its last place
         self._crossing: tuple[Copy, torch.Tensor, BufferLease | None] | None = None  # from there to the host
         self._sent: Copy | None = None  # to the device, from their home on the host
@@ -336,7 +338,7 @@ class Gradients:
     def arrive(self, index: int, grad: torch.Tensor) -> None:
         """Take one gradient as autograd hands it over."""
         if self.raw is None:
-            if not self._at_once and index not in self.arrived:
+            if index not in self.arrived and (self.packed or not self._at_once):
                 self.states.arrive(index)
                 self.arrived[index] = grad
                 self.bucket.ledger.adopt(grad, "gather_buffers")
@@ -364,35 +366,70 @@ class Gradients:
         else:
             place.copy_(grad).mul_(share)
 
-    @torch.no_grad()
     def collect(self) -> None:
         """Copy what has arrived one by one into the flat buffer, and free it."""
-        while self.arrived:
-            if self.raw is None:
-                self.raw = self._open_raw()
-            index, grad = self.arrived.popitem()
-            self._put(index, grad, add=self._in_place(index))
-            self.bucket.ledger.drop(grad, "gather_buffers")
+        if not self.arrived:
+            return
+        with torch.no_grad():
+            while self.arrived:
+                if self.raw is None:
+                    self.raw = self._open_raw()
+                index, grad = self.arrived.popitem()
+                self._put(index, grad, add=self._in_place(index))
+                self.bucket.ledger.drop(grad, "gather_buffers")
+
+    def _drop_arrived(self) -> None:
+        if self.arrived:
+            nbytes = sum([grad.nbytes for grad in self.arrived.values()])
+            self.arrived.clear()
+            self.bucket.ledger.add("gather_buffers", -nbytes)
 
     def _in_place(self, index: int) -> bool:
         """Is what arrives added to what is reduced already?"""
         return self.raw is self.reduced and self.states.is_reduced(index)
 
-    def launch_reduce(self) -> None:
-        """Start reducing what arrived, alone."""
-        if self.prepare_reduce():
-            self.start_reduce()
-
-    def prepare_reduce(self) -> bool:
-        """What arrived is to be reduced; parameters without a gradient on this rank count as zeros.
-
-        Returns:
-            Whether there is something to be sent: :meth:`start_reduce` or :meth:`reduce_with` has to come next.
-        """
-        self.finish_reduce()
+    def are_summed(self) -> bool:
+        """Nothing has to be sent for what arrived to be the sum over the ranks. If so, it is in its place now."""
+        if not self._alone:
+            return False
         self.scalings.forget()
-        self.collect()
+        self._lay_out()
+        self._waited = []
+        self.states.reduced()
+        return True
+
+    def launch_reduce(self) -> None:
+        """Start reducing what arrived, by itself; parameters without a gradient on this rank count as zeros."""
+        if self.are_summed():
+            return
+        raw = self.take()
+        out = self._destination(raw is self.reduced)
+        self.reduction = self.bucket.mesh.reduce(raw, out, self.bucket.op("reduce"), self.bucket.ledger)
+
+    @property
+    def are_loose(self) -> bool:
+        """Do the gradients of all parameters lie as autograd made them, to be packed from there?"""
         b = self.bucket
+        return (
+            self.raw is None
+            and len(self.arrived) == len(b.params)
+            and all(grad.dtype is b.reduce_dtype for grad in self.arrived.values())
+        )
+
+    def loose(self) -> list[torch.Tensor]:
+        """The gradients of all parameters as autograd made them, not yet divided by the number of ranks."""
+        arrived = self.arrived
+        return [arrived[i] for i in range(len(arrived))]
+
+    def take(self) -> torch.Tensor:
+        """``(parts * n,)`` what is to be reduced. Then :meth:`reduce_with`."""
+        self.finish_reduce()
+        raw = self._reducing = self._lay_out()
+        return raw
+
+    def _lay_out(self) -> torch.Tensor:
+        """What arrived, end to end, with zeros where nothing did."""
+        self.collect()
         raw = self.raw if self.raw is not None else self._open_raw()
         self.raw = None
         places, self._places = self._places, []
@@ -400,37 +437,32 @@ class Gradients:
             for i, place in enumerate(places):
                 if not self.states.waits(i) and not (raw is self.reduced and self.states.is_reduced(i)):
                     place.zero_()
-        if self._alone and raw is self.reduced:  # it is the sum, in its place
-            self._waited = []
-            self.states.reduced()
-            return False
+        return raw
+
+    def _destination(self, in_place: bool) -> torch.Tensor:
+        """``(copies * n,)`` where the sum goes, of what waited and is taken from here on."""
+        b = self.bucket
+        self.scalings.forget()
         self.states.taken()
-        if raw is self.reduced:
-            out = raw[b.held]
-        elif self.states.any_reduced or self.on_host:
-            n = b.held.stop - b.held.start
-            out = self._merge = b.ledger.empty(n, b.master_dtype, b.device, "gather_buffers")
-        else:
-            out = self.held()
-        self._reducing = raw, out
-        return True
+        if in_place:
+            return self.held()
+        if self.states.any_reduced or self.on_host:
+            self._merge = b.ledger.empty(b.held.stop - b.held.start, b.master_dtype, b.device, "gather_buffers")
+            return self._merge
+        return self.held()
 
-    @property
-    def reducing(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(parts * n,)`` what is to be reduced, and ``(copies * n,)`` where the sum goes."""
-        assert self._reducing is not None
-        return self._reducing
+    def reduce_with(self, reduction: JoinedReduction) -> torch.Tensor:
+        """What arrived is a part of this reduce, which has copied what it is to send.
 
-    def start_reduce(self) -> None:
-        """Start the reduce that was prepared, alone."""
-        raw, out = self.reducing
-        self.reduction = self.bucket.mesh.reduce(raw, out, self.bucket.op("reduce"), self.bucket.ledger)
-
-    def reduce_with(self, reduction: JoinedReduction) -> None:
-        """The reduce that was prepared is a part of this one, which has copied what it is to send."""
+        Returns:
+            ``(copies * n,)`` where the sum goes.
+        """
+        in_place = self._reducing is not None and self._reducing is self.reduced
+        self._close_reducing()
+        self._drop_arrived()
+        self.finish_reduce()
         self.reduction = reduction
-        self._close(self.reducing[0])
-        self._reducing = None
+        return self._destination(in_place)
 
     def advance_reduce(self) -> None:
         """Start the second stage of the reduce, if it has one and the first has ended."""
@@ -473,7 +505,7 @@ class Gradients:
     def _close_reducing(self) -> None:
         """The first stage is over: what was sent is not needed any more."""
         if self._reducing is not None:
-            self._close(self._reducing[0])
+            self._close(self._reducing)
             self._reducing = None
 
     def _drop_merge(self) -> None:
@@ -543,8 +575,7 @@ class Gradients:
 
         Those that waited for their reduce are in one buffer with what arrived: they are lost, and say so when used.
         """
-        while self.arrived:
-            self.bucket.ledger.drop(self.arrived.popitem()[1], "gather_buffers")
+        self._drop_arrived()
         if self.raw is not None:
             self._close(self.raw)
             self.raw, self._places = None, []

@@ -15,10 +15,12 @@ from shardwise.comm.joined import JoinedReduction, gather_joined
 from shardwise.comm.stats import Op
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.commands import Command
+from shardwise.engine.packing import Packing
 from shardwise.engine.unit import Unit
 from shardwise.tiers.transfer import Transfer
 
 LOOK_AHEAD = 64  # units that one message may bring
+_PACKINGS = 256  # kept; a model whose order changes all the time makes new ones
 
 T = TypeVar("T")
 
@@ -51,20 +53,39 @@ def _named(kind: str, buckets: Sequence[Bucket]) -> Op:
 
 
 # --- reduces -----------------------------------------------------------------------------------------------
-def start_reduces(units: Iterable[Unit]) -> None:
-    """Start the reduces of units, in one message for each kind of buckets."""
-    todo = [b for unit in units for b in unit.buckets if b.trains and b.grads.prepare_reduce()]
-    for buckets in _by_kind(todo, lambda b: (b.reduce_dtype, b.master_dtype, b.device, id(b.mesh))):
-        first = buckets[0]
-        if len(buckets) == 1:
-            first.grads.start_reduce()
-            continue
-        pairs = [b.grads.reducing for b in buckets]
-        raws, outs = [raw for raw, _ in pairs], [out for _, out in pairs]
-        together = JoinedReduction(first.mesh, raws, outs, _named("reduce", buckets), first.ledger)
-        for b in buckets:
-            b.grads.reduce_with(together)
-        together.start()
+class Reduces:
+    """Starts reduces of units, those of small ones in one message for each kind of buckets."""
+
+    def __init__(self) -> None:
+        self._packings: dict[tuple[int, ...], Packing] = {}  # by the buckets that a message is of, by ``id``
+
+    def start(self, units: Iterable[Unit]) -> None:
+        todo = [b for unit in units for b in unit.buckets if b.trains and not b.grads.are_summed()]
+        for buckets in _by_kind(todo, lambda b: (b.reduce_dtype, b.master_dtype, b.device, id(b.mesh))):
+            first = buckets[0]
+            if len(buckets) == 1:
+                first.grads.launch_reduce()
+                continue
+            loose = all(b.grads.are_loose for b in buckets)
+            if loose:
+                tensors = self._packing(buckets).ordered([grad for b in buckets for grad in b.grads.loose()])
+            else:
+                raws = [b.grads.take().chunk(first.mesh.parts) for b in buckets]
+                tensors = [part for shard in zip(*raws, strict=True) for part in shard]
+                del raws
+            scale = first.share if loose else 1.0
+            together = JoinedReduction(first.mesh, tensors, _named("reduce", buckets), first.ledger, scale)
+            del tensors
+            together.start([b.grads.reduce_with(together) for b in buckets])
+
+    def _packing(self, buckets: Sequence[Bucket]) -> Packing:
+        key = tuple([id(b) for b in buckets])
+        found = self._packings.get(key)
+        if found is None:
+            if len(self._packings) >= _PACKINGS:
+                self._packings.clear()
+            found = self._packings[key] = Packing([b.layout for b in buckets])
+        return found
 
 
 # --- gathers -----------------------------------------------------------------------------------------------

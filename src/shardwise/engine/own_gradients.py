@@ -59,8 +59,8 @@ class OwnGradients(Gradients):
     def read_flags(self) -> list[bool]:
         return []
 
-    def prepare_reduce(self) -> bool:
-        return False
+    def are_summed(self) -> bool:
+        return True
 
     def finish_reduce(self) -> None:
         return

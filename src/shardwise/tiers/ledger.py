@@ -31,21 +31,19 @@ class Ledger:
     def __init__(self) -> None:
         self.live = dict.fromkeys(STATES, 0)
         self.peak = dict.fromkeys(STATES, 0)
-        self.peak_total = 0
+        self.total = self.peak_total = 0
         self.observer: Observer | None = None
-
-    @property
-    def total(self) -> int:
-        return sum(self.live.values())
 
     def add(self, state: str, nbytes: int) -> None:
         """``nbytes`` more (or, negative, fewer) live bytes of ``state``."""
         live = self.live
         live[state] += nbytes
+        self.total += nbytes
         if nbytes > 0:
             if live[state] > self.peak[state]:
                 self.peak[state] = live[state]
-            self.peak_total = max(self.peak_total, self.total)
+            if self.total > self.peak_total:
+                self.peak_total = self.total
             if self.observer is not None:
                 self.observer.sample()
 
