@@ -166,8 +166,9 @@ class Backward:
         unit.unwatched = [slot for slot in unit.unwatched if not slot.param.requires_grad]
 
     def _arrived(self, slot: Slot) -> None:
-        run, param, grad = self._run, slot.param, slot.param.grad
-        param.grad = None if run is None else run.hidden.pop(id(param), None)
+        run, param = self._run, slot.param
+        grad = param.grad
+        param.grad = run.hidden.pop(id(param), None) if run is not None and run.hidden else None
         if run is None or grad is None:
             return
         if self.in_backward is not None:
@@ -178,12 +179,12 @@ class Backward:
                 where=f"unit {slot.unit.label}",
                 fix="build the embedding with sparse=False",
             )
+        run.arrived.add(id(param))
         if run.keep_graph:
             with torch.no_grad():
                 slot.bucket.grads.arrive(slot.index, grad.detach())
         else:
             slot.bucket.grads.arrive(slot.index, grad)
-        run.arrived.add(id(param))
 
     # --- the beginning ---------------------------------------------------------------------------------
     def begin(self) -> None:
@@ -291,12 +292,10 @@ class Backward:
 
     def _launch_next(self, run: _Run) -> None:
         """Start the reduces of units that are done, in the common order."""
-        if not self.sync:
-            return
-        while run.next < len(self.order) and self.order[run.next] in run.done:
-            unit = self.units[self.order[run.next]]
+        order = self.order
+        while run.next < len(order) and order[run.next] in run.done and self.sync:
             run.next += 1
-            self.launch(unit)
+            self.launch(self.units[order[run.next - 1]])
 
     def launch(self, unit: Unit) -> None:
         """It is the turn of a unit to be reduced: with the next message, which goes when it is long enough."""
