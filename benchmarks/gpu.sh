@@ -29,10 +29,12 @@ part() {  # part NAME SECONDS COMMAND...
 
 plugin=()
 device=()
+tiny=()
 previous=""
 for argument in "$@"; do
     [ "$previous" = "--device" ] && device=(--device "$argument")
     [ "$previous" = "--plugin" ] && plugin=(--plugin "$argument")
+    [ "$argument" = "--tiny" ] && tiny=(--tiny)
     previous="$argument"
 done
 : > "$out/gpu-parts.jsonl"
@@ -47,6 +49,7 @@ part correctness 120 "$python" benchmarks/gpu.py --check --out "$out" "${device[
 part figures 360 "$python" benchmarks/gpu.py --out "$out" --loops 2 --steps 4 \
     --arms sw-device,sw-cpu,fsdp-cpu,sw-cpu-all,fsdp-device,sw-nvme,sw-cpu-backward,sw-cpu-all-backward "$@"
 if [ "${device[*]}" != "--device cpu" ]; then
+    part inference 90 "$python" benchmarks/gpu_inference.py --out "$out" "${plugin[@]}" "${tiny[@]}"
     part two-ranks 130 "$python" benchmarks/gpu_two_ranks.py --out "$out" "${plugin[@]}"
 fi
 exit "$status"
