@@ -91,6 +91,34 @@ def of_rank() -> torch.device:
     return CPU if kind is None else torch.device(kind, _of_rank(count(), kind))
 
 
+def of_this_rank(main: torch.device, ranks: int) -> list[torch.device]:
+    """The devices that are this rank's alone, its main one first.
+
+    Ranks of a host deal them out in turn: rank ``r`` of ``n`` has devices ``r``, ``r + n``, ``r + 2 n``, ... A rank
+    that was given another one, or the CPU, has that one only.
+
+    Args:
+        main: the device that the rank was given.
+        ranks: on this host.
+    """
+    own = [torch.device(main.type, index) for index in _dealt(ranks)] if main.type == accelerator() else []
+    return [main, *(device for device in own if device != main)] if main in own else [main]
+
+
+def numbers_of_this_rank() -> tuple[list[int], int]:
+    """The numbers of the accelerators that are this rank's, by what the launcher says, and how many ranks share a host.
+
+    All of them, where there are more ranks than accelerators.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return list(_dealt(ranks) if ranks <= count() else range(count())), ranks
+
+
+def _dealt(ranks: int) -> range:
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return range(local, count(), max(ranks, local + 1))
+
+
 def _of_rank(number: int, kind: str) -> int:
     local, ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if max(local + 1, ranks) > number:

@@ -10,11 +10,13 @@ from torch import nn
 
 from shardwise import device as devices
 from shardwise.comm import init
+from shardwise.engine import crossings
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.build import holder_of, install, members_of, mesh_of
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.select import has_forward
+from shardwise.engine.stations import keep_together
 from shardwise.engine.stored import Reading, StoredBucket, StoredTensor
 from shardwise.engine.unit import Unit
 from shardwise.errors import UnitError
@@ -33,6 +35,7 @@ def run_stored(
     split: bool = False,
     ahead: int = 1,
     files: StoredFiles | None = None,
+    places: Mapping[str, torch.device] | None = None,
 ) -> Engine:
     """Let a module run with weights from files. Collective if ``split``.
 
@@ -47,6 +50,7 @@ def run_stored(
         split: every rank holds, or reads, an equal part of each unit, and has the whole of it while it runs.
         ahead: units that are read ahead of the next one.
         files: reads them; default: new threads.
+        places: units that run on other devices than ``device``, which is the root's. Buffers go with them.
 
     Raises:
         UnitError: the module is sharded already.
@@ -63,9 +67,15 @@ def run_stored(
     for alias in {name for name, _ in params} - {name for name, _ in module.named_parameters()}:
         tensors.pop(alias, None)
     of_unit = members_of(params, list(homes))
-    home = Home("cpu", engine.ledger, rank=world.rank, pin=devices.can_pin(device), device=device, ahead=ahead + 1)
-    home.reader = files or StoredFiles(rank=world.rank)
-    reading = Reading(device, home, home.reader, PagePool())
+    where = {name: (places or {}).get(name, device) for name in homes} | {"": device}
+    keep_together(of_unit, where)
+    reader, pages = files or StoredFiles(rank=world.rank), PagePool()
+    readings: dict[torch.device, Reading] = {}
+    for at in where.values():
+        if at not in readings:
+            home = Home("cpu", engine.ledger, rank=world.rank, pin=devices.can_pin(at), device=at, ahead=ahead + 1)
+            home.reader = reader
+            readings[at] = Reading(at, home, reader, pages)
     holder = partial(holder_of, module)
     made: list[Unit] = []
     filled = [name for name, its in of_unit.items() if its]
@@ -74,20 +84,24 @@ def run_stored(
         holds = bool(name) and _holds_others(modules[name], name, filled)
         if name and name not in filled and not holds:
             continue
-        own = _strategy(split, homes.get(name, "device"), ahead)
+        own, reading = _strategy(split, homes.get(name, "device"), ahead), readings[where.get(name, device)]
 
-        def make(label: str, members: list[nn.Parameter], names: list[str], own: Strategy = own) -> Bucket:
+        def make(
+            label: str, members: list[nn.Parameter], names: list[str], own: Strategy = own, reading: Reading = reading
+        ) -> Bucket:
             stored = [tensors.pop(n) for n in names]
             return StoredBucket(label, members, names, stored, engine.mesh, own, engine.ledger, reading)
 
         members = [(p, names, None) for p, names in of_unit.get(name, ())]
-        unit = Unit(name, modules[name], members, holder, engine.mesh, own, engine.ledger, home, engine, make)
+        unit = Unit(name, modules[name], members, holder, engine.mesh, own, engine.ledger, reading.home, engine, make)
         # It has hooks even if it has nothing to do: a script may call an encoder by itself, and what the root holds is
         # needed in it.
         unit.settled = unit.settled and not holds
         made.append(unit)
     engine.take_over(made)
     engine.forward.repeats = engine.runs
+    if any(at.type != "cpu" for at in readings):
+        crossings.install(module, of_unit, where)
     install(engine, made)
     return engine
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,26 +11,24 @@ from torch import nn
 from shardwise import device as devices
 from shardwise import host
 from shardwise.errors import OffloadError
-from shardwise.inference.plan import HOST, Room, WeightsPlan
-from shardwise.sizes import format_bytes, parse_bytes
+from shardwise.sizes import parse_bytes
 
 KEPT = 0.9
 """The part of what is free that weights and activations may take: allocators round up, and others run, too."""
 
 
-def room_for(
-    device: torch.device, max_memory: Mapping[int | str, int | str] | None, beside: int, ranks: int = 1
-) -> Room:
-    """What may be used.
+def memory_of(
+    places: Sequence[torch.device], max_memory: Mapping[int | str, int | str] | None, ranks: int = 1
+) -> tuple[dict[torch.device, int], int]:
+    """What may be used of each device, and of host memory beside it: 0 where that is the device's.
 
     Args:
-        device: where the model runs.
+        places: the devices that may be used. If ``max_memory`` names some of them, only these are.
         max_memory: bytes, or ``"10GiB"``, by number of the device and ``"cpu"``; default: :data:`KEPT` of what is free.
-        beside: bytes that are not for weights.
         ranks: of this host, which share what is free. What is given is each one's own.
 
     Raises:
-        OffloadError: a size that is none, or of a device that the model does not run on.
+        OffloadError: a size that is none, or of another device.
     """
     given = {str(key): _bytes(key, value) for key, value in (max_memory or {}).items()}
     memory = given.get("cpu")
@@ -39,18 +37,23 @@ def room_for(
         if free is None:
             raise OffloadError("this system does not say how much memory is free", fix="max_memory={'cpu': '8GiB'}")
         memory = int(KEPT * free.free) // ranks
-    known = {"cpu", str(device.index or 0), str(device)}
+    words = {device: (str(device.index or 0), str(device)) for device in places}
+    known = {"cpu", *(word for its in words.values() for word in its)}
     if unknown := sorted(given.keys() - known):
-        raise OffloadError(f"max_memory is about {', '.join(unknown)}", fix=f"the model runs on {device}, and 'cpu'")
-    if device.type == "cpu":
-        return Room(memory, 0, beside)
-    here = given.get(str(device.index or 0), given.get(str(device)))
-    if here is None:
+        where = ", ".join(map(str, places))
+        raise OffloadError(f"max_memory is about {', '.join(unknown)}", fix=f"the model runs on {where}, and 'cpu'")
+    if places[0].type == "cpu":
+        return {places[0]: memory}, 0
+    named = {device: given[word] for device in places for word in words[device] if word in given}
+    if named:
+        return {device: size for device, size in named.items() if size} or named, memory
+    free_there = {}
+    for device in places:
         told = devices.memory(device)
         if told is None:
             raise OffloadError(f"{device} does not say how much memory is free", fix="max_memory={0: '8GiB'}")
-        here = int(KEPT * told[0])
-    return Room(here, memory, beside)
+        free_there[device] = int(KEPT * told[0])
+    return free_there, memory
 
 
 def _bytes(key: object, value: int | str) -> int:
@@ -60,28 +63,21 @@ def _bytes(key: object, value: int | str) -> int:
     return found
 
 
-def require_room(plan: WeightsPlan, room: Room) -> None:
-    """Raise if a plan that somebody has made does not fit.
-
-    Raises:
-        OffloadError: says how much is missing, and where.
-    """
-    for what, needed, there in (("device", plan.device, room.device), ("host", plan.total(HOST), room.host)):
-        if needed > there:
-            raise OffloadError(
-                f"this map takes {format_bytes(needed)} of the {what}, and {format_bytes(there)} are allowed",
-                fix="put more on 'disk', or let device_map='auto' choose",
-            )
-
-
 def memory_beside(module: nn.Module, *, batch: int, length: int) -> int:
-    """Bytes that a forward takes beside the weights: activations, logits, and the cache of keys and values.
+    """Bytes that a forward takes beside the weights: the sum of :func:`activations_and_cache`."""
+    return sum(activations_and_cache(module, batch=batch, length=length))
+
+
+def activations_and_cache(module: nn.Module, *, batch: int, length: int) -> tuple[int, int]:
+    """Bytes that a forward takes beside the weights.
 
     Args:
         module: of transformers as a rule: its ``config`` says how wide it is.
         batch, length: sequences at a time, and tokens of each.
 
-    An estimate from above for decoders. Of a module without ``config`` only its buffers are counted.
+    Returns:
+        Of buffers, activations and logits, and of the cache of keys and values. An estimate from above for decoders. Of
+        a module without ``config`` only its buffers are counted.
     """
     if batch < 1 or length < 1:
         raise OffloadError(f"batch={batch}, length={length}", fix="give positive numbers")
@@ -90,7 +86,7 @@ def memory_beside(module: nn.Module, *, batch: int, length: int) -> int:
     config = getattr(config, "text_config", None) or config
     width = getattr(config, "hidden_size", None)
     if not isinstance(width, int):
-        return buffers
+        return buffers, 0
     heads = getattr(config, "num_attention_heads", 1) or 1
     keys = getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or width // heads
@@ -101,4 +97,4 @@ def memory_beside(module: nn.Module, *, batch: int, length: int) -> int:
     cache = 2 * layers * batch * length * keys * head * itemsize
     activations = batch * length * (8 * width + 3 * inner) * itemsize
     logits = batch * vocabulary * (itemsize + 4)
-    return buffers + cache + activations + logits
+    return buffers + activations + logits, cache

@@ -105,7 +105,9 @@ def dispatch_model(
     """Let a model whose values are in memory run with each part where the map says.
 
     Args:
-        device_map: from names of modules to ``"disk"``, ``"cpu"``, or the device.
+        device_map: from names of modules to ``"disk"``, ``"cpu"``, or a device.
+        main_device: where inputs go, and what runs before the first module with a device; default: the first one that
+            the map names.
         state_dict: values for parameters that are on the meta device.
         offload_dir: an existing or new folder for what goes to the disk.
 
@@ -117,7 +119,7 @@ def dispatch_model(
     """
     from shardwise.inference.dispatching import dispatch
 
-    return dispatch(model, device_map, state_dict, offload_dir)
+    return dispatch(model, device_map, state_dict, offload_dir, main_device)
 
 
 def cpu_offload(

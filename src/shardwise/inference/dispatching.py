@@ -18,41 +18,47 @@ from shardwise.checkpoint.model_state import model_states
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.engine.build import members_of
 from shardwise.engine.stored import StoredTensor
-from shardwise.engine.stored_build import run_stored
 from shardwise.errors import OffloadError, UnitError
 from shardwise.inference.device_map import DeviceMap, Place, place_of
 from shardwise.inference.loading import fitted, move_buffers, stored_tensor
-from shardwise.inference.maps import device_of, home_of, units_of_map, weights_of
+from shardwise.inference.maps import device_of, home_of, places_of, units_of_map, weights_of
 from shardwise.inference.offloaded import offload_weight, save_offload_index
 from shardwise.inference.placing import set_module_tensor_to_device
-from shardwise.inference.plan import DEVICE, DISK, HOST, WeightsPlan
+from shardwise.inference.plan import DEVICE, DISK, HOST
+from shardwise.inference.planning import run_planned
+from shardwise.inference.several_devices import plan_of_places
 from shardwise.inference.ties import find_tied_parameters, retie_parameters
 
 Values = Mapping[str, torch.Tensor] | None
 Folder = str | os.PathLike[str] | None
 
 
-def dispatch(model: nn.Module, device_map: DeviceMap, values: Values, folder: Folder) -> nn.Module:
+def dispatch(
+    model: nn.Module, device_map: DeviceMap, values: Values, folder: Folder, main_device: Place | None
+) -> nn.Module:
     """See :func:`shardwise.inference.dispatch.dispatch_model`."""
-    device = device_of(device_map)
+    device = device_of(device_map) if main_device in (None, "cpu", "disk") else devices.named(main_device)
     units = units_of_map(model, device_map, None)
     places = set(device_map.values())
     if len(places) == 1 and "disk" not in places and not _without_values(model):
         return model.to(devices.named(places.pop()))
-    return _take_over(model, {name: home_of(name, device_map, device) for name in units}, device, values, folder)
+    where = places_of(units, device_map, device)
+    homes = {name: home_of(name, device_map, where[name]) for name in units}
+    return _take_over(model, homes, where, values, folder)
 
 
 def all_of_it(model: nn.Module, home: str, device: Any, values: Values, folder: Folder) -> nn.Module:
     """All weights have one home."""
     where = devices.of_rank() if device is None else devices.named(device)
-    return _take_over(model, dict.fromkeys(units_of_map(model, {}, None), home), where, values, folder)
+    units = units_of_map(model, {}, None)
+    return _take_over(model, dict.fromkeys(units, home), dict.fromkeys(units, where), values, folder)
 
 
 @torch.no_grad()
 def _take_over(
     model: nn.Module,
     homes: dict[str, str],
-    device: torch.device,
+    places: dict[str, torch.device],
     values: Values,
     folder: Folder,
 ) -> nn.Module:
@@ -61,15 +67,15 @@ def _take_over(
             f"'{name}' is on the meta device and has no values", fix="give state_dict=, or load a checkpoint"
         )
     tensors = {name: _of_memory(p if not p.is_meta else (values or {})[name]) for name, p in _named(model)}
+    device = places[""]
     if device.type == "cpu":
         homes = {name: DEVICE if home == HOST else home for name, home in homes.items()}
     weights = weights_of(model, list(homes), tensors)
     if DISK in homes.values():
         _write_out(model, homes, tensors, _made(folder))
     move_buffers(model, device)
-    run_stored(model, tensors, homes, device)
+    run_planned(model, tensors, plan_of_places(weights, homes, places, 1), device)
     model.eval()
-    model.shardwise_plan = WeightsPlan(homes, {w.name: w.nbytes for w in weights}, 1)  # type: ignore[assignment]
     return model
 
 

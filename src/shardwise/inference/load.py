@@ -21,6 +21,7 @@ def load(
     batch: int = 1,
     length: int = 2048,
     ahead: int = 1,
+    micro_batches: int | None = None,
     verbose: bool = False,
 ) -> Any:
     """Load a model for running it, however large it is.
@@ -28,15 +29,22 @@ def load(
     Args:
         model: a Hugging Face folder with ``config.json`` and weights; or a module, on the meta device as a rule, whose
             weights are in ``checkpoint``.
-        device_map: ``auto``: as much as fits stays on the device, then in host memory; the rest is read from its files
-            each time it is used, ahead of that use. ``split``: likewise, with every unit split over all ranks.
-            Or a dict from names of modules to ``"disk"``, ``"cpu"``, a device or its number, ``""`` being the rest.
+        device_map: ``auto`` (or ``balanced``): as much as fits stays on the devices that are this rank's, each with a
+            part that goes with its memory, then in host memory; the rest is read from its files each time it is used,
+            ahead of that use. ``sequential``: one device is filled before the next. ``balanced_low_0``: the first one
+            is left free, as far as that goes. ``split``: as ``auto`` on one device, with every unit split over all
+            ranks. Or a dict from names of modules to ``"disk"``, ``"cpu"``, a device or its number, ``""`` being the
+            rest; what is not on a device runs on that of the module before it.
         checkpoint: files of weights: whatever :func:`shardwise.checkpoint.load_model` reads.
         max_memory: bytes (or ``"10GiB"``) that may be used, by device number and ``"cpu"``; default: what is free now.
+            If it names devices, no others are used.
         dtype: to run in; ``None``: as the files (or the configuration) say. What differs is converted on arrival.
         no_split_module_classes: what comes and goes as a whole; default: repeated blocks, and what is as large.
         batch, length: sequences at a time and tokens of each, for which room is left.
         ahead: units that are read ahead of the next one.
+        micro_batches: run a forward without gradients in so many pieces along the batch, so that several devices
+            compute at once. ``None``: for models of transformers that are wholly on several devices, where the batch is
+            large enough. Results are those of the pieces. Outputs need a row for each of the batch, or it runs whole.
         verbose: print where everything is.
 
     Returns:
@@ -56,5 +64,6 @@ def load(
     )
 
     return load_from_files(
-        model, device_map, checkpoint, max_memory, dtype, no_split_module_classes, batch, length, ahead, verbose
-    )
+        model, device_map, checkpoint, max_memory, dtype, no_split_module_classes, batch, length, ahead,
+        micro_batches, verbose,
+    )  # fmt: skip

@@ -18,17 +18,14 @@ from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.checkpoint.stored_tensor import Stored
 from shardwise.comm import init
 from shardwise.engine.stored import FilePiece, StoredTensor
-from shardwise.engine.stored_build import run_stored
 from shardwise.errors import CheckpointError, UnitError
-from shardwise.inference.budget import memory_beside, require_room, room_for
 from shardwise.inference.conversions import converted
 from shardwise.inference.dtypes import as_dtype
-from shardwise.inference.maps import device_of, home_of, units_of_map, weights_of
-from shardwise.inference.plan import WeightsPlan, place_weights
+from shardwise.inference.micro_batches import check_pieces
+from shardwise.inference.planning import choose_plan, run_planned
 from shardwise.inference.pretrained import model_of
 
 _SHORT = 64 << 10  # bytes; many runs shorter than this are read in blocks, and taken apart
-MAPS = ("auto", "balanced", "sequential", "split")
 
 
 def load_from_files(
@@ -41,6 +38,7 @@ def load_from_files(
     batch: int,
     length: int,
     ahead: int,
+    micro_batches: int | None,
     verbose: bool,
 ) -> nn.Module:
     """:func:`shardwise.load`."""
@@ -62,28 +60,17 @@ def load_from_files(
         (state,) = model_states([module], placeholders=True)
         found = fitted(state, folder)
         tensors = _tensors(state, found, StorageReader(), wanted)
-        device = device_of(device_map) if isinstance(device_map, Mapping) else world.device
-        units = units_of_map(module, device_map if isinstance(device_map, Mapping) else {}, no_split_module_classes)
-        weights = weights_of(module, units, tensors)
-        parts = world.size if split else 1
-        beside = memory_beside(module, batch=batch, length=length)
-        if isinstance(device_map, str):
-            if device_map not in MAPS:
-                raise UnitError(f"device_map={device_map!r}", fix=f"one of {', '.join(MAPS)}, or a dict")
-            room = room_for(device, max_memory, beside, world.local_size)
-            plan = place_weights(weights, room, parts=parts, ahead=ahead)
-        else:
-            homes = {w.name: home_of(w.name, device_map, device) for w in weights}
-            plan = WeightsPlan(homes, {w.name: w.nbytes for w in weights}, ahead, parts, beside)
-            if max_memory is not None:
-                require_room(plan, room_for(device, max_memory, beside, world.local_size))
+        plan, device = choose_plan(
+            module, tensors, device_map, world,
+            max_memory=max_memory, classes=no_split_module_classes, batch=batch, length=length, ahead=ahead,
+        )  # fmt: skip
+        check_pieces(micro_batches, plan)
         _load_buffers(state, found, device)
     if verbose and world.rank == 0:
         print(plan, flush=True)
     module.eval()
     with agreed():
-        run_stored(module, tensors, plan.homes, device, split=parts > 1, ahead=ahead)
-    module.shardwise_plan = plan  # type: ignore[assignment]
+        run_planned(module, tensors, plan, device, micro_batches)
     return module
 
 

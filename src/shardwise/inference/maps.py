@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,36 +13,49 @@ from shardwise.engine.build import members_of
 from shardwise.engine.select import has_forward, select_units
 from shardwise.engine.stored import StoredTensor
 from shardwise.errors import UnitError
-from shardwise.inference.device_map import DeviceMap, within
+from shardwise.inference.device_map import DeviceMap, Place, within
 from shardwise.inference.plan import DEVICE, DISK, HOST, Weights
 
 
 def device_of(device_map: DeviceMap) -> torch.device:
-    """Where a model with this map runs: on the device that it names; on the CPU if that is all it names.
+    """The main device of a model with this map: the first that it names; the CPU if that is all it names.
 
     Raises:
-        UnitError: it names several devices.
         DeviceError: one that is not there.
     """
-    named = {devices.named(at) for at in device_map.values() if at not in ("disk", "cpu")}
-    if len(named) > 1:
-        raise UnitError(
-            f"the map names several devices: {', '.join(sorted(map(str, named)))}",
-            fix="one device per rank for now; 'cpu' and 'disk' beside it",
-        )
+    named = [devices.named(at) for at in device_map.values() if at not in ("disk", "cpu")]
     if named:
-        return named.pop()
+        return named[0]
     if set(device_map.values()) == {"cpu"}:
         return torch.device("cpu")  # the map's own words: it runs there
     return init().device
 
 
-def units_of_map(module: nn.Module, device_map: DeviceMap, classes: Sequence[str] | None) -> list[str]:
+def places_of(units: Sequence[str], device_map: DeviceMap, main: torch.device) -> dict[str, torch.device]:
+    """On which device each unit runs: on its own, or, if its weights are elsewhere, on that of the unit before it.
+
+    Args:
+        units: by name, in the order in which they run.
+        main: the device of the root, and of what comes before any that has its own.
+    """
+    out, last = {}, main
+    for unit in units:
+        at = _at(unit, device_map)
+        if at is not None and at not in ("disk", "cpu"):
+            last = devices.named(at)
+        out[unit] = last
+    return out
+
+
+def units_of_map(
+    module: nn.Module, device_map: DeviceMap, classes: Sequence[str] | None, *, apart: bool = False
+) -> list[str]:
     """Names of units in the order in which they are registered; the root's, ``""``, comes first.
 
     Args:
         device_map: what it names is a unit of its own, also inside of another one.
         classes: names of classes that are units; default: repeated blocks, and what is as large.
+        apart: small modules beside them (a norm) are units, too, and not the root's: they may be on another device.
 
     Raises:
         UnitError: the map, or ``classes``, names what there is not.
@@ -50,7 +63,8 @@ def units_of_map(module: nn.Module, device_map: DeviceMap, classes: Sequence[str
     rule = None if classes is None else lambda name, m: type(m).__name__ in classes
     found = {name for name, _ in select_units(module, rule)}
     modules = dict(module.named_modules())
-    known = modules.keys() | {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    known = modules.keys() | {name for name, _ in tensors}
     unknown = sorted(set(device_map) - known)
     if unknown:
         raise UnitError(
@@ -60,7 +74,21 @@ def units_of_map(module: nn.Module, device_map: DeviceMap, classes: Sequence[str
         owner = name if name in modules else name.rpartition(".")[0]
         if owner and has_forward(modules[owner]):
             found.add(owner)
+    if apart:
+        found |= set(_beside(module, "", found))
     return ["", *(name for name in modules if name in found)]
+
+
+def _beside(module: nn.Module, name: str, units: Collection[str]) -> Iterator[str]:
+    """The outermost modules with parameters that are in no unit, and have none inside."""
+    for key, child in module.named_children():
+        full = f"{name}.{key}" if name else key
+        if full in units or next(child.parameters(), None) is None:
+            continue
+        if has_forward(child) and not any(unit.startswith(f"{full}.") for unit in units):
+            yield full
+        else:
+            yield from _beside(child, full, units)
 
 
 def weights_of(module: nn.Module, units: Sequence[str], tensors: Mapping[str, StoredTensor]) -> list[Weights]:
@@ -70,17 +98,22 @@ def weights_of(module: nn.Module, units: Sequence[str], tensors: Mapping[str, St
 
 
 def home_of(unit: str, device_map: DeviceMap, device: torch.device) -> str:
-    """Where a map wants the weights of a unit.
+    """Where a map wants the weights of a unit that runs on a device.
 
     Raises:
         UnitError: it has no place for them.
     """
-    best = max((key for key in device_map if within(unit, key)), key=len, default=None)
-    at = None if best is None else device_map[best]
-    if at is None and not unit:  # the root's own parameters: as the first of its children
-        at = next((found for key, found in device_map.items() if "." not in key), None)
+    at = _at(unit, device_map)
     if at is None:
         raise UnitError(f"device_map has no place for '{unit or '(root)'}'", fix="add an entry for it, or for ''")
     if at == "disk":
         return DISK
     return HOST if at == "cpu" and device.type != "cpu" else DEVICE
+
+
+def _at(unit: str, device_map: DeviceMap) -> Place | None:
+    best = max((key for key in device_map if within(unit, key)), key=len, default=None)
+    if best is not None:
+        return device_map[best]
+    # The root's own parameters: as the first of its children.
+    return next((at for key, at in device_map.items() if "." not in key), None) if not unit else None

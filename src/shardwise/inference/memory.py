@@ -27,7 +27,8 @@ def get_max_memory(max_memory: Mapping[int | str, int | float | str] | None = No
 
     Args:
         max_memory: bytes, or words for them (``"10GB"``), by number of an accelerator, ``"cpu"`` or ``"disk"``. By
-            default what is free now: on every accelerator and on the host. An accelerator that does not tell, as
+            default what is free now: on every accelerator that is this rank's, and this rank's part of what is free on
+            the host. An accelerator that does not tell, as
             Apple's, shares the memory of the host, which then stands under its name alone.
 
     Raises:
@@ -58,16 +59,17 @@ def _bytes(size: int | float | str) -> float:
 def _free() -> MaxMemory:
     found: MaxMemory = {}
     kind = device.accelerator()
-    for index in range(device.count()):
+    own, ranks = device.numbers_of_this_rank()
+    for index in own:
         try:
             told = device.memory(torch.device(str(kind), index))
         except RuntimeError as error:  # one that is broken, or that another process keeps to itself
             _log.info("device %s cannot be used: %s", index, error)
             continue
         if told is None:
-            return {str(kind): _host_memory()}
+            return {str(kind): _host_memory() // ranks}
         found[index] = told[0]
-    found["cpu"] = _host_memory()
+    found["cpu"] = _host_memory() // ranks
     return found
 
 
