@@ -5,7 +5,7 @@
     PYTHONPATH=tests python benchmarks/gpu_inference.py --tiny --plugin simulated_device
 
 Weights stay in host memory and stream to the device, unit by unit. *Link* copies as many bytes from page-locked memory,
-and nothing else; *resident* has everything on the device. Accelerate's ``cpu_offload`` takes part where it is installed.
+and nothing else; *resident* has everything on the device. Accelerate's ``cpu_offload`` takes part where it is there.
 Contenders take turns within each round, and every answer has to be that of the resident model. A model whose weights
 take longer to move than to compute with is bound by the link: the goal there is 0.9 of it.
 """
@@ -17,6 +17,7 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -89,7 +90,7 @@ def measure(shape: LlamaShape, file: Path, device: torch.device, rounds: int) ->
         ids = torch.randint(shape.vocab, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
         expected = models["resident"](ids)
         calls: dict[str, Callable[[], Any]] = {"link": link}
-        calls |= {key: lambda model=model: model(ids) for key, model in models.items()}  # type: ignore[misc]
+        calls |= {key: partial(model, ids) for key, model in models.items()}
         seconds: dict[str, list[float]] = {key: [] for key in calls}
         for turn in range(rounds + 1):
             keys = list(calls)

@@ -287,12 +287,16 @@ class Unit:
             return
         self.start_gather()
         if self.residence.state is Residency.GATHERING:
-            transfers, self._gathering = self._gathering, []
-            for t in transfers:
-                t.wait()
-            self.residence.to(Residency.GATHERED)
+            self._arrive()
             self._watched = False
             unguard(self.params)
+
+    def _arrive(self) -> None:
+        """Wait for the values that are on their way."""
+        transfers, self._gathering = self._gathering, []
+        for t in transfers:
+            t.wait()
+        self.residence.to(Residency.GATHERED)
 
     def watch(self) -> None:
         """Where values that come and go are here outside of a pass, look at what autograd saves of them.
@@ -376,14 +380,14 @@ class Unit:
         until a unit's bytes are there its parameters are guarded. Those that come and go are simply stale, unless
         somebody has them pinned: then they are gathered anew, in place.
         """
+        self.changed()
         self.prepare_to_follow()
         self.follow_with([b.start_gather() for b in buckets if b.gathers_after_step])
 
     def prepare_to_follow(self) -> None:
-        """The first part of :meth:`publish`, up to the gathers of values that stay."""
+        """The part of :meth:`publish` between :meth:`changed` and the gathers of values that stay."""
         if self.residence.state is Residency.GATHERING:
             self.gather()
-        self._changed()
         if self.released:
             self._drop_passes()
             self.release()
@@ -393,29 +397,42 @@ class Unit:
                 self.gather()
                 self.watch()
 
-    def follow_with(self, transfers: Sequence[Transfer]) -> None:
-        """The last part of :meth:`publish`: values that stay have followed when these have ended."""
-        if transfers:
-            self.comes_with(transfers)
+    def follow_with(self, transfers: Sequence[Transfer], *, now: bool = False) -> None:
+        """The last part of :meth:`publish`: values that stay have followed when these have ended.
+
+        Args:
+            now: wait for that here.
+        """
+        if not transfers:
+            return
+        self.comes_with(transfers)
+        if now:
+            self._arrive()
+        else:
             guard(self.params)
 
     def _drop_passes(self) -> None:
         self.residence.drop(Pin.FORWARD)
         self.residence.drop(Pin.BACKWARD)
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
         """The values are about to change: a graph that saved them before is refused in backward, as torch does."""
         with torch._C.DisableTorchFunctionSubclass():
             torch.autograd.graph.increment_version(self.params)
-        for b in self.buckets:
-            if not b.placement.aliased:
-                b.note()
+        self.note()
+
+    def note(self) -> None:
+        """What is written from here on to values is the script's, where master values are another tensor."""
+        if self.apart:
+            for b in self.buckets:
+                if not b.placement.aliased:
+                    b.note()
 
     def defer_update(self, updates: Sequence[PendingUpdate], buckets: Sequence[Bucket]) -> None:
         """As :meth:`publish`, of updates that are under way on some rank: :meth:`finish_update` does the rest."""
         if self.residence.state is Residency.GATHERING:
             self.gather()
-        self._changed()
+        self.changed()
         if self.released:
             self._drop_passes()
             self.release()
