@@ -379,7 +379,7 @@ def spoiled(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("no weights", "model.safetensors|holds|checkpoint"),
+        ("no weights", "without its weights"),
         ("no config", "config"),
         ("no architecture", "architectures"),
         ("cut off", "cut|shorter|bytes"),

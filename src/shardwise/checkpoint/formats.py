@@ -97,7 +97,8 @@ def _open_folder(path: Path) -> Source:
     ):
         if usual in names:
             return _with_config(_open_file(path / usual), path)
-    for pattern in (r".*\.safetensors\.index\.json", r".*\.bin\.index\.json", r".*\.safetensors", r".*\.(bin|pt|pth)"):
+    indexes = r".*\.safetensors\.index\.json", r".*\.bin\.index\.json", r".*\.index\.json"
+    for pattern in (*indexes, r".*\.safetensors", r".*\.(bin|pt|pth)"):
         found = sorted(name for name in names if re.fullmatch(pattern, name) and not name.startswith("."))
         if len(found) == 1:
             return _with_config(_open_file(path / found[0]), path)
@@ -106,6 +107,10 @@ def _open_folder(path: Path) -> Source:
             raise CheckpointError(
                 f"holds several files of tensors and no index: {listed}", where=str(path), fix="give one of the files"
             )
+    if "config.json" in names:
+        raise CheckpointError(
+            "a folder of a model without its weights: no .safetensors, no .bin", where=str(path), fix="fetch them, too"
+        )
     return _open_shardwise(resolve(path))  # an error that says what is missing
 
 
@@ -164,7 +169,8 @@ def _entry(path: Path, name: str, base: int, entry: Mapping[str, Any]) -> Stored
 def _indexed(path: Path) -> Source:
     """A folder's files through its index."""
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = json.loads(path.read_bytes())
+        weight_map = weight_map.get("weight_map", weight_map)  # some tools write the inner dict alone
         wanted = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -132,12 +132,16 @@ class Integrity:
         """Other parameters or submodules than before: every parameter there still has to be some unit's."""
         slots = {id(s.param): s for u in units for s in u.slots}
         before = {tuple(n.rpartition(".")[::2]) for u in units for s in u.slots for n in s.names}
+        frozen = all(b.read_only for u in units for b in u.buckets)
+        alone = all(b.mesh.parts == 1 for u in units for b in u.buckets)
         for full, p in self.root.named_parameters(remove_duplicate=False):
             if id(p) in slots or id(p) in self.ignored:
                 continue
             where = full.rpartition(".")[0]
             module = self.root.get_submodule(where)
             known = tuple(full.rpartition(".")[::2]) in before
+            if frozen and not known and (alone or not p.requires_grad):
+                continue  # an adapter beside weights that nobody trains: its gradients are its own
             raise UnitError(
                 f"parameter '{full}' was {'replaced' if known else 'added'} after the model was sharded, so no unit "
                 "would train it",

@@ -81,12 +81,9 @@ def _after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: An
 
 def _begin_load(module: nn.Module, state: Any, prefix: str, meta: Any, *_rest: Any) -> None:
     unit = _unit(module)
-    if any(bucket.read_only for bucket in unit.buckets):
-        raise UnitError(
-            "its values are weights of files, which a state dict cannot be loaded into",
-            where=f"unit {unit.label}",
-            fix="load the model again from the other files",
-        )
+    _refuse_what_is_read(module, state, prefix)
+    if _is_read(unit):  # what a script has added to it since, such as an adapter, can be loaded
+        return
     if meta.get("assign_to_params_buffers"):
         raise UnitError(
             "load_state_dict(assign=True) would replace parameters that live in a flat buffer",
@@ -101,6 +98,24 @@ def _begin_load(module: nn.Module, state: Any, prefix: str, meta: Any, *_rest: A
     # The copies that Module.load_state_dict makes itself need somewhere to go, in the compute dtype.
     unit.gather()
     unit.residence.pin(Pin.STATE_DICT)
+
+
+def _is_read(unit: Unit) -> bool:
+    """Are its values weights of files, which nobody writes?"""
+    return any(bucket.read_only for bucket in unit.buckets)
+
+
+def _refuse_what_is_read(module: nn.Module, state: Any, prefix: str) -> None:
+    """Before anything is loaded into the module, or into one inside it."""
+    for path, part in module.named_modules(prefix=prefix.removesuffix(".")):
+        for name, slot in owned_by(part).items():
+            whole = f"{path}.{name}" if path else name
+            if slot.bucket.read_only and whole in state:
+                raise UnitError(
+                    f"the values of '{whole}' are weights of files, which a state dict cannot be loaded into",
+                    where=f"unit {slot.unit.label}",
+                    fix="load the model again from the other files",
+                )
 
 
 @torch.no_grad()
@@ -121,6 +136,8 @@ def _before_load(module: nn.Module, state: Any, prefix: str, *_rest: Any) -> Non
 @torch.no_grad()
 def _after_load(module: nn.Module, _keys: Any) -> None:
     unit = _unit(module)
+    if _is_read(unit):
+        return
     let_follow(unit)
     for bucket in unit.buckets:
         bucket.note()  # torch's own copies into values are not the script's

@@ -80,8 +80,10 @@ def run_stored(
     made: list[Unit] = []
     filled = [name for name, its in of_unit.items() if its]
     modules = dict(module.named_modules())
+    comes = split or homes[""] != "device"  # what the root holds comes and goes
+    of_root = {name.rpartition(".")[0] for _, names in of_unit.get("", ()) for name in names} if comes else set()
     for name in [*(n for n in modules if n), ""]:
-        holds = bool(name) and _holds_others(modules[name], name, filled)
+        holds = bool(name) and (name in of_root or _holds_others(modules[name], name, filled))
         if name and name not in filled and not holds:
             continue
         own, reading = _strategy(split, homes.get(name, "device"), ahead), readings[where.get(name, device)]
@@ -94,8 +96,8 @@ def run_stored(
 
         members = [(p, names, None) for p, names in of_unit.get(name, ())]
         unit = Unit(name, modules[name], members, holder, engine.mesh, own, engine.ledger, reading.home, engine, make)
-        # It has hooks even if it has nothing to do: a script may call an encoder by itself, and what the root holds is
-        # needed in it.
+        # It has hooks even if it has nothing to do: a script may call an encoder, or a layer of the root, by itself,
+        # and what the root holds is needed in it.
         unit.settled = unit.settled and not holds
         made.append(unit)
     engine.take_over(made)

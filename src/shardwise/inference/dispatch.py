@@ -2,9 +2,9 @@
 
 All of them are :func:`shardwise.load` with the weights somewhere else: in a checkpoint, or in a model that has them.
 What is to come from a disk is written to ``offload_dir`` first, once, where it is in memory; weights of checkpoints are
-read where they are. ``forward`` and class of the modules stay what they were, so ``force_hooks``, ``offload_buffers``,
-``skip_keys`` and ``preload_module_classes`` have nothing to decide: buffers are where the model runs, arguments stay as
-they are, and a unit's weights are all there while it runs.
+read where they are. ``forward``, class and mode (``train`` or ``eval``) of the modules stay what they were.
+``offload_buffers`` and ``preload_module_classes`` have nothing to decide: buffers are where the model runs, and a
+unit's weights are all there while it runs. Inputs may be on any device, and outputs come back to where these were.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwise import device as devices
 from shardwise.errors import UnitError
 from shardwise.inference.device_map import DeviceMap
 from shardwise.inference.dtypes import as_dtype
@@ -49,11 +48,18 @@ def load_checkpoint_and_dispatch(
     Raises:
         CheckpointError: also with ``strict=False``, where a parameter would be left without values.
     """
-    classes = [no_split_module_classes] if isinstance(no_split_module_classes, str) else no_split_module_classes
-    where: str | DeviceMap = {"": devices.of_rank()} if device_map is None else device_map
+    modes = {m: m.training for m in model.modules()}
     loaded: nn.Module = load(
-        model, where, checkpoint=checkpoint, max_memory=max_memory, dtype=dtype, no_split_module_classes=classes
+        model,
+        device_map,
+        checkpoint=checkpoint,
+        max_memory=max_memory,
+        dtype=dtype,
+        no_split_module_classes=no_split_module_classes,
+        strict=strict,
     )
+    for module, training in modes.items():
+        module.training = training
     return loaded
 
 
@@ -77,6 +83,7 @@ def load_checkpoint_in_model(
         device_map: where each value goes; ``"disk"``: to ``offload_folder``, and the parameter stays without values.
             ``None``: where the parameter is, and to the CPU if that is nowhere.
         dtype: of floating-point values; ``None``: that of the model.
+        offload_buffers: buffers go to the disk, too; by default they are where they were.
         strict: raise if names differ. Other shapes always do.
 
     Raises:
@@ -87,7 +94,8 @@ def load_checkpoint_in_model(
 
     if keep_in_fp32_modules or offload_8bit_bnb:
         raise UnitError("keep_in_fp32_modules and offload_8bit_bnb are not served", fix="shardwise.load, without them")
-    load_in(model, checkpoint, device_map, offload_folder, None if dtype is None else as_dtype(dtype), strict)
+    kind = None if dtype is None else as_dtype(dtype)
+    load_in(model, checkpoint, device_map, offload_folder, kind, offload_buffers, strict)
 
 
 def dispatch_model(
@@ -109,17 +117,22 @@ def dispatch_model(
         main_device: where inputs go, and what runs before the first module with a device; default: the first one that
             the map names.
         state_dict: values for parameters that are on the meta device.
-        offload_dir: an existing or new folder for what goes to the disk.
+        offload_dir: an existing or new folder for what goes to the disk. Parameters on the meta device that neither
+            ``state_dict`` nor ``offload_index`` have are there already, with an index: they are read where they are.
+        offload_index: in which files values are, by the names of parameters, as for
+            :class:`~shardwise.inference.offloaded.OffloadedWeightsLoader`.
+        skip_keys: keys of inputs and outputs whose values stay on their device.
+        force_hooks: have the model run by this library also if all of it is in one place.
 
     Raises:
-        OffloadError: something goes to the disk, and there is no folder for it.
+        OffloadError: something goes to the disk, and there is no folder for it; a file of the index is not right.
         UnitError: the map names unknown modules or leaves some out, or a parameter has no values.
 
     Cost: one unit's values beside the model's while it is taken over.
     """
     from shardwise.inference.dispatching import dispatch
 
-    return dispatch(model, device_map, state_dict, offload_dir, main_device)
+    return dispatch(model, device_map, state_dict, offload_dir, offload_index, main_device, force_hooks)
 
 
 def cpu_offload(

@@ -12,17 +12,18 @@ from torch import nn
 
 def load(
     model: str | os.PathLike[str] | nn.Module,
-    device_map: str | Mapping[str, int | str | torch.device] = "auto",
+    device_map: str | int | torch.device | Mapping[str, int | str | torch.device] | None = "auto",
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     dtype: torch.dtype | str | None = None,
-    no_split_module_classes: Sequence[str] | None = None,
+    no_split_module_classes: Sequence[str] | str | None = None,
     batch: int = 1,
     length: int = 2048,
     ahead: int = 1,
     micro_batches: int | None = None,
     verbose: bool = False,
+    strict: bool = True,
 ) -> Any:
     """Load a model for running it, however large it is.
 
@@ -34,7 +35,8 @@ def load(
             ahead of that use. ``sequential``: one device is filled before the next. ``balanced_low_0``: the first one
             is left free, as far as that goes. ``split``: as ``auto`` on one device, with every unit split over all
             ranks. Or a dict from names of modules to ``"disk"``, ``"cpu"``, a device or its number, ``""`` being the
-            rest; what is not on a device runs on that of the module before it.
+            rest; what is not on a device runs on that of the module before it. Or one of these for all of it; ``None``:
+            where this rank computes.
         checkpoint: files of weights: whatever :func:`shardwise.checkpoint.load_model` reads.
         max_memory: bytes (or ``"10GiB"``) that may be used, by device number and ``"cpu"``; default: what is free now.
             If it names devices, no others are used.
@@ -46,6 +48,8 @@ def load(
             compute at once. ``None``: for models of transformers that are wholly on several devices, where the batch is
             large enough. Results are those of the pieces. Outputs need a row for each of the batch, or it runs whole.
         verbose: print where everything is.
+        strict: files must not have more than the model, but for what its class says to be of no use. Lacking something
+            is an error always.
 
     Returns:
         The module, in eval mode, with frozen parameters. Its class, its ``forward`` and its names are what they were;
@@ -55,6 +59,7 @@ def load(
         CheckpointError: no weights, damaged ones, or they do not fit the model.
         OffloadError: too little memory: says how much is missing.
         UnitError: the map names unknown modules, or leaves some out.
+        DeviceError: it names a device that is not there.
 
     Cost: reads what stays in memory, once. Beside it, on the device: ``ahead + 2`` units while the model runs. Nothing
     is written, and what is on the disk is not copied there.
@@ -64,6 +69,16 @@ def load(
     )
 
     return load_from_files(
-        model, device_map, checkpoint, max_memory, dtype, no_split_module_classes, batch, length, ahead,
-        micro_batches, verbose,
-    )  # fmt: skip
+        model,
+        device_map,
+        checkpoint,
+        max_memory,
+        dtype,
+        no_split_module_classes,
+        batch,
+        length,
+        ahead,
+        micro_batches,
+        verbose,
+        strict,
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -19,9 +21,11 @@ from shardwise.checkpoint.stored_tensor import Stored
 from shardwise.comm import init
 from shardwise.engine.stored import FilePiece, StoredTensor
 from shardwise.errors import CheckpointError, UnitError
+from shardwise.inference.asked import Asked, as_budget, as_map
 from shardwise.inference.conversions import converted
 from shardwise.inference.dtypes import as_dtype
 from shardwise.inference.micro_batches import check_pieces
+from shardwise.inference.plan import WeightsPlan
 from shardwise.inference.planning import choose_plan, run_planned
 from shardwise.inference.pretrained import model_of
 
@@ -30,35 +34,40 @@ _SHORT = 64 << 10  # bytes; many runs shorter than this are read in blocks, and 
 
 def load_from_files(
     model: str | os.PathLike[str] | nn.Module,
-    device_map: str | Mapping[str, int | str | torch.device],
+    asked: Asked,
     checkpoint: str | os.PathLike[str] | None,
     max_memory: Mapping[int | str, int | str] | None,
     dtype: torch.dtype | str | None,
-    no_split_module_classes: Sequence[str] | None,
+    no_split_module_classes: Sequence[str] | str | None,
     batch: int,
     length: int,
     ahead: int,
     micro_batches: int | None,
     verbose: bool,
+    strict: bool,
 ) -> nn.Module:
     """:func:`shardwise.load`."""
     world = init()
     doing = f"loading {checkpoint or (type(model).__name__ if isinstance(model, nn.Module) else model)}"
-    split = device_map == "split"
+    split = isinstance(asked, str) and asked == "split"
 
     def agreed() -> AbstractContextManager[object]:
         """Of a model that all ranks split, all have it or none: what is wrong on one of them is raised on all."""
         return CollectiveBlock(doing, slow=True) if split else nullcontext()
 
-    with agreed():
-        wanted = _dtype(dtype)
+    with agreed() as block:
+        device_map, max_memory, wanted = as_map(asked), as_budget(max_memory), _dtype(dtype)
+        if not isinstance(model, (str, os.PathLike, nn.Module)):
+            raise CheckpointError(
+                f"{model!r} is neither a folder nor a module", fix="Model(), made on the meta device, or a path"
+            )
         module, folder = (model, checkpoint) if isinstance(model, nn.Module) else (model_of(model, wanted), model)
         if folder is None:
             raise CheckpointError(
                 "a module without its weights", fix="give checkpoint=, the folder or file they are in"
             )
         (state,) = model_states([module], placeholders=True)
-        found = fitted(state, folder)
+        found = fitted(state, folder, surplus=not strict)
         tensors = _tensors(state, found, StorageReader(), wanted)
         plan, device = choose_plan(
             module, tensors, device_map, world,
@@ -66,6 +75,14 @@ def load_from_files(
         )  # fmt: skip
         check_pieces(micro_batches, plan)
         _load_buffers(state, found, device)
+        if isinstance(block, CollectiveBlock):
+            block.mine = _asked_for(plan, tensors)
+    if isinstance(block, CollectiveBlock) and len(set(block.gathered)) > 1:
+        raise CheckpointError(
+            "ranks that split one model ask for different dtypes or units of it, or have different files",
+            where=doing,
+            fix="give dtype=, no_split_module_classes= and the folder alike on all ranks",
+        )
     if verbose and world.rank == 0:
         print(plan, flush=True)
     module.eval()
@@ -86,9 +103,23 @@ def fitted(state: ModelState, folder: str | os.PathLike[str], *, missing: bool =
     source = open_source(folder)
     source.sections = {key: converted(state.module, found, source.path) for key, found in source.sections.items()}
     found = fit(state, source, None)
+    _pass_over(found, getattr(state.module, "_keys_to_ignore_on_load_unexpected", None))
     if found.mismatched or (found.missing and not missing) or (found.unexpected and not surplus):
         raise CheckpointError(misfit(found.lines, source), where=str(source.path))
     return found
+
+
+def _pass_over(found: Fit, patterns: Iterable[str] | None) -> None:
+    """Names of files that the model itself knows to be of no use are not unexpected."""
+    for name in [n for n in found.unexpected if any(re.search(pattern, n) for pattern in patterns or ())]:
+        found.unexpected.remove(name)
+        found.lines = [line for line in found.lines if f"'{name}'" not in line]
+
+
+def _asked_for(plan: WeightsPlan, tensors: Mapping[str, StoredTensor]) -> bytes:
+    """What ranks that split a model must have alike: its units and tensors."""
+    told = sorted(plan.nbytes.items()), [(n, str(t.dtype), t.shape) for n, t in tensors.items()]
+    return hashlib.sha256(repr(told).encode()).digest()
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

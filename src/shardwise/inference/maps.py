@@ -13,6 +13,7 @@ from shardwise.engine.build import members_of
 from shardwise.engine.select import has_forward, select_units
 from shardwise.engine.stored import StoredTensor
 from shardwise.errors import UnitError
+from shardwise.inference.asked import as_classes
 from shardwise.inference.device_map import DeviceMap, Place, within
 from shardwise.inference.plan import DEVICE, DISK, HOST, Weights
 
@@ -48,7 +49,7 @@ def places_of(units: Sequence[str], device_map: DeviceMap, main: torch.device) -
 
 
 def units_of_map(
-    module: nn.Module, device_map: DeviceMap, classes: Sequence[str] | None, *, apart: bool = False
+    module: nn.Module, device_map: DeviceMap, classes: Sequence[str] | str | None, *, apart: bool = False
 ) -> list[str]:
     """Names of units in the order in which they are registered; the root's, ``""``, comes first.
 
@@ -60,6 +61,7 @@ def units_of_map(
     Raises:
         UnitError: the map, or ``classes``, names what there is not.
     """
+    classes = as_classes(module, classes)
     rule = None if classes is None else lambda name, m: type(m).__name__ in classes
     found = {name for name, _ in select_units(module, rule)}
     modules = dict(module.named_modules())
@@ -115,5 +117,5 @@ def _at(unit: str, device_map: DeviceMap) -> Place | None:
     best = max((key for key in device_map if within(unit, key)), key=len, default=None)
     if best is not None:
         return device_map[best]
-    # The root's own parameters: as the first of its children.
-    return next((at for key, at in device_map.items() if "." not in key), None) if not unit else None
+    # Only what is in it has places: its own parameters, or its children. As the first of these.
+    return next((at for key, at in device_map.items() if within(key, unit)), None)

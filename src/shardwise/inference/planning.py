@@ -13,7 +13,7 @@ from shardwise.comm import World
 from shardwise.engine.engine import Engine
 from shardwise.engine.stored import StoredTensor
 from shardwise.engine.stored_build import run_stored
-from shardwise.errors import UnitError
+from shardwise.inference.asked import require_places
 from shardwise.inference.budget import activations_and_cache, memory_of
 from shardwise.inference.device_map import DeviceMap
 from shardwise.inference.hooks import ModelHook
@@ -21,8 +21,7 @@ from shardwise.inference.maps import device_of, home_of, places_of, units_of_map
 from shardwise.inference.micro_batches import use_pieces
 from shardwise.inference.plan import Room, WeightsPlan, place_weights
 from shardwise.inference.several_devices import PlanOfDevices, place_on_devices, plan_of_places, require_room
-
-MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "split")
+from shardwise.inference.turns import take_turns
 
 
 def choose_plan(
@@ -32,7 +31,7 @@ def choose_plan(
     world: World,
     *,
     max_memory: Mapping[int | str, int | str] | None,
-    classes: Sequence[str] | None,
+    classes: Sequence[str] | str | None,
     batch: int,
     length: int,
     ahead: int,
@@ -46,6 +45,7 @@ def choose_plan(
     if not isinstance(device_map, str):
         main = device_of(device_map)
         units = units_of_map(module, device_map, classes)
+        require_places(module, device_map)
         weights = weights_of(module, units, tensors)
         places = places_of(units, device_map, main)
         homes = {name: home_of(name, device_map, places[name]) for name in units}
@@ -54,8 +54,6 @@ def choose_plan(
             used = list(dict.fromkeys([main, *places.values()]))
             require_room(plan, main, *memory_of(used, max_memory, world.local_size))
         return plan, places[""]
-    if device_map not in MAPS:
-        raise UnitError(f"device_map={device_map!r}", fix=f"one of {', '.join(MAPS)}, or a dict")
     split = device_map == "split"
     mine = [world.device] if split else devices.of_this_rank(world.device, world.local_size)
     rooms, host = memory_of(mine, max_memory, world.local_size)
@@ -88,5 +86,6 @@ def run_planned(
         if encoder is not None and getattr(module.config, "is_encoder_decoder", False):
             # transformers gives the encoder of such a model a hook of Accelerate's, if it has none.
             encoder()._hf_hook = ModelHook()
+    take_turns(engine)
     use_pieces(module, micro_batches, plan)
     return engine
