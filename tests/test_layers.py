@@ -15,7 +15,7 @@ ROOT = Path(shardwise.__file__).parent
 FLOORS = [
     ["errors", "trees", "lazy", "naming", "sizes", "host"],
     ["strategy", "environment", "deepspeed_config"],
-    ["layout", "placement", "device"],
+    ["layout", "placement", "device", "quantization"],
     ["comm"],
     ["tiers"],
     ["engine"],
@@ -110,7 +110,7 @@ def circle(edges: dict[Path, set[Path]]) -> list[Path]:
     return next((found for file in sorted(edges) if (found := visit(file))), [])
 
 
-@pytest.mark.parametrize("package", ["comm", "tiers", "engine", "checkpoint", "inference", "cli"])
+@pytest.mark.parametrize("package", ["comm", "tiers", "engine", "checkpoint", "inference", "quantization", "cli"])
 def test_no_circle_of_files_inside_a_package(package):
     files = list((ROOT / package).glob("*.py"))
     edges = {path: siblings(path) for path in files}

@@ -42,11 +42,14 @@ if TYPE_CHECKING:
     from shardwise.inference.dispatch import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
     from shardwise.inference.load import load
     from shardwise.inference.meta import init_empty_weights, init_on_device
+    from shardwise.inference.to_int8 import quantize_checkpoint
     from shardwise.inference.uneven import together
     from shardwise.launchers import debug_launcher, notebook_launcher
     from shardwise.local_sgd import LocalSGD
     from shardwise.observe.memory import MemoryMeter, memory_meter
     from shardwise.observe.stats import Stats, expected, reset_stats, stats
+    from shardwise.quantization.linear import QuantizedLinear
+    from shardwise.quantization.replacing import quantize
     from shardwise.rng import set_seed, synchronize_rng_states
     from shardwise.state import PartialState
     from shardwise.strategy import Strategy
@@ -73,6 +76,7 @@ _HOME = {
     "PartialState": "state",
     "ProfileKwargs": "compat.dataclasses",
     "ProjectConfiguration": "compat.dataclasses",
+    "QuantizedLinear": "quantization.linear",
     "ShardwiseError": "errors",
     "Stats": "observe.stats",
     "Strategy": "strategy",
@@ -99,6 +103,8 @@ _HOME = {
     "optimizer_state": "engine.optimizer",
     "no_sync": "engine.build",
     "notebook_launcher": "launchers",
+    "quantize": "quantization.replacing",
+    "quantize_checkpoint": "inference.to_int8",
     "reset_stats": "observe.stats",
     "set_seed": "rng",
     "skip_first_batches": "data_loader",
@@ -128,6 +134,7 @@ __all__ = [
     "PartialState",
     "ProfileKwargs",
     "ProjectConfiguration",
+    "QuantizedLinear",
     "ShardwiseError",
     "Stats",
     "Strategy",
@@ -156,6 +163,8 @@ __all__ = [
     "no_sync",
     "notebook_launcher",
     "optimizer_state",
+    "quantize",
+    "quantize_checkpoint",
     "reset_stats",
     "set_seed",
     "skip_first_batches",

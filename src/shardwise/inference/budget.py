@@ -11,6 +11,7 @@ from torch import nn
 from shardwise import device as devices
 from shardwise import host
 from shardwise.errors import OffloadError
+from shardwise.quantization.linear import QuantizedLinear
 from shardwise.sizes import parse_bytes
 
 KEPT = 0.9
@@ -77,11 +78,13 @@ def activations_and_cache(module: nn.Module, *, batch: int, length: int) -> tupl
 
     Returns:
         Of buffers, activations and logits, and of the cache of keys and values. An estimate from above for decoders. Of
-        a module without ``config`` only its buffers are counted.
+        a module without ``config`` only its buffers are counted, and what a quantised layer computes with.
     """
     if batch < 1 or length < 1:
         raise OffloadError(f"batch={batch}, length={length}", fix="give positive numbers")
     buffers = sum(b.nbytes for b in module.buffers())
+    itemsize = next((p.dtype.itemsize for p in module.parameters() if p.is_floating_point()), 4)
+    buffers += max((m.bytes_beside(itemsize) for m in module.modules() if isinstance(m, QuantizedLinear)), default=0)
     config: Any = getattr(module, "config", None)
     config = getattr(config, "text_config", None) or config
     width = getattr(config, "hidden_size", None)
@@ -93,7 +96,6 @@ def activations_and_cache(module: nn.Module, *, batch: int, length: int) -> tupl
     layers = getattr(config, "num_hidden_layers", 1)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     vocabulary = getattr(config, "vocab_size", 0)
-    itemsize = next((p.dtype.itemsize for p in module.parameters()), 4)
     cache = 2 * layers * batch * length * keys * head * itemsize
     activations = batch * length * (8 * width + 3 * inner) * itemsize
     logits = batch * vocabulary * (itemsize + 4)

@@ -168,7 +168,7 @@ def load_in(
     """See :func:`shardwise.inference.dispatch.load_checkpoint_in_model`."""
     device_map = None if asked is None else map_of(asked)
     (state,) = model_states([model], placeholders=True)
-    found = fitted(state, checkpoint, missing=not strict, surplus=not strict)
+    found = fitted(state, open_source(checkpoint), missing=not strict, surplus=not strict)
     if found.unexpected:
         _log.warning("%s: %s are not the model's, and were not used when it was loaded", checkpoint, found.unexpected)
     ties = find_tied_parameters(model)

@@ -24,6 +24,7 @@ def load(
     micro_batches: int | None = None,
     verbose: bool = False,
     strict: bool = True,
+    quantization: str | None = None,
 ) -> Any:
     """Load a model for running it, however large it is.
 
@@ -50,6 +51,9 @@ def load(
         verbose: print where everything is.
         strict: files must not have more than the model, but for what its class says to be of no use. Lacking something
             is an error always.
+        quantization: ``int8``: linear layers become :class:`~shardwise.QuantizedLinear` as they are read, those of
+            :func:`shardwise.quantize`. Not what is read from the disk for each use: write that in int8 first, with
+            :func:`shardwise.quantize_checkpoint`. What files have in int8 is read as it is, whatever is said here.
 
     Returns:
         The module, in eval mode, with frozen parameters. Its class, its ``forward`` and its names are what they were;
@@ -57,7 +61,7 @@ def load(
 
     Raises:
         CheckpointError: no weights, damaged ones, or they do not fit the model.
-        OffloadError: too little memory: says how much is missing.
+        OffloadError: too little memory: says how much is missing. Weights to be quantised for each use.
         UnitError: the map names unknown modules, or leaves some out.
         DeviceError: it names a device that is not there.
 
@@ -81,4 +85,5 @@ def load(
         micro_batches,
         verbose,
         strict,
+        quantization,
     )

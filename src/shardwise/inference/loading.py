@@ -17,7 +17,7 @@ from shardwise.checkpoint.formats import open_source
 from shardwise.checkpoint.model_loading import Fit, fit, misfit
 from shardwise.checkpoint.model_state import ModelState, model_states
 from shardwise.checkpoint.storage_reader import StorageReader
-from shardwise.checkpoint.stored_tensor import Stored
+from shardwise.checkpoint.stored_tensor import Source, Stored
 from shardwise.comm import init
 from shardwise.engine.stored import FilePiece, StoredTensor
 from shardwise.errors import CheckpointError, UnitError
@@ -28,6 +28,7 @@ from shardwise.inference.micro_batches import check_pieces
 from shardwise.inference.plan import WeightsPlan
 from shardwise.inference.planning import choose_plan, run_planned
 from shardwise.inference.pretrained import model_of
+from shardwise.inference.quantizing import quantize_as_read, quantize_like, refuse_disk, require_known, scales_in
 
 _SHORT = 64 << 10  # bytes; many runs shorter than this are read in blocks, and taken apart
 
@@ -45,6 +46,7 @@ def load_from_files(
     micro_batches: int | None,
     verbose: bool,
     strict: bool,
+    quantization: str | None,
 ) -> nn.Module:
     """:func:`shardwise.load`."""
     world = init()
@@ -57,23 +59,20 @@ def load_from_files(
 
     with agreed() as block:
         device_map, max_memory, wanted = as_map(asked), as_budget(max_memory), _dtype(dtype)
-        if not isinstance(model, (str, os.PathLike, nn.Module)):
-            raise CheckpointError(
-                f"{model!r} is neither a folder nor a module", fix="Model(), made on the meta device, or a path"
-            )
-        module, folder = (model, checkpoint) if isinstance(model, nn.Module) else (model_of(model, wanted), model)
-        if folder is None:
-            raise CheckpointError(
-                "a module without its weights", fix="give checkpoint=, the folder or file they are in"
-            )
+        require_known(quantization)
+        module, folder = module_and_files(model, checkpoint, wanted)
+        source = open_source(folder)
+        quantize_like(module, source)
         (state,) = model_states([module], placeholders=True)
-        found = fitted(state, folder, surplus=not strict)
-        tensors = _tensors(state, found, StorageReader(), wanted)
+        found, reader = fitted(state, source, surplus=not strict), StorageReader()
+        tensors = _tensors(state, found, reader, wanted)
+        arriving = quantize_as_read(module, tensors, found.tensors, reader) if quantization else ()
         plan, device = choose_plan(
             module, tensors, device_map, world,
             max_memory=max_memory, classes=no_split_module_classes, batch=batch, length=length, ahead=ahead,
         )  # fmt: skip
         check_pieces(micro_batches, plan)
+        refuse_disk(module, plan.homes, arriving)
         _load_buffers(state, found, device)
         if isinstance(block, CollectiveBlock):
             block.mine = _asked_for(plan, tensors)
@@ -91,7 +90,26 @@ def load_from_files(
     return module
 
 
-def fitted(state: ModelState, folder: str | os.PathLike[str], *, missing: bool = False, surplus: bool = True) -> Fit:
+def module_and_files(
+    model: str | os.PathLike[str] | nn.Module, checkpoint: str | os.PathLike[str] | None, dtype: torch.dtype | None
+) -> tuple[nn.Module, str | os.PathLike[str]]:
+    """The module, and where its values are. Of a folder, a new one without values; ``dtype``: of its buffers.
+
+    Raises:
+        CheckpointError: neither a folder nor a module, a folder without a configuration, or a module alone.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return model_of(model, dtype), model
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(
+            f"{model!r} is neither a folder nor a module", fix="Model(), made on the meta device, or a path"
+        )
+    if checkpoint is None:
+        raise CheckpointError("a module without its weights", fix="give checkpoint=, the folder or file they are in")
+    return model, checkpoint
+
+
+def fitted(state: ModelState, source: Source, *, missing: bool = False, surplus: bool = True) -> Fit:
     """What of the files goes where.
 
     Args:
@@ -100,7 +118,6 @@ def fitted(state: ModelState, folder: str | os.PathLike[str], *, missing: bool =
     Raises:
         CheckpointError: it does not fit.
     """
-    source = open_source(folder)
     source.sections = {key: converted(state.module, found, source.path) for key, found in source.sections.items()}
     found = fit(state, source, None)
     _pass_over(found, getattr(state.module, "_keys_to_ignore_on_load_unexpected", None))
@@ -136,8 +153,9 @@ def _tensors(
 ) -> dict[str, StoredTensor]:
     """Where the values of each parameter are, by each of its names."""
     out: dict[str, StoredTensor] = {}
+    scales = scales_in(state.module)
     for name in state.parameters:
-        out[name] = stored_tensor(found.tensors[name], dtype, reader)
+        out[name] = stored_tensor(found.tensors[name], None if name in scales else dtype, reader)
     return out | {alias: out[name] for alias, name in state.aliases.items() if name in out}
 
 
