@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from shardwise.observe.memory import MemoryMeter, memory_meter
     from shardwise.observe.stats import Stats, expected, reset_stats, stats
     from shardwise.quantization.linear import QuantizedLinear
+    from shardwise.quantization.others import as_plain_parameters
     from shardwise.quantization.replacing import quantize
     from shardwise.rng import set_seed, synchronize_rng_states
     from shardwise.state import PartialState
@@ -80,6 +81,7 @@ _HOME = {
     "ShardwiseError": "errors",
     "Stats": "observe.stats",
     "Strategy": "strategy",
+    "as_plain_parameters": "quantization.others",
     "attach": "engine.optimizer",
     "clip_grad_norm_": "engine.clip",
     "clip_grad_value_": "engine.clip",
@@ -138,6 +140,7 @@ __all__ = [
     "ShardwiseError",
     "Stats",
     "Strategy",
+    "as_plain_parameters",
     "attach",
     "checkpoint",
     "clip_grad_norm_",

@@ -29,6 +29,7 @@ from shardwise.engine.overlaps import refuse_overlaps
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import CommError, OffloadError, UnitError, UpdateFailed
+from shardwise.quantization.others import admit
 from shardwise.strategy import Strategy
 from shardwise.tiers.home import Home
 
@@ -56,7 +57,7 @@ def shard(
         raise UnitError(f"{type(module).__name__} is sharded already", fix="call fully_shard once per module")
     left = {id(p) for p in ignored}
     params = [(n, p) for n, p in module.named_parameters(remove_duplicate=False) if id(p) not in left]
-    _check(module, params)
+    _check(module, params, chosen)
     refuse_overlaps(params)
     activations.check(module, chosen)
     device = _device(params)
@@ -208,7 +209,7 @@ def no_sync(module: nn.Module) -> Iterator[None]:
         engine.sync = before
 
 
-def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]]) -> None:
+def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]], chosen: Strategy) -> None:
     if not has_forward(module):
         raise UnitError(f"{type(module).__name__} has no forward", fix="shard the modules inside it, or their parent")
     for name, p in params:
@@ -219,6 +220,7 @@ def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]]) -> Non
             )
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnitError(f"parameter '{name}' is uninitialised", fix="run a forward first")
+    admit(module, params, comes_and_goes=chosen.split_params or chosen.offload_params != "device")
     devices = {str(p.device) for _, p in params if not p.is_meta}
     if len(devices) > 1:
         raise UnitError(f"the parameters are on several devices: {', '.join(sorted(devices))}", fix="move them to one")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
+from copy import deepcopy
 from functools import cache
 from typing import Any, Protocol
 
@@ -86,6 +87,9 @@ class Guard:
             copy = nn.Parameter(shell, self.requires_grad)  # type: ignore[attr-defined]
             copy.__class__ = base
         memo[id(self)] = copy
+        if base is not nn.Parameter:  # such as quantised ones, which say in attributes what their bytes mean
+            own = {k: v for k, v in vars(self).items() if not k.startswith("_shardwise_")}
+            copy.__dict__.update(deepcopy(own, memo))
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 
 from shardwise.placement import DTYPE_NAMES
-from shardwise.quantization.linear import QuantizedLinear
+from shardwise.quantization.others import keeps_dtype
 from shardwise.strategy import Strategy
 from shardwise.trees import map_tensors
 
@@ -110,8 +110,9 @@ class _Region:
 
 def _needed(module: nn.Module, name: str, autocast: bool) -> torch.dtype | None:
     """The dtype that a parameter must keep, for the sake of the module that has it."""
-    if isinstance(module, QuantizedLinear) and name == "scales":
-        return module.scales.dtype
+    if keeps_dtype(module, name):
+        own = module._parameters[name]
+        return None if own is None else own.dtype
     buffers = {key: b for key, b in module._buffers.items() if b is not None and b.is_floating_point()}
     statistics = [b for key, b in buffers.items() if key.startswith("running_")]
     if name.endswith("_orig"):  # torch.nn.utils.spectral_norm: its estimates of singular vectors

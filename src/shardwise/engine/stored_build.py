@@ -20,6 +20,7 @@ from shardwise.engine.stations import keep_together
 from shardwise.engine.stored import Reading, StoredBucket, StoredTensor
 from shardwise.engine.unit import Unit
 from shardwise.errors import UnitError
+from shardwise.quantization.others import admit
 from shardwise.strategy import Strategy
 from shardwise.tiers.home import Home
 from shardwise.tiers.page_buffer import PagePool
@@ -58,6 +59,7 @@ def run_stored(
     """
     if engine_of(module) is not None:
         raise UnitError(f"{type(module).__name__} is sharded already", fix="load a new one")
+    admit(module, module.named_parameters(), comes_and_goes=True)
     world = init(device)
     away = next((home for home in ("nvme", "cpu") if home in homes.values()), "device")
     strategy = _strategy(split, away, ahead)
@@ -138,4 +140,7 @@ def _placeholder(p: nn.Parameter, dtype: torch.dtype, device: torch.device) -> n
     if type(p) is not nn.Parameter and issubclass(type(p), nn.Parameter):
         new.__class__ = type(p)
     new.__dict__.update(p.__dict__)
+    state = vars(new).get("quant_state")  # bitsandbytes': what its bytes mean
+    if state is not None:
+        state.to(device)
     return new

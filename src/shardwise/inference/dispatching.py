@@ -31,6 +31,7 @@ from shardwise.inference.plan import DEVICE, DISK, HOST
 from shardwise.inference.planning import run_planned
 from shardwise.inference.several_devices import plan_of_places
 from shardwise.inference.ties import find_tied_parameters, retie_parameters
+from shardwise.quantization.others import admit
 
 _log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def _take_over(
     folder: Folder,
     index: Index,
 ) -> nn.Module:
+    admit(model, model.named_parameters(), comes_and_goes=True)
     held = Holdings(model, values, folder, index)
     device = places[""]
     if device.type == "cpu":
