@@ -304,6 +304,27 @@ def test_a_quantised_model_in_memory_is_dispatched(tmp_path, where):
     assert_says(model, expected)
 
 
+def on_an_accelerator(folders):
+    plain = in_memory(folders).to("sim:0")
+    homes, same = [], []
+    for folder, kw in (
+        ("full", {"quantization": "int8"}),
+        ("full", {"quantization": "int8", "max_memory": {0: 480_000, "cpu": 400_000}, "length": 8}),
+        ("int8", {"max_memory": {0: 480_000, "cpu": 400_000}, "length": 8}),
+        ("int8", {"max_memory": {0: 480_000, "cpu": 0}, "length": 8}),
+    ):
+        loaded = shardwise.load(folders[folder], **kw)
+        homes.append(set(loaded.shardwise_plan.homes.values()))
+        with torch.no_grad():
+            same.append(torch.equal(loaded(ids().to("sim:0")).logits, plain(ids().to("sim:0")).logits))
+    return homes, same
+
+
+def test_on_an_accelerator_from_its_memory_the_hosts_and_the_disk(folders):
+    homes, same = run(1, on_an_accelerator, folders, device="sim")[0]
+    assert all(same) and homes == [{"device"}, {"device", "cpu"}, {"device", "cpu"}, {"device", "nvme"}]
+
+
 # --- training beside them -----------------------------------------------------------------------------
 class Adapter(nn.Module):
     """A low-rank update of a frozen layer."""
