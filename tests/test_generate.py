@@ -26,7 +26,7 @@ from transformers import (
 import processes
 from processes import Process
 from ranks import run
-from shardwise import cli
+from shardwise import cli, quantize
 from shardwise.cli.generate import told
 from shardwise.cli.generate.answers import Answers, Writer
 from shardwise.cli.generate.job import Job
@@ -141,6 +141,16 @@ def test_dtype_is_what_it_runs_in(folders, monkeypatch, capfd):
 
 
 # --- several ranks --------------------------------------------------------------------------------
+def test_weights_are_held_in_int8(folders, monkeypatch, capfd):
+    args = ["--ids", "5 6 7", "--max-new-tokens", NEW, "--quantization", "int8"]
+    assert here(monkeypatch, folders["llama"], *args) == 0
+    model: Any = quantize(AutoModelForCausalLM.from_pretrained(folders["llama"]).eval())
+    want = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=NEW, pad_token_id=0)[0, 3:].tolist()
+    assert [int(word) for word in capfd.readouterr().out.split()] == want
+    assert here(monkeypatch, folders["llama"], *args, "--device-map", "disk") != 0
+    assert "shardwise.quantize_checkpoint" in capfd.readouterr().err
+
+
 def _work(job: Job) -> bool:
     from shardwise.cli.generate.worker import work
 
@@ -382,6 +392,7 @@ def test_an_unfinished_run_goes_on_with_its_own_settings_only(tmp_path):
         (["M", "x", "--max-memory", "cpu"], "is not PLACE=SIZE"),
         (["M", "x", "--max-memory", "cpu=1GB", "--device-map", "disk"], "--max-memory has no meaning"),
         (["M", "x", "--dtype", "int3"], "--dtype int3"),
+        (["M", "x", "--quantization", "int3"], "--quantization int3"),
         (["M", "x", "--greedy", "--top-p", "0.5"], "--greedy draws nothing"),
         (["M", "x", "--temperature", "0"], "--temperature 0"),
         (["M", "x", "--max-new-tokens", "0"], "--max-new-tokens 0"),

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -271,6 +272,8 @@ def test_a_folder_in_int8_says_so_and_is_not_quantised_again(folders, tmp_path):
     assert_says(shardwise.load(folders["int8"], quantization="int8"), said(in_memory(folders)))
     with pytest.raises(CheckpointError, match="quantised already"):
         shardwise.quantize_checkpoint(folders["int8"], tmp_path / "twice")
+    with pytest.raises(UnitError, match="power of two"):
+        shardwise.quantize_checkpoint(folders["full"], tmp_path / "odd", block=100)
     with pytest.raises(CheckpointError, match="not empty"):
         shardwise.quantize_checkpoint(folders["full"], folders["int8"])
     loaded = shardwise.load(folders["full"], quantization="int8", dtype="float32")
@@ -302,6 +305,31 @@ def test_a_quantised_model_in_memory_is_dispatched(tmp_path, where):
     shardwise.dispatch_model(model, {"model.layers.1": "cpu", "": where}, offload_dir=tmp_path)
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear)
     assert_says(model, expected)
+
+
+class Narrow(nn.Module):
+    """A weight in fp8 with a scale beside it, as many authors publish them."""
+
+    def __init__(self, kind: str = "float8_e4m3fn") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64).to(getattr(torch, kind)), requires_grad=False)
+        self.scale = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_fp8_is_counted_at_its_true_size_and_read_as_it_is(tmp_path, kind):
+    model = nn.Sequential(*(Narrow(kind) for _ in range(3)))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        other = nn.Sequential(*(Narrow(kind) for _ in range(3)))
+    loaded = shardwise.load(other, {"": "disk"}, checkpoint=tmp_path / "model.safetensors")
+    assert sum(loaded.shardwise_plan.nbytes.values()) == 3 * (64 * 64 + 4)
+    x = torch.randn(2, 64)
+    assert torch.equal(loaded(x), model(x))
+    assert all(p.dtype == getattr(torch, kind) for n, p in loaded.named_parameters() if "weight" in n)
 
 
 def on_an_accelerator(folders):

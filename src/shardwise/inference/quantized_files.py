@@ -21,6 +21,7 @@ from shardwise.checkpoint.stored_tensor import SAFETENSORS_DTYPES, Stored
 from shardwise.errors import CheckpointError
 from shardwise.inference.loading import fitted, module_and_files
 from shardwise.inference.quantizing import METHOD, QuantizedAsRead, quantize_like
+from shardwise.quantization.int8 import require_block
 from shardwise.quantization.linear import QuantizedLinear
 from shardwise.quantization.replacing import linears_of, nothing_to_quantize
 
@@ -39,6 +40,7 @@ def write_in_int8(
     progress: bool,
 ) -> Path:
     """:func:`shardwise.quantize_checkpoint`."""
+    require_block(block)
     module, folder = module_and_files(model, checkpoint, None)
     source, limit, root = open_source(folder), shard_limit(max_shard_size), Path(os.path.realpath(out))
     quantize_like(module, source)
@@ -48,7 +50,7 @@ def write_in_int8(
     tensors, reader = fitted(state, source, surplus=False).tensors, StorageReader()
     halves = {
         name: QuantizedAsRead(name, tensors[name], block, reader)
-        for name in (f"{layer}.weight" for layer in linears_of(module, skip))
+        for name in (f"{layer}.weight" for layer in linears_of(module, skip) if layer)
     }
     if not halves:
         raise nothing_to_quantize(module)

@@ -106,7 +106,7 @@ def quantize_as_read(
     Raises:
         UnitError: there is no such layer.
     """
-    names = linears_of(model)
+    names = [name for name in linears_of(model) if name]
     if not names and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
         raise nothing_to_quantize(model)
     layers = {}
@@ -132,7 +132,7 @@ def quantize_like(model: nn.Module, source: Source) -> None:
     layers = {}
     for name, layer in model.named_modules():
         weight, scales = stored.get(f"{name}.weight"), stored.get(f"{name}.scales")
-        if type(layer) is not nn.Linear or weight is None or scales is None or weight.dtype != torch.int8:
+        if not name or type(layer) is not nn.Linear or weight is None or scales is None or weight.dtype != torch.int8:
             continue
         block = _block(layer.in_features, scales.shape)
         if block is None:

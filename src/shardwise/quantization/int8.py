@@ -22,6 +22,16 @@ def blocks_of(columns: int, block: int) -> int:
     return -(-columns // block)
 
 
+def require_block(block: int) -> None:
+    """Raise for a number of elements that cannot share a scale.
+
+    Raises:
+        UnitError: it is no power of two.
+    """
+    if block < 1 or block & (block - 1):
+        raise UnitError(f"block={block}", fix="a power of two: so the shape of scales tells which one it is")
+
+
 def scales_of(values: torch.Tensor, block: int, where: str = "") -> torch.Tensor:
     """The scales of whole rows.
 

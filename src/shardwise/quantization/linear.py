@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from shardwise.errors import UnitError
-from shardwise.quantization.int8 import BLOCK, blocks_of, dequantized, dequantizing_bytes, quantized
+from shardwise.quantization.int8 import BLOCK, blocks_of, dequantized, dequantizing_bytes, quantized, require_block
 
 
 class QuantizedLinear(nn.Linear):
@@ -47,8 +47,7 @@ class QuantizedLinear(nn.Linear):
         *,
         block: int = BLOCK,
     ) -> None:
-        if block < 1 or block & (block - 1):
-            raise UnitError(f"block={block}", fix="a power of two: so the shape of scales tells which one it is")
+        require_block(block)
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.block = in_features, out_features, block
         shapes = (

@@ -30,6 +30,9 @@ def generate(
         str | None, typer.Option(metavar="cpu=8GiB,0=20GiB", help="What each rank may use. Default: what is free.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="To run in: bf16, fp16, fp32, ... Default: the model's.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="int8", help="Hold weights in int8, unless they are read from the disk.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many for each prompt.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="Draw tokens, the wilder the higher.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest with this probability in all.")] = None,
@@ -69,6 +72,7 @@ def generate(
         places = request.parse_map(device_map)
         memory = request.parse_memory(max_memory, places)
         kind = request.parse_dtype(dtype)
+        request.check_quantization(quantization)
         request.check_folder(folder)
         if prompts is not None:
             wanted = read_prompts(prompts)
@@ -80,7 +84,8 @@ def generate(
             request.check_tokenizer(folder)
         with tempfile.TemporaryDirectory(prefix="shardwise-generate-") as scratch:
             job = Job(
-                str(folder), places, memory, kind, sampling, max_new_tokens, seed, batch, length, wanted, None, scratch
+                str(folder), places, memory, kind, sampling, max_new_tokens, seed, batch, length, wanted, None, scratch,
+                quantization,
             )  # fmt: skip
             run = Run(job, nproc, cpu=device_map == "cpu")
             code = run.shown() if out is None else run.written(out)

@@ -25,6 +25,7 @@ class Job:
         prompts: what is to be continued.
         out: prefix of the files that answers are written to, one per rank; ``None``: the one answer is shown.
         scratch: folder for what the ranks tell the command: see :mod:`shardwise.cli.generate.told`.
+        quantization: as :func:`shardwise.load` takes it.
         launcher: process that waits for the ranks; 0: this one.
     """
 
@@ -40,6 +41,7 @@ class Job:
     prompts: list[Prompt] = field(repr=False)
     out: str | None
     scratch: str
+    quantization: str | None = None
     launcher: int = 0
 
     def write(self, path: Path) -> None:

@@ -102,6 +102,16 @@ def parse_dtype(text: str | None) -> str | None:
     return None if text is None else _DTYPES[text]
 
 
+def check_quantization(text: str | None) -> None:
+    """It is ``int8``, or nothing was said.
+
+    Raises:
+        ConfigError: it is another word.
+    """
+    if text not in (None, "int8"):
+        raise ConfigError(f"--quantization {text} is not known", fix="int8")
+
+
 def sampling_of(temperature: float | None, top_p: float | None, greedy: bool) -> dict[str, Any]:
     """Arguments of ``model.generate``. Where nothing was said, the model's own configuration decides.
 

@@ -17,7 +17,7 @@ from shardwise.cli.launch import choose_nproc, ranks_environment, thread_environ
 from shardwise.cli.settings import Settings
 from shardwise.errors import LaunchError, ShardwiseError
 
-_SETTINGS = ("folder", "dtype", "sampling", "max_new_tokens", "seed")
+_SETTINGS = ("folder", "dtype", "quantization", "sampling", "max_new_tokens", "seed")
 
 
 class Run:

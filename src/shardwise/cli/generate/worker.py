@@ -70,7 +70,8 @@ def _prepare(job: Job) -> tuple[Any, Any, list[list[int]], float]:
     length = texts.check_lengths(job.prompts, ids, job.max_new_tokens, job.length)
     begun = time.perf_counter()
     model = load(
-        job.folder, job.device_map, max_memory=job.max_memory, dtype=job.dtype, batch=job.batch, length=length
+        job.folder, job.device_map, max_memory=job.max_memory, dtype=job.dtype, batch=job.batch, length=length,
+        quantization=job.quantization,
     )  # fmt: skip
     load_s = time.perf_counter() - begun
     if not hasattr(model, "generate"):
