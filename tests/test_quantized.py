@@ -536,6 +536,21 @@ def test_a_model_on_the_meta_device_gets_the_values_of_one_in_memory():
     assert_same(run(2, made_on_meta, "zero3")[0], whole(shardwise.quantize(layers(), block=16)))
 
 
+def loads_on_meta(folder):
+    with torch.device("meta"):
+        model = shardwise.quantize(llama())
+    shardwise.fully_shard(model, strategy="zero3")
+    shardwise.checkpoint.load_model(model, folder)
+    with torch.no_grad():
+        return model.eval()(ids()).logits
+
+
+def test_a_model_on_the_meta_device_gets_the_values_of_a_folder_in_int8(folders):
+    expected = in_memory(folders).float()(ids()).logits
+    for logits in run(2, loads_on_meta, folders["int8"]):
+        assert torch.equal(logits, expected)
+
+
 def peft_model():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)

@@ -185,6 +185,22 @@ def test_models_in_memory_are_dispatched(tmp_path, kind):
     assert_same(bits(model), bits(made(kind)))
 
 
+class Tagged(nn.Parameter):
+    """A parameter with something to say."""
+
+
+def test_a_copy_keeps_what_a_parameter_says_of_itself(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+    model[0].weight = Tagged(model[0].weight.detach(), requires_grad=False)
+    model[0].weight.meaning = torch.arange(3)
+    model[0].weight.layer = model[0]
+    twin = copy.deepcopy(shardwise.dispatch_model(model, {"": "disk"}, offload_dir=tmp_path))
+    said = vars(twin[0].weight)
+    assert torch.equal(said["meaning"], torch.arange(3)) and said["meaning"] is not model[0].weight.meaning
+    assert said["layer"] is twin[0]
+    assert torch.equal(twin(torch.ones(1, 8)), model(torch.ones(1, 8)))
+
+
 def test_what_is_not_served_says_what_to_do():
     with pytest.raises(UnitError, match="Pair, a tensor made of other tensors") as error:
         shardwise.fully_shard(made(pair, plain=False), strategy="zero3")

@@ -22,6 +22,7 @@ from torch import nn
 from shardwise.engine.resets import Slot, Writes, rehearse, slots_in, slots_of
 from shardwise.engine.unit import unit_of
 from shardwise.errors import ReleasedParameterError, UnitError
+from shardwise.quantization.linear import QuantizedLinear
 
 InitFn = Callable[[nn.Module], Any]
 _OWN = ("reset_parameters", "_reset_parameters", "_init_weights")  # as torch's layers, and many models, have it
@@ -94,6 +95,8 @@ class Deferred:
     def _init_of(self, module: nn.Module) -> _Init | None:
         if (init := self.init) is not None:
             return _Init(lambda: init(module), "param_init_fn")
+        if isinstance(module, QuantizedLinear):  # a model would draw floating-point numbers into its int8 weight
+            return _own_init(module)
         if (by_model := self._by_model.get(id(module))) is not None:
             return _Init(lambda: by_model(module), "_init_weights")
         return _own_init(module)
