@@ -32,54 +32,35 @@ def require_block(block: int) -> None:
         raise UnitError(f"block={block}", fix="a power of two: so the shape of scales tells which one it is")
 
 
-def scales_of(values: torch.Tensor, block: int, where: str = "") -> torch.Tensor:
-    """The scales of whole rows.
+@torch.no_grad()
+def quantized(values: torch.Tensor, block: int, where: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix as int8 and scales, on its device.
 
     Args:
         values: ``(rows, columns)``, floating-point.
-        where: what errors call them.
+        where: what errors call it.
 
     Returns:
-        ``(rows, blocks)`` in fp32.
+        ``(rows, columns)`` in int8, ``(rows, blocks)`` in fp32.
 
     Raises:
         UnitError: a value is infinite or NaN, which no scale can say.
-    """
-    rows, columns = values.shape
-    missing = blocks_of(columns, block) * block - columns
-    padded = torch.nn.functional.pad(values.detach(), (0, missing)) if missing else values.detach()
-    largest = padded.reshape(rows, -1, block).abs().amax(-1).float()
-    if not bool(torch.isfinite(largest).all()):
-        raise UnitError("infinite or NaN: such weights cannot be quantised", where=where, fix="leave it out with skip=")
-    return largest / _LARGEST
 
-
-def to_int8(values: torch.Tensor, scales: torch.Tensor, block: int, out: torch.Tensor) -> None:
-    """Quantise whole rows.
-
-    Args:
-        values: ``(rows, columns)``, floating-point.
-        scales: of these rows, see :func:`scales_of`.
-        out: ``(rows, columns)``, int8.
-    """
-    per_element = _spread(scales, block, values.shape[1])
-    divisor = torch.where(per_element == 0, 1.0, per_element)
-    out.copy_((values.detach().float() / divisor).round_().clamp_(-_LARGEST, _LARGEST))
-
-
-@torch.no_grad()
-def quantized(values: torch.Tensor, block: int, where: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix as int8 and scales, on its device. Takes the memory of some rows beside the result.
-
-    Raises:
-        UnitError: a value is infinite or NaN.
+    Cost: the result, and fp32 values of some rows.
     """
     rows, columns = values.shape
     out = torch.empty(rows, columns, dtype=torch.int8, device=values.device)
     scales = torch.empty(rows, blocks_of(columns, block), dtype=torch.float32, device=values.device)
+    missing = scales.shape[1] * block - columns
     for lo, hi in row_parts(rows, columns):
-        scales[lo:hi] = scales_of(values[lo:hi], block, where)
-        to_int8(values[lo:hi], scales[lo:hi], block, out[lo:hi])
+        part = torch.nn.functional.pad(values[lo:hi].detach().to(torch.float32, copy=True), (0, missing))
+        blocks = part.view(hi - lo, -1, block)
+        steps = blocks.abs().amax(-1, keepdim=True).div_(_LARGEST)
+        scales[lo:hi] = steps.squeeze(-1)
+        blocks.div_(steps.masked_fill_(steps == 0, 1.0)).round_().clamp_(-_LARGEST, _LARGEST)
+        out[lo:hi] = part[:, :columns]
+    if not bool(torch.isfinite(scales).all()):
+        raise UnitError("infinite or NaN: such weights cannot be quantised", where=where, fix="leave it out with skip=")
     return out, scales
 
 
@@ -124,7 +105,3 @@ def row_parts(rows: int, columns: int) -> list[tuple[int, int]]:
     """Ranges of rows that are converted at a time."""
     each = max(1, _AT_A_TIME // max(columns, 1))
     return [(lo, min(lo + each, rows)) for lo in range(0, rows, each)]
-
-
-def _spread(scales: torch.Tensor, block: int, columns: int) -> torch.Tensor:
-    return scales.repeat_interleave(block, dim=1)[:, :columns]
