@@ -185,6 +185,17 @@ def test_models_in_memory_are_dispatched(tmp_path, kind):
     assert_same(bits(model), bits(made(kind)))
 
 
+def where_their_meaning_is(folder):
+    model = made(four_bits)
+    shardwise.dispatch_model(model, {"0": "cpu", "1": "disk", "": "sim:0"}, offload_dir=folder)
+    return {str(block.up.weight.quant_state.absmax.device) for block in model[:3]}
+
+
+def test_scales_of_bitsandbytes_are_where_the_model_runs(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    assert run(1, where_their_meaning_is, tmp_path, device="sim") == [{"sim:0"}]
+
+
 class Tagged(nn.Parameter):
     """A parameter with something to say."""
 

@@ -29,6 +29,7 @@ from shardwise.engine.bucket import Bucket
 from shardwise.errors import UnitError
 from shardwise.layout import Layout, Slot, row_strides
 from shardwise.placement import Ranks, place
+from shardwise.quantization.others import bring_meaning
 from shardwise.strategy import Strategy
 from shardwise.tiers import Buffer, Ledger
 from shardwise.tiers.aligned import ALIGN, padded
@@ -279,6 +280,7 @@ class StoredBucket(Bucket):
         self._hollow = self.flat.hollow(self._cut) if isinstance(self.flat, PageBuffer) else []
         for p in self.params:
             p.requires_grad_(False)
+            bring_meaning(p, self.device)
         self._attach_all()
         if not plan.params_on_disk and self.master.numel() == self.layout.numel:  # all of it is here: nobody else's
             of = weakref.ref(self)  # values that it was made of are needed no longer, nor their files

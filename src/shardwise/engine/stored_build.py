@@ -140,7 +140,4 @@ def _placeholder(p: nn.Parameter, dtype: torch.dtype, device: torch.device) -> n
     if type(p) is not nn.Parameter and issubclass(type(p), nn.Parameter):
         new.__class__ = type(p)
     new.__dict__.update(p.__dict__)
-    state = vars(new).get("quant_state")  # bitsandbytes': what its bytes mean
-    if state is not None:
-        state.to(device)
     return new

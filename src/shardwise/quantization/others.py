@@ -95,6 +95,13 @@ def as_plain_parameters(model: nn.Module) -> nn.Module:
     return model
 
 
+def bring_meaning(p: nn.Parameter, device: torch.device) -> None:
+    """Have what says what a parameter's bytes mean where these are used; bitsandbytes keeps it in an attribute."""
+    state = vars(p).get("quant_state")
+    if state is not None:
+        state.to(device)
+
+
 def keeps_dtype(module: nn.Module, name: str) -> bool:
     """Has a parameter its meaning in its own dtype only: scales, or bytes that are called numbers?"""
     if isinstance(module, QuantizedLinear):
