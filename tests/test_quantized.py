@@ -453,6 +453,24 @@ def test_int8_weights_are_sharded_and_gathered_as_bytes():
         assert true <= int8 <= true * 1.1 and held == int8 // 2
 
 
+def steps(strategy):
+    model = shardwise.fully_shard(qlora(), strategy=strategy)
+    optimizer = sgd(model.parameters())
+    for step in range(2):  # what later steps send
+        shardwise.reset_stats()
+        loss_of(model, batch(step, rank())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sent = sum(c.bytes_sent for kind, c in shardwise.stats(model).comm.items() if kind in ("gather", "reduce"))
+    return sent, shardwise.expected(model).sent_per_step
+
+
+def test_the_bytes_of_a_step_are_the_formula():
+    for strategy in ("ddp", "zero3"):
+        for sent, expected in run(2, steps, strategy):
+            assert sent == expected
+
+
 def on_a_device(changes):
     torch.manual_seed(0)
     model = qlora().to("sim:0")
