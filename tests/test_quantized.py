@@ -138,6 +138,11 @@ def test_what_is_left_as_it_is():
     assert isinstance(model.lm_head, QuantizedLinear) and type(model.model.layers[1].mlp.up_proj) is nn.Linear
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert isinstance(model.model.layers[1].self_attn.q_proj, QuantizedLinear)
+    model = shardwise.quantize(transformers.LlamaForCausalLM(config), skip="lm_head")
+    assert type(model.lm_head) is nn.Linear
+    with pytest.raises(UnitError, match="skip names 'lm_haed'") as error:
+        shardwise.quantize(model, skip=["lm_haed"])
+    assert "lm_head" in str(error.value)
     for wrong in (nn.Embedding(3, 3), nn.Sequential(nn.Conv1d(1, 1, 1))):
         with pytest.raises(UnitError, match=r"no nn\.Linear"):
             shardwise.quantize(wrong)

@@ -40,7 +40,7 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: no weights, damaged ones, such that are quantised already or have no place in safetensors; the
             folder is not empty, or cannot be written.
-        UnitError: there is nothing to quantise, or a weight is infinite or NaN.
+        UnitError: there is nothing to quantise, ``skip`` names what there is not, or a weight is infinite or NaN.
 
     Cost: reads everything once. Host memory: some blocks of 8 MiB. Call it in one process.
     """

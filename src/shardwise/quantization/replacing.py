@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from shardwise.errors import UnitError
+from shardwise.errors import UnitError, did_you_mean
 from shardwise.quantization.int8 import BLOCK, quantized
 from shardwise.quantization.linear import QuantizedLinear
 
@@ -21,14 +21,14 @@ def quantize(model: nn.Module, *, block: int = BLOCK, skip: Collection[str] | No
     Args:
         model: changed in place, before it is sharded. If it is a linear layer itself, the result is another module.
         block: elements that share a scale.
-        skip: names of modules, or their last parts, that stay with all that is in them. Default: the one that a model
-            of transformers makes its logits with.
+        skip: names of modules, or parts of them between dots, that stay with all that is in them. Default: the one that
+            a model of transformers makes its logits with.
 
     Returns:
         The model.
 
     Raises:
-        UnitError: there is nothing to quantise, or a weight is infinite or NaN.
+        UnitError: there is nothing to quantise, ``skip`` names what there is not, or a weight is infinite or NaN.
 
     Cost: one layer's int8 weight beside the model at a time.
     """
@@ -57,8 +57,17 @@ def with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def linears_of(model: nn.Module, skip: Collection[str] | None = None) -> list[str]:
-    """Names of the layers that :func:`quantize` replaces."""
-    left = set(_output_head(model) if skip is None else skip)
+    """Names of the layers that :func:`quantize` replaces.
+
+    Raises:
+        UnitError: ``skip`` names what there is not.
+    """
+    left = _output_head(model) if skip is None else [skip] if isinstance(skip, str) else list(skip)
+    names = [name for name, _ in model.named_modules()]
+    for part in left:
+        if not any(_is_in(name, part) for name in names):
+            fix = did_you_mean(part, names, "a module's name, or parts of one between dots: see named_modules()")
+            raise UnitError(f"skip names '{part}', which {type(model).__name__} does not have", fix=fix)
     holders: dict[int, int] = {}
     for module in model.modules():
         for p in module._parameters.values():
@@ -68,8 +77,13 @@ def linears_of(model: nn.Module, skip: Collection[str] | None = None) -> list[st
         for name, module in model.named_modules()
         if type(module) is nn.Linear
         and holders[id(module.weight)] == 1
-        and not any(name == s or name.endswith(f".{s}") or f".{s}." in f".{name}." for s in left)
+        and not any(_is_in(name, part) for part in left)
     ]
+
+
+def _is_in(name: str, part: str) -> bool:
+    """Is it a module of that name, or within one?"""
+    return f".{part}." in f".{name}."
 
 
 def _output_head(model: nn.Module) -> list[str]:
