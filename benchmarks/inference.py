@@ -5,8 +5,9 @@
 *Stream*: forwards of a model whose weights come from the disk each time. *Split*: the same model over several ranks,
 each with a prompt of its own. *Load*: time until a model that fits is in memory. *Resident*: what our hooks cost where
 nothing moves. Contenders take turns within each round, and every ratio is taken within one round. *Bare* reads the same
-files from beginning to end, with as many threads and past the page cache as we do; whoever reads through it finds it
-empty. Every answer of ours has to be, bit for bit, that of the model in memory.
+files from beginning to end, with as many threads and past the page cache as we do, into the same few buffers
+(*bare_kept*: into new memory that holds all of it, whose pages the system has to find); whoever reads through the page
+cache finds it empty. Every answer of ours has to be, bit for bit, that of the model in memory.
 """
 
 from __future__ import annotations

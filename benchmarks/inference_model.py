@@ -17,6 +17,7 @@ import torch
 import shardwise
 from shardwise.engine.hooks import engine_of
 from shardwise.inference.budget import memory_beside
+from shardwise.inference.plan import Weights, least
 from shardwise.tiers.aligned import aligned_empty, padded
 from shardwise.tiers.stored_files import StoredFiles
 
@@ -158,8 +159,8 @@ def least_memory(folder: Path, batch: int, length: int = LENGTH) -> int:
     """The smallest ``max_memory`` with which the model loads. Reads no weights."""
     model = shardwise.load(folder, {"": "disk"})
     plan = model.shardwise_plan
-    moving = sum(sorted(plan.nbytes.values(), reverse=True)[: plan.ahead + 2])
-    return moving + memory_beside(model, batch=batch, length=length)
+    moving = least([Weights(name, nbytes) for name, nbytes in plan.nbytes.items()])
+    return int(1.01 * moving) + memory_beside(model, batch=batch, length=length)  # whole blocks of the disk
 
 
 def steady(model: Any, ask: Ask) -> tuple[float, float]:
@@ -237,4 +238,12 @@ class BareRead:
             coming.append(self.reader.read(file, at, self.buffers[i % BUFFERS][:length]))
         while coming:
             coming.popleft().wait()
+        return perf_counter() - start
+
+    def kept(self) -> float:
+        """Seconds of a read into new memory, as large as the files: as whoever keeps what it reads."""
+        start = perf_counter()
+        buffers = [aligned_empty(padded(f.stat().st_size)) for f in self.files]
+        for transfer in [self.reader.read(f, 0, b) for f, b in zip(self.files, buffers, strict=True)]:
+            transfer.wait()
         return perf_counter() - start

@@ -517,7 +517,7 @@ def test_pages_are_used_again(tmp_path):
     for layer in loaded.model.layers:
         layer.mlp.up_proj.register_forward_hook(lambda m, a, out: seen.add(m.weight.untyped_storage().data_ptr()))
     said(loaded)
-    assert len(seen) <= 2 * (loaded.shardwise_plan.ahead + 2)
+    assert len(seen) <= 2 * 3  # the one that runs, the next one, and one more
 
 
 def test_a_checkpoint_is_loaded_into_a_model(tmp_path):

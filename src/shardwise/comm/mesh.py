@@ -42,6 +42,15 @@ class Mesh:
         self._tags += 1
         return self._tags
 
+    def skip_tags(self, count: int) -> None:
+        """Be as if so many units had been made, on a rank that could not make them."""
+        self._tags += count
+
+    @property
+    def tags(self) -> int:
+        """How many tags there are."""
+        return self._tags
+
     def new_copy_tag(self) -> CopyTag:
         """As :meth:`new_tag`, for a copy: it is taken when it is needed."""
         return CopyTag(self)

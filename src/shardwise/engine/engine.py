@@ -254,8 +254,11 @@ class Engine:
     def _follow_gather(self, indices: Sequence[int]) -> None:
         units = [self.units[i] for i in indices]
         for unit in units:
-            unit.rest()
+            if not unit.residence.staging:  # read ahead for this
+                unit.rest()
         start_gathers(units)
+        if self.forward.repeats is not None:
+            self.forward.follow(units[-1])
         for unit in units:
             unit.gather()
             unit.release()

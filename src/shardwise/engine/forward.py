@@ -10,7 +10,7 @@ The order of units is learned from the last pass, with and without gradients apa
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from shardwise.comm.faults import Tracker
 from shardwise.engine.joined import LOOK_AHEAD, first_message, start_gathers
 from shardwise.engine.mixed_precision import autocast_dtype, cast_inputs, param_dtype
 from shardwise.engine.passes import Call, Passes, UnitOrder
-from shardwise.engine.residency import Pin
+from shardwise.engine.residency import Pin, Residency
 from shardwise.engine.saved_tensors import SavedTensors
 from shardwise.engine.unit import Unit
 from shardwise.trees import map_tensors, tensors_in
@@ -56,8 +56,10 @@ class Forward:
         gather_log: a checksum of the gathers of this step, which ranks compare.
         saved: what autograd saves.
         repeats: called with a number when a part of the model begins to run by itself (0: all of it), of a model that
-            runs again and again, as one that writes a text word by word. When it has ended, the first units are
-            brought from their home.
+            runs again and again, as one that writes a text word by word. Behind the last unit the first ones are
+            brought from their home again.
+        room: bytes of each device for all units that come and go, those that compute included: as many of the next ones
+            are brought from their home as it holds. ``None``: no limit but ``ahead``.
     """
 
     def __init__(self, root: nn.Module, passes: Passes, tracker: Tracker, ahead: int, begins: Hook) -> None:
@@ -69,6 +71,7 @@ class Forward:
         self.gather_log = 0
         self.saved: SavedTensors | None = None
         self.repeats: Callable[[int], None] | None = None
+        self.room: Mapping[torch.device, int] | None = None
         self._running: list[_Running] = []  # outermost first
         self._parents: dict[int, Call] = {}  # per unit (by index), what its last forward was inside of
         self._hooks: list[AbstractContextManager[Any]] = []  # entered
@@ -89,7 +92,8 @@ class Forward:
     def begin(self) -> None:
         """The root module is about to run."""
         if not self.passes.backward:
-            self._order().begin()
+            # Of a model that repeats, the first pass is worth looking ahead in: its units are read from files.
+            self._order().begin(None if self.repeats is None else [*self.units[-1:], *self.units[:-1]])
             self.choose_what_stays()
 
     def _open(self, unit: Unit) -> None:
@@ -108,7 +112,7 @@ class Forward:
         while self._hooks:
             self._hooks.pop().__exit__(None, None, None)
         self._after_update.clear()
-        self.drop(Pin.FORWARD)
+        self.drop(Pin.FORWARD, staged=failed or self.repeats is None)
         for unit in self.going:
             unit.watch()
         if not failed:  # where it was is what the report of a failure says
@@ -116,10 +120,10 @@ class Forward:
             if self.repeats is not None:
                 self._stage(self._order().now)
 
-    def drop(self, reason: Pin) -> None:
-        """Nothing needs the units that were kept gathered for ``reason`` any more."""
+    def drop(self, reason: Pin, *, staged: bool = True) -> None:
+        """Nothing needs the units that were kept gathered for ``reason`` any more, nor those that are ``staged``."""
         for unit in self.going:
-            if unit.residence.pinned(reason) or unit.residence.staging:
+            if unit.residence.pinned(reason) or (staged and unit.residence.staging):
                 unit.residence.drop(reason)
                 unit.release()
             unit.free()
@@ -158,8 +162,9 @@ class Forward:
         else:
             following = self._order().after(unit, LOOK_AHEAD) if self.going else ()
             self._log(unit)
+            self._make_room(unit)
             unit.gather()
-            if following:
+            if following or self.repeats is not None:
                 self.prefetch(following)
             if call is not None:
                 unit.calls_made += 1
@@ -249,13 +254,50 @@ class Forward:
             return
         first = following[0] if following else None
         if first is not None and first.released and not first.residence.coming:
+            self._make_room(first)
             start_gathers(first_message(following))
         self._stage(following)
 
     def _stage(self, following: Sequence[Unit]) -> None:
-        """Begin to bring what the next units have at home."""
-        for unit in [unit for unit in following if unit.offloaded][: self.ahead]:
-            unit.stage()
+        """Begin to bring what the next units have at home, in their order."""
+        if self.repeats is not None:
+            following = [*following, *self._order().last[:LOOK_AHEAD]]
+        left, begun = dict[torch.device, int](), 0
+        for unit in following:
+            if self.room is not None and unit.residence.state is Residency.RELEASED:
+                at = unit.device
+                left[at] = left.get(at, self._left(at)) - unit.gather_bytes  # also of those that come from other ranks
+                if left[at] < 0:
+                    break
+            if unit.offloaded:
+                unit.stage()
+                begun += 1
+                if begun == self.ahead:
+                    break
+
+    def follow(self, unit: Unit) -> None:
+        """``unit`` is gathered for other ranks: bring what they need next."""
+        self._stage(self._order().expected(unit, LOOK_AHEAD))
+
+    def _left(self, at: torch.device) -> int:
+        """Bytes of a device that no unit has which is here or on its way."""
+        here = (u for u in self.going if u.device == at and (u.residence.coming or u.residence.staging))
+        return (self.room or {}).get(at, 0) - sum(u.gather_bytes for u in here)
+
+    def _make_room(self, unit: Unit) -> None:
+        """Before a unit that was not expected: let go of what was brought in vain, if there is no room for both.
+
+        Not of what other ranks have sent: they would have to send it once more.
+        """
+        if self.room is None or not unit.released or unit.residence.coming or unit.residence.staging:
+            return
+        over = unit.gather_bytes - self._left(unit.device)
+        running = [r.unit for r in self._running]
+        for other in (u for u in self.going if u.device == unit.device):
+            here = other.residence.coming and other.mesh.shard.size == 1 and other not in running
+            if over > 0 and (other.residence.staging or here):
+                other.release()
+                over -= other.gather_bytes if other.residence.state is Residency.RELEASED else 0
 
     def _log(self, unit: Unit) -> None:
         if unit.released and unit.mesh.shard.size > 1 and not unit.residence.coming:

@@ -77,8 +77,16 @@ class UnitOrder:
         """Note that ``unit`` came; return those expected next, at most ``count``."""
         at = len(self.now)
         self.now.append(unit)
+        return self.expected(unit, count, at)
+
+    def expected(self, unit: Unit, count: int, at: int = -1) -> list[Unit]:
+        """Those expected next after a unit, at most ``count``.
+
+        Args:
+            at: how many came before it in this pass, if that is known: it may come several times.
+        """
         last = self.last
-        if at >= len(last) or last[at] is not unit:
+        if not 0 <= at < len(last) or last[at] is not unit:
             if unit not in last:
                 return []
             at = last.index(unit)

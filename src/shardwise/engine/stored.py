@@ -38,7 +38,7 @@ from shardwise.tiers.offloaded_values import OffloadedValues
 from shardwise.tiers.page_buffer import PageBuffer, PagePool
 from shardwise.tiers.stored_files import StoredFiles, Task
 from shardwise.tiers.stored_values import Part, StoredValues
-from shardwise.tiers.transfer import TransferGroup
+from shardwise.tiers.transfer import Transfer, TransferGroup
 
 GAP = 256 << 10
 """Bytes between two tensors of a unit that are read along, rather than beginning another request."""
@@ -199,8 +199,8 @@ class StoredBucket(Bucket):
     Args:
         params: placeholders on the device: what they hold is never looked at.
         tensors: where the values of each are.
-        strategy: ``offload_params=device``: values are read now, and stay; ``cpu``: they are read now, to host memory;
-            ``nvme``: they are read from the files each time.
+        strategy: ``offload_params=device``: values stay where they are used; ``cpu``: in host memory. Reading them has
+            begun then, and :meth:`arrive` ends it. ``nvme``: they are read from the files each time.
         reading: see :class:`Reading`.
 
     Raises:
@@ -243,6 +243,7 @@ class StoredBucket(Bucket):
         self._name_messages()
         self.pieces, self.piece_params, self.piece_starts = [[] for _ in params], [[] for _ in params], []
         self.shard = self.values = self._arriving = None
+        self._loading: list[Transfer] = []
         self._take_stored(plan)
         self.grads = self._gradients()
 
@@ -271,7 +272,7 @@ class StoredBucket(Bucket):
                 self.kept = self._buffer(numel, "parameters")
                 self.kept.fill()
                 self.master = self.kept.tensor
-            TransferGroup(stored.fill(self.master)).wait()
+            self._loading = stored.fill(self.master)
             if plan.params_offloaded:
                 self.source = OffloadedValues(
                     self.reading.home, f"unit {self.label} parameters", self.master, disk=False, state="parameters"
@@ -286,6 +287,29 @@ class StoredBucket(Bucket):
             of = weakref.ref(self)  # values that it was made of are needed no longer, nor their files
             for i, t in enumerate(self.tensors):
                 self.tensors[i] = StoredTensor(t.dtype, t.shape, (), partial(_read_back, of, i))
+
+    def arrive(self) -> int:
+        """Have the values that stay.
+
+        Returns:
+            How many bytes of weights have come since the bucket was made, on this rank.
+
+        Raises:
+            OffloadError: a file cannot be read. Others may be on their way still.
+        """
+        coming, self._loading = self._loading, []
+        TransferGroup(coming).wait()
+        return self.held_bytes if coming else 0
+
+    @property
+    def arriving(self) -> bool:
+        """Is :meth:`arrive` to be called?"""
+        return bool(self._loading)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of weights that this rank holds, or reads."""
+        return -(-sum(t.nbytes for t in self.tensors) // self.mesh.parts)
 
     def _cut(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The parameters in the flat buffer."""
@@ -335,6 +359,7 @@ class StoredBucket(Bucket):
         )  # fmt: skip
         new._copy_tag = self.mesh.new_copy_tag()
         new._name_messages(" (a copy)")
+        new.arrive()
         return new
 
     # --- gather and release --------------------------------------------------------------------------

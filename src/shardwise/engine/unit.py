@@ -115,6 +115,7 @@ class Unit:
         apart: values of some bucket are another tensor than the master values.
         released: values of some bucket come and go. ``settled``: nothing of any bucket ever moves.
         offloaded: what gathers read is at another home.
+        device: where values come to and go from.
         residence: where the values are, and who needs them.
         joins: its gather may share a message with those of other units; ``gather_bytes``: values that come and go.
         calls_made: forwards under autograd since the last backward.
@@ -166,6 +167,7 @@ class Unit:
         self.offloaded = any(b.placement.params_offloaded for b in self.buckets)
         going = [b for b in self.buckets if b.placement.released]
         self.gather_bytes = sum(b.flat.nbytes for b in going)
+        self.device = next((b.device for b in going), torch.device("cpu"))
         self.joins = self.gather_bytes > 0 and all(b.joins for b in going)
         self.residence = Residence(self.label, released=self.released)
         self._failure: Failure | None = None

@@ -107,7 +107,7 @@ def _take_over(
     weights = weights_of(model, list(homes), held.tensors)
     _write_out(model, homes, held, folder)
     move_buffers(model, device)
-    run_planned(model, held.tensors, plan_of_places(weights, homes, places, 1), device)
+    run_planned(model, held.tensors, plan_of_places(weights, homes, places), device)
     return model
 
 

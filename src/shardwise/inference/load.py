@@ -20,7 +20,7 @@ def load(
     no_split_module_classes: Sequence[str] | str | None = None,
     batch: int = 1,
     length: int = 2048,
-    ahead: int = 1,
+    ahead: int | None = None,
     micro_batches: int | None = None,
     verbose: bool = False,
     strict: bool = True,
@@ -44,7 +44,8 @@ def load(
         dtype: to run in; ``None``: as the files (or the configuration) say. What differs is converted on arrival.
         no_split_module_classes: what comes and goes as a whole; default: repeated blocks, and what is as large.
         batch, length: sequences at a time and tokens of each, for which room is left.
-        ahead: units that are read ahead of the next one.
+        ahead: there has to be room for so many of the largest units, read ahead of the one that is next. ``None``: for
+            what is fastest, by what is measured in a fifth of a second; of a dict, and of several devices: 1.
         micro_batches: run a forward without gradients in so many pieces along the batch, so that several devices
             compute at once. ``None``: for models of transformers that are wholly on several devices, where the batch is
             large enough. Results are those of the pieces. Outputs need a row for each of the batch, or it runs whole.
@@ -65,8 +66,8 @@ def load(
         UnitError: the map names unknown modules, or leaves some out.
         DeviceError: it names a device that is not there.
 
-    Cost: reads what stays in memory, once. Beside it, on the device: ``ahead + 2`` units while the model runs. Nothing
-    is written, and what is on the disk is not copied there.
+    Cost: reads what stays in memory, once. Beside it, on the device: units on their way, ``ahead + 2`` of them or as
+    many as the rest of the memory holds. Nothing is written, and what is on the disk is not copied there.
     """
     from shardwise.inference.loading import (
         load_from_files,  # reads checkpoints of all kinds, which takes a while to import

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from shardwise.checkpoint.coordination import CollectiveBlock
+from shardwise.checkpoint.coordination import CollectiveBlock, Progress
 from shardwise.checkpoint.formats import open_source
 from shardwise.checkpoint.model_loading import Fit, fit, misfit
 from shardwise.checkpoint.model_state import ModelState, model_states
@@ -25,7 +24,7 @@ from shardwise.inference.asked import Asked, as_budget, as_map
 from shardwise.inference.conversions import converted
 from shardwise.inference.dtypes import as_dtype
 from shardwise.inference.micro_batches import check_pieces
-from shardwise.inference.plan import WeightsPlan
+from shardwise.inference.plan import DEVICE, HOST
 from shardwise.inference.planning import choose_plan, run_planned
 from shardwise.inference.pretrained import model_of
 from shardwise.inference.quantizing import quantize_as_read, quantize_like, refuse_disk, require_known, scales_in
@@ -42,7 +41,7 @@ def load_from_files(
     no_split_module_classes: Sequence[str] | str | None,
     batch: int,
     length: int,
-    ahead: int,
+    ahead: int | None,
     micro_batches: int | None,
     verbose: bool,
     strict: bool,
@@ -57,7 +56,7 @@ def load_from_files(
         """Of a model that all ranks split, all have it or none: what is wrong on one of them is raised on all."""
         return CollectiveBlock(doing, slow=True) if split else nullcontext()
 
-    with agreed() as block:
+    with agreed():
         device_map, max_memory, wanted = as_map(asked), as_budget(max_memory), _dtype(dtype)
         require_known(quantization)
         module, folder = module_and_files(model, checkpoint, wanted)
@@ -67,26 +66,19 @@ def load_from_files(
         found, reader = fitted(state, source, surplus=not strict), StorageReader()
         tensors = _tensors(state, found, reader, wanted)
         arriving = quantize_as_read(module, tensors, found.tensors, reader) if quantization else ()
-        plan, device = choose_plan(
-            module, tensors, device_map, world,
-            max_memory=max_memory, classes=no_split_module_classes, batch=batch, length=length, ahead=ahead,
-        )  # fmt: skip
+    plan, device = choose_plan(
+        module, tensors, device_map, world, agreed, max_memory=max_memory, classes=no_split_module_classes,
+        batch=batch, length=length, ahead=ahead, verbose=verbose,
+    )  # fmt: skip
+    with agreed():
         check_pieces(micro_batches, plan)
         refuse_disk(module, plan.homes, arriving)
         _load_buffers(state, found, device)
-        if isinstance(block, CollectiveBlock):
-            block.mine = _asked_for(plan, tensors)
-    if isinstance(block, CollectiveBlock) and len(set(block.gathered)) > 1:
-        raise CheckpointError(
-            "ranks that split one model ask for different dtypes or units of it, or have different files",
-            where=doing,
-            fix="give dtype=, no_split_module_classes= and the folder alike on all ranks",
-        )
     if verbose and world.rank == 0:
         print(plan, flush=True)
     module.eval()
-    with agreed():
-        run_planned(module, tensors, plan, device, micro_batches)
+    with Progress("loading", plan.total(DEVICE) + plan.total(HOST)) as bar, agreed():
+        run_planned(module, tensors, plan, device, micro_batches, seen=bar.add)
     return module
 
 
@@ -131,12 +123,6 @@ def _pass_over(found: Fit, patterns: Iterable[str] | None) -> None:
     for name in [n for n in found.unexpected if any(re.search(pattern, n) for pattern in patterns or ())]:
         found.unexpected.remove(name)
         found.lines = [line for line in found.lines if f"'{name}'" not in line]
-
-
-def _asked_for(plan: WeightsPlan, tensors: Mapping[str, StoredTensor]) -> bytes:
-    """What ranks that split a model must have alike: its units and tensors."""
-    told = sorted(plan.nbytes.items()), [(n, str(t.dtype), t.shape) for n, t in tensors.items()]
-    return hashlib.sha256(repr(told).encode()).digest()
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from shardwise import device as devices
 from shardwise.comm import init
 from shardwise.engine.build import members_of
 from shardwise.engine.select import has_forward, select_units
-from shardwise.engine.stored import StoredTensor
+from shardwise.engine.stored import StoredLayout, StoredTensor
 from shardwise.errors import UnitError
 from shardwise.inference.asked import as_classes
 from shardwise.inference.device_map import DeviceMap, Place, within
@@ -93,10 +93,40 @@ def _beside(module: nn.Module, name: str, units: Collection[str]) -> Iterator[st
             yield from _beside(child, full, units)
 
 
-def weights_of(module: nn.Module, units: Sequence[str], tensors: Mapping[str, StoredTensor]) -> list[Weights]:
-    """How much each unit has. A tied parameter belongs to the innermost unit that all its names are in."""
+def weights_of(
+    module: nn.Module, units: Sequence[str], tensors: Mapping[str, StoredTensor], parts: int = 1
+) -> list[Weights]:
+    """How much each unit has. A tied parameter belongs to the innermost unit that all its names are in.
+
+    Args:
+        parts: ranks that there are: buffers are as long as if all of them had a part.
+    """
     of_unit = members_of(module.named_parameters(remove_duplicate=False), units)
-    return [Weights(name, sum(tensors[names[0]].nbytes for _, names in its)) for name, its in of_unit.items()]
+    tables = {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.Embedding)}
+    told = getattr(module, "get_output_embeddings", None)
+    head = getattr(told() if told is not None else None, "weight", None)
+    share = _experts(module)
+    out = []
+    for name, its in of_unit.items():
+        stored = [(names[0], tensors[names[0]]) for _, names in its]
+        buffer = StoredLayout.plan(stored, parts).layout.numel if stored else 0
+        each = last = 0.0
+        for p, names in its:
+            if p is head:
+                last += p.numel()
+            elif p.ndim > 1 and not tables.issuperset(names):  # of a table, rows are taken
+                each += p.numel() * share.get(p.shape[0], 1.0) ** (p.ndim > 2)
+        out.append(Weights(name, sum(t.nbytes for _, t in stored), buffer, each, last))
+    return out
+
+
+def _experts(module: nn.Module) -> dict[int, float]:
+    """The part of its experts that a token is sent to, by how many there are, as the model's configuration says."""
+    config = getattr(module, "config", None)
+    config = getattr(config, "text_config", None) or config
+    used = getattr(config, "num_experts_per_tok", None)
+    counts = (getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    return {n: used / n for n in counts if isinstance(n, int) and isinstance(used, int) and n}
 
 
 def home_of(unit: str, device_map: DeviceMap, device: torch.device) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shardwise.errors import OffloadError
-from shardwise.inference.plan import HOST, Room, Weights, WeightsPlan, place_weights
+from shardwise.inference.plan import HOST, Room, Usage, Weights, WeightsPlan, given, place_weights
 from shardwise.sizes import format_bytes
 
 _STEPS = 40  # of a bisection
@@ -34,16 +34,13 @@ class PlanOfDevices(WeightsPlan):
         found = list(plans.values())
         homes = {name: home for plan in found for name, home in plan.homes.items()}
         nbytes = {name: size for plan in found for name, size in plan.nbytes.items()}
-        return cls(homes, nbytes, found[0].ahead, 1, sum(plan.beside for plan in found), dict(plans))
+        streaming, beside, padding = (sum(getattr(p, n) for p in found) for n in ("streaming", "beside", "padding"))
+        return cls(homes, nbytes, streaming, 1, beside, padding, found[0].ahead, plans=dict(plans))
 
     @property
     def places(self) -> dict[str, torch.device]:
         """The device of each unit."""
         return {name: device for device, plan in self.plans.items() for name in plan.homes}
-
-    @property
-    def streaming(self) -> int:
-        return sum(plan.streaming for plan in self.plans.values())
 
     def __str__(self) -> str:
         return "\n".join(f"{device}\n{plan}" for device, plan in self.plans.items())
@@ -53,22 +50,22 @@ def plan_of_places(
     weights: Sequence[Weights],
     homes: Mapping[str, str],
     places: Mapping[str, torch.device],
-    ahead: int,
+    ahead: int | None = None,
     fixed: int = 0,
     cache: int = 0,
+    usage: Usage | None = None,
 ) -> WeightsPlan:
     """The plan of a map that somebody has made: of several devices where it names several.
 
     Args:
         homes, places: of each unit.
         ahead, fixed, cache: as for :func:`place_on_devices`.
+        usage: for forecasts, if all of it is on one device.
     """
     plans: dict[torch.device, WeightsPlan] = {}
     for device in dict.fromkeys(places[w.name] for w in weights):
         its = [w for w in weights if places[w.name] == device]
-        nbytes = {w.name: w.nbytes for w in its}
-        beside = fixed + _part(cache, its, weights)
-        plans[device] = WeightsPlan({w.name: homes[w.name] for w in its}, nbytes, ahead, 1, beside)
+        plans[device] = given(its, homes, fixed + _part(cache, its, weights), ahead, usage)
     return PlanOfDevices.of(plans) if len(plans) > 1 else next(iter(plans.values()))
 
 
@@ -98,7 +95,7 @@ def place_on_devices(
     rooms: Mapping[torch.device, int],
     host: int,
     *,
-    ahead: int,
+    ahead: int | None,
     fixed: int = 0,
     cache: int = 0,
     order: str = "balanced",

@@ -62,7 +62,7 @@ class StoredFiles:
         self._queue = IOQueue(io, depth, timeout, ("read",))
         self._extents: dict[Path, Extent] = {}
         self._thread: ThreadPoolExecutor | None = None
-        self._block: torch.Tensor | None = None
+        self._blocks: tuple[torch.Tensor, torch.Tensor] | None = None
         self._finalizer = weakref.finalize(self, _close, self._queue)
 
     @property
@@ -114,18 +114,33 @@ class StoredFiles:
             dtype: of the file's.
             out: 1-D, contiguous, on the CPU.
 
-        Cost: one buffer of :data:`BLOCK`.
+        Cost: two buffers of :data:`BLOCK`: one is filled while the other one is converted.
         """
-        if self._block is None:
-            self._block = aligned_empty(BLOCK)
+        if self._blocks is None:
+            self._blocks = aligned_empty(BLOCK), aligned_empty(BLOCK)
         each = BLOCK // dtype.itemsize
-        for done in range(0, out.numel(), each):
-            part = out[done : done + each]
-            raw = self._block[: part.numel() * dtype.itemsize]
-            transfer = self.read(path, start + done * dtype.itemsize, raw)
-            transfer.ended.wait(self._queue.timeout)  # whoever waits for this thread counts the time
-            transfer.wait()
-            part.copy_(raw.view(dtype))
+        cuts = range(0, out.numel(), each)
+        coming: tuple[DiskTransfer, torch.Tensor, torch.Tensor] | None = None
+        for turn, done in enumerate([*cuts, None]):
+            before = coming
+            if done is not None:
+                part = out[done : done + each]
+                raw = self._blocks[turn % 2][: part.numel() * dtype.itemsize]
+                coming = self.read(path, start + done * dtype.itemsize, raw), raw, part
+            if before is not None:
+                transfer, raw, part = before
+                transfer.ended.wait(self._queue.timeout)  # whoever waits for this thread counts the time
+                transfer.wait()
+                part.copy_(raw.view(dtype))
+
+    def close(self) -> None:
+        """Read nothing more, and return when nothing is written to memory any more (or the disk has hung).
+
+        Raises nothing: what is under way ends in an :class:`OffloadError` for whoever waits for it.
+        """
+        self._finalizer()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _extent(self, path: Path) -> Extent:
         found = self._extents.get(path)
