@@ -98,7 +98,7 @@ class StorageReader:
         self._files: OrderedDict[Path, FileIO] = OrderedDict()  # of the others
         self._block: torch.Tensor | None = None
         self._origins: dict[tuple[Path, int], tuple[int, Layout | None]] = {}
-        self._whole: tuple[tuple[Path, int], torch.Tensor] | None = None
+        self._whole: tuple[tuple[Path, int, Layout], torch.Tensor] | None = None
 
     def __enter__(self) -> StorageReader:
         return self
@@ -264,7 +264,7 @@ class StorageReader:
         """Elements from ``skip`` on, as many as ``out`` has."""
         at, layout = self._origin(stored, segment)
         if layout is not None:
-            values = self._strided(stored, (segment.file, at), layout)
+            values = self._strided(stored, (segment.file, at, layout))
             out.copy_(values[skip : skip + out.numel()])
             return
         self.read([Run(segment.file, at + skip * stored.dtype.itemsize, stored.dtype, out)])
@@ -287,10 +287,10 @@ class StorageReader:
             self._origins[key] = (found.segments[0].at, found.segments[0].layout)
         return self._origins[key]
 
-    def _strided(self, stored: Stored, key: tuple[Path, int], layout: Layout) -> torch.Tensor:
+    def _strided(self, stored: Stored, key: tuple[Path, int, Layout]) -> torch.Tensor:
         if self._whole is None or self._whole[0] != key:
             self._whole = None
-            sizes, strides = layout
+            sizes, strides = key[2]
             span = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
             values = torch.empty(span, dtype=stored.dtype)
             self._bytes(key[0], key[1], values.view(torch.uint8))

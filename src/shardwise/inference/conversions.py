@@ -1,22 +1,22 @@
 """What transformers renames and puts together when it loads a model, done to the index instead of to tensors.
 
 A model's folder keeps the names and the shapes that its authors gave it, and transformers turns them into its own:
-names change, and the experts of a layer become one tensor. Here only the places change: a parameter that is put
-together of others is read from where its parts are, straight to where it is used.
+names change, and the experts of a layer become one tensor. Its own operations run here on tensors without memory, and
+only places change: a parameter that is put together of others is read from where its parts are, straight to where it
+is used. What is transposed or permuted is read in blocks, and put in order by the thread that converts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from shardwise.checkpoint.stored_tensor import Segment, Stored
+from shardwise.checkpoint.stored_tensor import Stored
 from shardwise.errors import CheckpointError
+from shardwise.inference.rearranging import Rearranging
 
 
 def converted(model: nn.Module, stored: Mapping[str, Stored], where: Path) -> dict[str, Stored]:
@@ -45,79 +45,52 @@ def converted(model: nn.Module, stored: Mapping[str, Stored], where: Path) -> di
     parts: dict[str, dict[str, list[Stored]]] = {}
     for name in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if target not in known and name in known:
+        there = target.replace("*.", "0.") in known  # one of a list that is to be made
+        if not there and name in known:
             target, pattern = name, None
-        if pattern is None or target not in known:
+        if pattern is None or not there:
             out[target if target in known else name] = stored[name]
         else:
             parts.setdefault(target, {}).setdefault(pattern, []).append(stored[name])
     for target, by_source in parts.items():
         converter = by_pattern[next(iter(by_source))]
-        out[target] = _put_together(target, converter, by_source, where)
+        out |= _rearranged(target, converter, by_source, model, where)
     return out
 
 
-def _put_together(target: str, converter: Any, by_source: Mapping[str, Sequence[Stored]], where: Path) -> Stored:
-    """One parameter of the parts that a converter has for it."""
-    values: dict[str, list[Stored]] = {p: list(by_source[p]) for p in converter.source_patterns if p in by_source}
-    for operation in converter.operations:
-        kind, dim = type(operation).__name__, getattr(operation, "dim", 0)
-        if kind == "MergeModulelist" and dim == 0:
-            values = {p: [stacked(found)] for p, found in values.items()}
-        elif kind == "Concatenate":
-            values = {"": [concatenated([t for found in values.values() for t in found], dim)]}
-        else:
-            raise CheckpointError(
-                f"'{target}' is made by transformers' {kind}, which cannot be done in place",
-                where=str(where),
-                fix="load it with transformers once, and save it with save_pretrained(..., save_original_format=False)",
-            )
-    (found,) = values.values()
-    return found[0]
-
-
-def stacked(tensors: Sequence[Stored]) -> Stored:
-    """``torch.stack`` along the first dimension."""
-    return concatenated([replace(t, shape=(1, *t.shape)) for t in tensors], 0)
-
-
-def concatenated(tensors: Sequence[Stored], dim: int) -> Stored:
-    """``torch.cat``: the same bytes of the same files at other places.
-
-    Raises:
-        CheckpointError: dtypes differ, or a format that is read whole.
-    """
-    first = tensors[0]
-    dim %= len(first.shape)
-    if any(t.dtype != first.dtype or t.values is not None for t in tensors):
-        raise CheckpointError("tensors that are to be one have several dtypes, or a format that is read whole")
-    inner = [prod(t.shape[dim:]) for t in tensors]  # elements in a row
-    row, offset, segments = sum(inner), 0, list[Segment]()
-    for tensor, length in zip(tensors, inner, strict=True):
-        for segment in tensor.segments:
-            segments += _moved(segment, length, row, offset)
-        offset += length
-    shape = (*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :])
-    return Stored(first.dtype, shape, tuple(segments))
-
-
-def _moved(segment: Segment, length: int, row: int, offset: int) -> list[Segment]:
-    """A segment of a tensor whose rows of ``length`` elements come to be in rows of ``row``, ``offset`` into them."""
-    if segment.layout is not None:
-        raise CheckpointError("a tensor that is to be put together was saved transposed")
-    out = []
-    for i in range(segment.count):
-        start, skip, left = segment.start + i * segment.step, segment.skip + i * segment.length, segment.length
-        while left:
-            begin = start % length
-            if begin == 0 and left >= length:  # whole rows
-                count = left // length
-                step = row if count > 1 else 0
-                new = replace(segment, start=start // length * row + offset, length=length, count=count, step=step)
-                taken = count * length
-            else:
-                taken = min(left, length - begin)
-                new = replace(segment, start=start // length * row + offset + begin, length=taken, count=1, step=0)
-            out.append(replace(new, skip=skip))
-            start, skip, left = start + taken, skip + taken, left - taken
-    return out
+def _rearranged(
+    target: str, converter: Any, by_source: Mapping[str, Sequence[Stored]], model: Any, where: Path
+) -> dict[str, Stored]:
+    """The parameters that a converter makes of the parts that it has for one of them, by name."""
+    kind, block = "", Rearranging()
+    try:
+        found: dict[str, Any] = {
+            p: [block.tensor(t) for t in by_source[p]] for p in converter.source_patterns if p in by_source
+        }
+        with block:
+            for operation in converter.operations:
+                kind = type(operation).__name__
+                found = operation.convert(
+                    found,
+                    source_patterns=converter.source_patterns,
+                    target_patterns=converter.target_patterns,
+                    full_layer_name=target,
+                    model=model,
+                    config=model.config,
+                    missing_keys=None,
+                )
+        out = {pattern: block.stored(t[0] if isinstance(t, list) else t) for pattern, t in found.items()}
+    except Exception as error:  # somebody else's code, on tensors that it was not written for
+        raise CheckpointError(
+            f"'{target}' is made by transformers' {kind}, which cannot be done in place: {error}",
+            where=str(where),
+            fix="load it with transformers once, and save it with save_pretrained(..., save_original_format=False)",
+        ) from error
+    # Names are those of the converter's patterns; what is around the pattern in one name is around it in all.
+    name = target.replace("*.", "0.")
+    pattern = next((p for p in out if p in name), None)
+    if pattern is None:
+        (only,) = out.values()
+        return {name: only}
+    before, _, behind = name.partition(pattern)
+    return {before + p + behind: stored for p, stored in out.items()}

@@ -30,6 +30,7 @@ from shardwise.inference.pretrained import model_of
 from shardwise.inference.quantizing import quantize_as_read, quantize_like, refuse_disk, require_known, scales_in
 
 _SHORT = 64 << 10  # bytes; many runs shorter than this are read in blocks, and taken apart
+_MANY = 1024  # pieces; so many short ones are read in blocks, too
 
 
 def load_from_files(
@@ -166,6 +167,8 @@ def _pieces(stored: Stored) -> tuple[FilePiece, ...]:
             at = segment.at + (segment.skip + i * segment.length) * width
             start = (segment.start + i * segment.step) * width
             out.append(FilePiece(segment.file, at, start, segment.length * width))
+    if len(out) > _MANY and stored.nbytes < len(out) * _SHORT:
+        return ()
     if len(out) == 1 and out[0].at % width:  # no tensor can begin there
         return ()
     return tuple(out)
