@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
 
 import shardwise
+from ranks import run
 from shardwise.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
@@ -59,6 +62,16 @@ def tiny(case: str, *, meta: bool = False, width: int = 64):
         return model_class(config).eval()
 
 
+IDS = torch.arange(10).view(1, 10)
+
+
+def with_buffers_of(model, empty):
+    for buffer, held in model.named_buffers():
+        owner, _, last = buffer.rpartition(".")
+        empty.get_submodule(owner)._buffers[last] = held.clone()
+    return empty
+
+
 @pytest.mark.parametrize("where", [{"": "cpu"}, {"": "disk"}])
 @pytest.mark.parametrize("case", CASES)
 def test_every_operation_is_followed(tmp_path, case, where):
@@ -72,17 +85,13 @@ def test_every_operation_is_followed(tmp_path, case, where):
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     assert stored != {name: list(value.shape) for name, value in model.state_dict().items()}
     plain = type(model).from_pretrained(tmp_path, config=model.config).eval()
-    empty = tiny(case, meta=True, width=model.config.hidden_size)
-    for buffer, held in model.named_buffers():
-        owner, _, last = buffer.rpartition(".")
-        empty.get_submodule(owner)._buffers[last] = held.clone()
+    empty = with_buffers_of(model, tiny(case, meta=True, width=model.config.hidden_size))
     loaded = shardwise.load(empty, where, checkpoint=tmp_path)
     state = loaded.state_dict()
     for name, value in plain.state_dict().items():
         assert torch.equal(state[name], value) and torch.equal(value, model.state_dict()[name]), name
-    ids = torch.arange(10).view(1, 10)
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_what_is_not_only_moved_is_refused(tmp_path, monkeypatch):
@@ -95,3 +104,20 @@ def test_what_is_not_only_moved_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(CASES, "doubled", (*CASES["transposed"][:2], [Doubled(0, 1)]))
     with pytest.raises(CheckpointError, match="Doubled"):
         shardwise.load(tiny("doubled", meta=True), checkpoint=tmp_path)
+
+
+def parts(folder: Path, case: str) -> torch.Tensor:
+    model = tiny(case)
+    empty = with_buffers_of(model, tiny(case, meta=True))
+    loaded = shardwise.load(empty, "split", checkpoint=folder)
+    with torch.no_grad():
+        return loaded(IDS).logits
+
+
+@pytest.mark.parametrize("case", ["transposed", "interleaved chunks of columns"])
+def test_ranks_read_their_parts(tmp_path, case):
+    model = tiny(case)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    assert all(torch.equal(out, expected) for out in run(2, parts, tmp_path, case))
