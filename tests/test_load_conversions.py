@@ -10,7 +10,10 @@ import torch
 
 import shardwise
 from ranks import run
+from shardwise.checkpoint.formats import open_source
+from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.errors import CheckpointError
+from shardwise.inference.rearranging import Rearranging
 
 transformers = pytest.importorskip("transformers")
 mapping = pytest.importorskip("transformers.conversion_mapping")
@@ -121,3 +124,56 @@ def test_ranks_read_their_parts(tmp_path, case):
     with torch.no_grad():
         expected = model(IDS).logits
     assert all(torch.equal(out, expected) for out in run(2, parts, tmp_path, case))
+
+
+def qwen3_vl_moe():
+    text = {
+        "vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "head_dim": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32, "patch_size": 4,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    return transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+
+
+def test_experts_that_their_authors_saved_transposed(tmp_path):
+    model = qwen3_vl_moe()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    for name, value in tensors.items():
+        if "experts." in name and value.ndim == 3:
+            tensors[name] = value.transpose(1, 2).contiguous()
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    plain = type(model).from_pretrained(tmp_path).eval()
+    loaded = shardwise.load(tmp_path, {"": "disk"})
+    with torch.no_grad():
+        out = loaded(input_ids=IDS).logits
+        assert torch.equal(out, plain(input_ids=IDS).logits) and torch.equal(out, model(input_ids=IDS).logits)
+
+
+def test_experts_that_are_shared_out_and_put_together(tmp_path):
+    """An operation that makes several tensors of several."""
+    names = [f"experts.{i}.{part}" for i in range(4) for part in ("gate", "up")]
+    tensors = {name: torch.randn(6, 8) for name in names}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    (stored,) = open_source(tmp_path).sections.values()
+    operation = ops.ErnieFuseAndSplitTextVisionExperts(stack_dim=0, concat_dim=1)
+
+    def made(of):
+        inputs = {part: [of(f"experts.{i}.{part}") for i in range(4)] for part in ("gate", "up")}
+        return operation.convert(inputs, list(inputs), ["text", "vision"], None)
+
+    block = Rearranging()
+    leaves = {name: block.tensor(stored[name]) for name in names}
+    with block:
+        found = made(leaves.__getitem__)
+    with StorageReader() as reader:
+        for name, value in made(tensors.__getitem__).items():
+            assert torch.equal(reader.values(block.stored(found[name])).view(value.shape), value)
