@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pty
 import shutil
@@ -86,10 +87,11 @@ def test_a_load_that_fails_half_way_leaves_the_module_as_it_was(tmp_path):
     file = saved(model, tmp_path / "weights.safetensors")
     shutil.copy(file, tmp_path / "whole")
     other = empty(inner, cut=file)
+    gc.collect()
     params, threads = list(other.parameters()), threading.active_count()
     with pytest.raises(OffloadError, match=r"weights\.safetensors.*\n.*cut off"):
         shardwise.load(other, "auto", checkpoint=file, no_split_module_classes=["Block"])
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     assert all(a is b for a, b in zip(other.parameters(), params, strict=True))
     shutil.copy(tmp_path / "whole", file)
     other.cut = None
@@ -100,9 +102,11 @@ def test_a_load_that_fails_half_way_leaves_the_module_as_it_was(tmp_path):
 def one_is_cut(folder: Path) -> tuple[str, torch.Tensor]:
     file = folder / f"{rank()}.safetensors"
     other = empty([200] * 6, cut=file if rank() == 1 else None)
+    gc.collect()  # models of tests before this one
+    threads = threading.active_count()
     with pytest.raises(shardwise.ShardwiseError) as caught:
         shardwise.load(other, "split", checkpoint=file, no_split_module_classes=["Block"])
-    assert rank() == 0 or not any(t.name.startswith("shardwise-disk") for t in threading.enumerate())
+    assert rank() == 0 or threading.active_count() <= threads
     loaded = shardwise.load(empty([200] * 6), "split", checkpoint=folder / "whole.safetensors")
     with torch.no_grad():
         return str(caught.value), loaded(IDS + rank())
@@ -151,7 +155,7 @@ def test_uneven_units_stay_within_the_plan_and_are_read_once(tmp_path, ahead):
     model = stack(UNEVEN)
     file = saved(model, tmp_path / "weights.safetensors")
     loaded = limited(model, UNEVEN, file, 0.9, ahead=ahead)
-    plan, files = loaded.shardwise_plan, engine_of(loaded).units[0].buckets[0].reading.files
+    plan, files = loaded.shardwise_plan, next(b for u in engine_of(loaded).units for b in u.buckets).reading.files
     assert plan.total("nvme") > 0
     allowed = int(sum(p.nbytes for p in model.parameters()) * 0.9)
     assert plan.device <= allowed and (ahead is not None or plan.device >= allowed - 4096)
