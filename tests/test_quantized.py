@@ -342,7 +342,7 @@ def on_an_accelerator(folders):
     homes, same = [], []
     for folder, kw in (
         ("full", {"quantization": "int8"}),
-        ("full", {"quantization": "int8", "max_memory": {0: 900_000, "cpu": 2_000_000}, "length": 8}),
+        ("full", {"quantization": "int8", "max_memory": {0: 1_000_000, "cpu": 2_000_000}, "length": 8}),
         ("int8", {"max_memory": {0: 600_000, "cpu": 2_000_000}, "length": 8}),
         ("int8", {"max_memory": {0: 600_000, "cpu": 0}, "length": 8}),
     ):
