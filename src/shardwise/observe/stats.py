@@ -217,8 +217,9 @@ def _formula(engine: Engine, row: Strategy, tensors: int) -> Expected:
     if size > 1:
         together, brought = _joined([u.flat for u in units]), _joined([u.values for u in units])
     buffers += 2 * brought + together + max(*(u.flat for u in units), together) * (size - 1) // size
+    buffers += together  # as autograd made it, until it is packed
     if split:
-        buffers += _root_and(2, [u.flat for u in units]) + together
+        buffers += _root_and(2, [u.flat for u in units])
     through = row.offload_buffers * largest
     kept_bytes = parameters + gradients + optimizer - sum(u.reduced for u in units) + through
     peak = kept_bytes + _peak(units, 1 + ahead) + 3 * together + 2 * brought
