@@ -62,7 +62,14 @@ def bert():
     return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, intermediate_size=128))
 
 
-MODELS = {f.__name__: f for f in (llama, gpt2, t5, mixtral, bert)}
+def marian():  # tables of positions that it computes itself, and that no file has
+    kw = {"vocab_size": 100, "d_model": 64, "max_position_embeddings": 64, "decoder_start_token_id": 0}
+    for half in ("encoder", "decoder"):
+        kw |= {f"{half}_layers": 2, f"{half}_attention_heads": 4, f"{half}_ffn_dim": 128}
+    return transformers.MarianMTModel(transformers.MarianConfig(**kw, pad_token_id=0, eos_token_id=1))
+
+
+MODELS = {f.__name__: f for f in (llama, gpt2, t5, mixtral, bert, marian)}
 
 
 def make(name: str):

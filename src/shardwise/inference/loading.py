@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -24,6 +23,7 @@ from shardwise.inference.asked import Asked, as_budget, as_map
 from shardwise.inference.conversions import converted
 from shardwise.inference.dtypes import as_dtype
 from shardwise.inference.micro_batches import check_pieces
+from shardwise.inference.own_values import own_values
 from shardwise.inference.plan import DEVICE, HOST
 from shardwise.inference.planning import choose_plan, run_planned
 from shardwise.inference.pretrained import model_of
@@ -113,17 +113,9 @@ def fitted(state: ModelState, source: Source, *, missing: bool = False, surplus:
     """
     source.sections = {key: converted(state.module, found, source.path) for key, found in source.sections.items()}
     found = fit(state, source, None)
-    _pass_over(found, getattr(state.module, "_keys_to_ignore_on_load_unexpected", None))
     if found.mismatched or (found.missing and not missing) or (found.unexpected and not surplus):
         raise CheckpointError(misfit(found.lines, source), where=str(source.path))
     return found
-
-
-def _pass_over(found: Fit, patterns: Iterable[str] | None) -> None:
-    """Names of files that the model itself knows to be of no use are not unexpected."""
-    for name in [n for n in found.unexpected if any(re.search(pattern, n) for pattern in patterns or ())]:
-        found.unexpected.remove(name)
-        found.lines = [line for line in found.lines if f"'{name}'" not in line]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -142,7 +134,8 @@ def _tensors(
     out: dict[str, StoredTensor] = {}
     scales = scales_in(state.module)
     for name in state.parameters:
-        out[name] = stored_tensor(found.tensors[name], None if name in scales else dtype, reader)
+        kind, stored = None if name in scales else dtype, found.tensors.get(name)
+        out[name] = own_values(state.module, name, kind) if stored is None else stored_tensor(stored, kind, reader)
     return out | {alias: out[name] for alias, name in state.aliases.items() if name in out}
 
 
