@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -70,6 +71,22 @@ class Faults:
             self._thread = threading.Thread(target=self._watch, args=(own,), name="shardwise-faults", daemon=True)
             self._thread.start()
             atexit.register(self.stop)
+
+    def meet(self, timeout: float) -> None:
+        """All ranks have made their connections when this returns on rank 0, whose end may be the end of the store.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            RuntimeError: they have not by then.
+        """
+        if self._store is None:
+            return
+        if self._store.add("connected", 1) == self.size:
+            self._store.set("all are connected", "")
+        if self.rank == 0:
+            self._store.wait(["all are connected"], timedelta(seconds=timeout))
 
     def stop(self) -> None:
         """End the thread: one that is inside the store while the interpreter ends would abort the process."""

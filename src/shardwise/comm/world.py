@@ -49,6 +49,7 @@ def init(device: str | torch.device | None = None, *, timeout: float = 600.0) ->
         backend = devices.backend(found, int(os.environ["WORLD_SIZE"]))
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **_after_a_restart(timeout))
+            World.current(found).faults.meet(timeout)
         except RuntimeError as error:
             raise CommError(
                 f"the {os.environ['WORLD_SIZE']} ranks did not find each other: {str(error).splitlines()[0]}",
