@@ -19,6 +19,7 @@ from inference_model import (
     ROOMY,
     Ask,
     PageCache,
+    Setting,
     bytes_read,
     in_memory,
     least_memory,
@@ -29,7 +30,8 @@ from inference_model import (
 from inference_parts import peak, turns
 from report import paired, quartiles
 
-ASKED = (PREFILL, DECODE)
+LONG = Setting("long prompt", 1, 192, 0)  # enough to compute that gathers are done beside it
+ASKED = {"memory": (PREFILL, DECODE, LONG), "disk": (PREFILL, DECODE)}
 
 
 def limits(folder: Path) -> dict[str, int]:
@@ -47,7 +49,7 @@ def race(rank: int, folder: Path, where: str, limit: int, rounds: int) -> dict[s
     """Every rank runs a part of the model, and all of it by itself while the others wait, in turns."""
     quiet()
     plain = in_memory(folder)
-    asks = {s.name: Ask(plain, s, seed=rank) for s in ASKED}
+    asks = {s.name: Ask(plain, s, seed=rank) for s in ASKED[where]}
     del plain
     gc.collect()
     room: Any = {"max_memory": {"cpu": limit}, "batch": 1, "length": LENGTH}
@@ -58,7 +60,7 @@ def race(rank: int, folder: Path, where: str, limit: int, rounds: int) -> dict[s
             raise AssertionError(f"{where}, {kind}: weights are in {homes}")
     if rank:
         del models["alone"]
-    seconds: dict[str, dict[str, list[float]]] = {s.name: {"together": [], "alone": []} for s in ASKED}
+    seconds: dict[str, dict[str, list[float]]] = {s.name: {"together": [], "alone": []} for s in ASKED[where]}
     for name, ask in asks.items():
         for turn in range(rounds + 1):
             for kind in turns(["together", "alone"], turn):
@@ -95,7 +97,7 @@ def split(folder: Path, nbytes: int, args: Any, cache: PageCache) -> dict[str, A
             "settings": {},
         }
         entry["read_over_formula"] = max(entry["bytes_read"]) / entry["formula"] if entry["formula"] else None
-        for setting in ASKED:
+        for setting in ASKED[where]:
             found = [r["seconds"][setting.name] for r in by_rank]
             together = [max(turn) for turn in zip(*(f["together"] for f in found), strict=True)]
             alone = found[0]["alone"]

@@ -56,6 +56,8 @@ class Engine:
         saved: what stands for views of flat buffers that autograd saves.
         host_activations: activations on the host; ``None``: they stay on the device.
         integrity: what the model looked like when it was sharded.
+        runs_alone: weights are files', and no other rank has a part in them: what a script puts in their place is its
+            own, unless it is to be trained.
         refuse_training: why a forward with gradients makes no sense; until a parent engine takes over.
         installed: hooks on the root module.
         on_copy: called with this engine, a copy of it and ``copy.deepcopy``'s memo, when the model was copied.
@@ -78,6 +80,7 @@ class Engine:
         self.forward.saved = self.saved
         self.host_activations: SavedOnHost | None = None
         self.integrity: Integrity | None = None
+        self.runs_alone = False
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self.refuse_training: UnitError | None = None
         self.installed: list[Installed] = []
@@ -186,7 +189,8 @@ class Engine:
             raise self.refuse_training
         self.runs()
         if not self.passes.active:
-            self.check()
+            if not self.runs_alone or torch.is_grad_enabled():
+                self.check()
             for unit in self.backward.moving:
                 unit.reconcile_values()
                 if not unit.updating:  # an update that is under way may be reading gradients on another stream
@@ -332,6 +336,7 @@ class Engine:
         for old, unit in zip(self.units, new.units, strict=True):
             copy_bindings(old, unit, new.forward, new.backward, memo)
         new.installed = [Installed(of(hook.module), hook.key) for hook in self.installed]
+        new.runs_alone = self.runs_alone
         if self.integrity is not None:
             new.integrity = self.integrity.copied(of)
         for callback in self.on_copy:

@@ -142,6 +142,7 @@ def run_stored(
     if any(at.type != "cpu" for at in readings):
         crossings.install(module, of_unit, where)
     install(engine, made)
+    engine.runs_alone = not split
     return engine
 
 
