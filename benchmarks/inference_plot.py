@@ -93,10 +93,9 @@ def _speeds(result: dict[str, Any]) -> list[Bar]:
         out.append(Bar(f"{name}: Shardwise", ratio["shardwise"], best=best, new=True))
         if "disk_offload" in ratio:
             out.append(Bar(f"{name}: disk_offload", ratio["disk_offload"], ours=False))
-    words = {"shardwise": "load: Shardwise", "from_pretrained": "load: from_pretrained"}
+    words = {"shardwise": "Shardwise", "bare_kept": "a bare read into new memory"}
     for i, (kind, ratio) in enumerate(result.get("load", {}).get("speed_over_bare", {}).items()):
-        label = words.get(kind, "load: load_checkpoint_and_dispatch")
-        out.append(Bar(label, ratio, ours=kind == "shardwise", new=i == 0))
+        out.append(Bar(f"load: {words.get(kind, kind)}", ratio, ours=kind == "shardwise", new=i == 0))
     return out
 
 
@@ -132,6 +131,8 @@ def _caption(result: dict[str, Any]) -> str:
     weights = next((result[k]["weights"] for k in ("stream", "load", "split") if k in result), None)
     size = "" if weights is None else f", {weights / 1e9:.2f} GB"
     busy = " The machine was busy." if any(r["notes"] for r in result["runs"].values()) else ""
+    others = {name: r["model"]["layers"] for name, r in result["runs"].items() if r["model"] != model}
+    busy += "".join(f" {name.capitalize()}: {layers} layers." for name, layers in others.items())
     first = (
         f"Llama of {model['layers']} layers, {model['hidden']} wide, fp32{size}; {run['file_system']}, cold. "
         f"Median, quartiles of {run['rounds']} rounds.{busy}"
