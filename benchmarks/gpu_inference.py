@@ -130,10 +130,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="for the file of weights")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    ranks.load(args.plugin)
-    kind = devices.accelerator()
-    if kind is None:
-        raise SystemExit("no accelerator here")
+    kind = ranks.accelerator(args.plugin)
     if args.tiny:
         args.shape, args.rounds = "tiny", 2
     device = torch.device(kind, 0)

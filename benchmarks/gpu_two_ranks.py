@@ -48,10 +48,7 @@ def main() -> None:
     parser.add_argument("--plugin", help="a module to import first, which teaches torch a device type")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    ranks.load(args.plugin)
-    kind = device.accelerator()
-    if kind is None:
-        raise SystemExit("no accelerator here")
+    kind = ranks.accelerator(args.plugin)
     backend = device.backend(torch.device(kind), 2)
     result: dict[str, Any] = {**head(), "device": kind, "name": device.name(torch.device(kind, 0))}
     result |= {"versions": device.versions(), "tried": {}}

@@ -75,6 +75,17 @@ def load(plugin: str | None) -> None:
         getattr(importlib.import_module(plugin), "install", lambda: None)()
 
 
+def accelerator(plugin: str | None) -> str:
+    """The type of this machine's accelerator, or of the one that a module registers. Without one the script ends."""
+    from shardwise import device
+
+    load(plugin)
+    kind = device.accelerator()
+    if kind is None:
+        raise SystemExit("no accelerator here")
+    return kind
+
+
 def _rank(
     pipe: Connection, rank: int, nproc: int, port: int, backend: str, plugin: str | None,
     function: Callable[..., Any], args: Any,

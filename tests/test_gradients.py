@@ -13,7 +13,7 @@ from torch import nn
 
 from shardwise.comm import init
 from shardwise.engine.bucket import Bucket
-from shardwise.engine.gradients import GradState, GradStates
+from shardwise.engine.grad_states import GradState, GradStates
 from shardwise.errors import GradientError, InternalError
 from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger

@@ -16,7 +16,7 @@ from shardwise.checkpoint.directory import every_grain
 from shardwise.checkpoint.formats import open_source
 from shardwise.checkpoint.manifest import BLOCK, MANIFEST, FileEntry, check_size
 from shardwise.checkpoint.model_loading import match_names
-from shardwise.checkpoint.model_saving import SafeWriter, shard_limit, shards_of
+from shardwise.checkpoint.model_saving import SafeWriter, shard_limit, shards_of, writable
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.checkpoint.stored_tensor import KINDS, SAFETENSORS_DTYPES, Source, Stored
 from shardwise.errors import CheckpointError
@@ -122,24 +122,15 @@ def export(
     wanted = {name: _dtype_of(name, t, dtype) for name, t in kept.items()}
     shards = shards_of({name: (wanted[name], t.shape) for name, t in kept.items()}, limit)
     total = sum(t.nbytes for t in kept.values())
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        writer = SafeWriter(root, shards, aliases)
-        try:
-            with Progress("writing", total, progress) as bar, StorageReader(seen=bar.add) as reader:
-                for name, stored in kept.items():
-                    for lo, hi in _blocks(stored.numel, max(stored.dtype.itemsize, wanted[name].itemsize)):
-                        values = torch.empty(hi - lo, dtype=wanted[name])
-                        reader.read_tensor(stored, lo, hi, values)
-                        writer.add(name, values, lo)
-            writer.finish()
-        finally:
-            writer.clean()
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot be written: {error.strerror or error}", where=str(error.filename or root),
-            fix="check that the folder can be written and that the disk is not full",
-        ) from error  # fmt: skip
+    with (
+        writable(root), SafeWriter(root, shards, aliases) as writer,
+        Progress("writing", total, progress) as bar, StorageReader(seen=bar.add) as reader,
+    ):  # fmt: skip
+        for name, stored in kept.items():
+            for lo, hi in _blocks(stored.numel, max(stored.dtype.itemsize, wanted[name].itemsize)):
+                values = torch.empty(hi - lo, dtype=wanted[name])
+                reader.read_tensor(stored, lo, hi, values)
+                writer.add(name, values, lo)
     return root
 
 

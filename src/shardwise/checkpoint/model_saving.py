@@ -7,10 +7,11 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ from shardwise.comm import World
 from shardwise.engine.state_dict import held, units_of
 from shardwise.errors import CheckpointError
 from shardwise.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -62,8 +66,27 @@ def shard_limit(text: int | str) -> int:
     return limit
 
 
+@contextmanager
+def writable(root: Path) -> Iterator[None]:
+    """Around what makes a folder and writes to it.
+
+    Raises:
+        CheckpointError: it cannot be written to.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot be written: {error.strerror or error}", where=str(error.filename or root),
+            fix="check that the folder can be written and that the disk is not full",
+        ) from error  # fmt: skip
+
+
 class Writer:
     """One process's side: takes tensors one by one, and puts the finished files in place of older ones.
+
+    As a context manager it does that when the block ends, and leaves nothing behind if it ends in an exception.
 
     Args:
         root: an existing folder.
@@ -90,6 +113,16 @@ class Writer:
         ]
         self.shard_of = {name: i for i, shard in enumerate(shards) for name in shard.tensors}
         self.prepare()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.clean()
 
     def prepare(self) -> None:
         """What a kind of files needs to know before the first tensor."""

@@ -3,26 +3,19 @@
 They are copied into a flat buffer, which is reduced as a whole. Where the gradient is kept whole that buffer is the
 gradient itself, they are copied as autograd makes them, and the reduce works in place. Where it is split, or has its
 home on the host, the buffer lives from just before the reduce to its end: until then they stay as autograd made them,
-one by one, beside activations that go.
+one by one, beside activations that go. What is small stays so under every strategy, until it is packed into a message.
 
 What the script zeroes (``p.grad = None``) is freed before the next forward, as without us, where gradients are split:
 each rank then has none beside the activations of a forward, which are most when gradients are fewest.
 
-Each parameter's gradient is in one state::
-
-    NONE ── arrives ──> LOCAL ── reduce ──> REDUCED ── update in the backward ──> SPENT
-                          REDUCED ── arrives ──> ADDING ── reduce ──> REDUCED
-                          LOCAL, ADDING ── a backward failed ──> LOST
-    any of them ── zeroed ──> NONE
-
-What arrived *in this backward*, reduced or not, is the backward's to know, not the gradient's.
+Each parameter's gradient is in one state: see :mod:`shardwise.engine.grad_states`. What arrived *in this backward*,
+reduced or not, is the backward's to know, not the gradient's.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from enum import IntEnum
 from operator import is_
 
 import torch
@@ -31,125 +24,12 @@ from torch import nn
 from shardwise.comm.joined import JoinedReduction
 from shardwise.comm.reduction import Reduction
 from shardwise.engine.flat import FlatParameters
+from shardwise.engine.grad_states import GradState, GradStates
 from shardwise.engine.scalings import Scaling, Scalings, Unasked
-from shardwise.errors import GradientError, InternalError
+from shardwise.errors import GradientError
 from shardwise.tiers.aligned import padded
 from shardwise.tiers.home import BufferLease
 from shardwise.tiers.link import Copy
-
-
-class GradState(IntEnum):
-    """Where the gradient of one parameter is on this rank."""
-
-    NONE = 0  # there is none, or it was zeroed
-    LOCAL = 1  # it arrived here, and has not been reduced over the ranks
-    REDUCED = 2  # it is reduced; zero if it arrived on no rank
-    ADDING = 3  # one is reduced, and more arrived here that is not
-    SPENT = 4  # an update in the backward has used it up, and it was not zeroed since
-    LOST = 5  # it waited for a reduce when a backward failed that was to add to it, and it was not zeroed since
-
-
-_G = GradState
-_TABLE: dict[GradState, frozenset[GradState]] = {
-    _G.NONE: frozenset({_G.NONE, _G.LOCAL, _G.REDUCED}),
-    _G.LOCAL: frozenset({_G.LOCAL, _G.REDUCED, _G.NONE}),
-    _G.REDUCED: frozenset({_G.REDUCED, _G.ADDING, _G.SPENT, _G.NONE}),
-    _G.ADDING: frozenset({_G.ADDING, _G.REDUCED, _G.NONE}),
-    _G.SPENT: frozenset({_G.SPENT, _G.NONE}),
-    _G.LOST: frozenset({_G.REDUCED, _G.NONE}),  # REDUCED: the script puts another one in its place
-}
-_ALLOWED = [[after in _TABLE[before] for after in GradState] for before in GradState]  # asked for each gradient
-
-
-class GradStates:
-    """The states of a bucket's gradients, with the transitions that are allowed. No torch in it."""
-
-    __slots__ = ("label", "states")
-
-    def __init__(self, count: int, label: str = "") -> None:
-        self.label = label
-        self.states = [GradState.NONE] * count
-
-    def __getitem__(self, index: int) -> GradState:
-        return self.states[index]
-
-    def to(self, index: int, state: GradState) -> None:
-        """Gradient ``index`` is in ``state`` from here on.
-
-        Raises:
-            InternalError: the table does not allow it.
-        """
-        if not _ALLOWED[self.states[index]][state]:
-            raise InternalError(
-                f"gradient {index} cannot go from {self.states[index].name} to {state.name}",
-                where=f"unit {self.label}",
-            )
-        self.states[index] = state
-
-    def arrive(self, index: int) -> bool:
-        """One more arrived. Is it the first since the last reduce?"""
-        now = self.states[index]
-        if now is _G.NONE:
-            self.states[index] = _G.LOCAL
-            return True
-        self.to(index, _G.ADDING if now in (_G.REDUCED, _G.ADDING) else _G.LOCAL)
-        return now in (_G.NONE, _G.REDUCED)
-
-    def waits(self, index: int) -> bool:
-        """Does something of it wait for a reduce?"""
-        return self.states[index] in (_G.LOCAL, _G.ADDING)
-
-    def is_reduced(self, index: int) -> bool:
-        """Is there a reduced part of it?"""
-        return self.states[index] in (_G.REDUCED, _G.ADDING)
-
-    @property
-    def any_waits(self) -> bool:
-        return _G.LOCAL in self.states or _G.ADDING in self.states
-
-    @property
-    def any_reduced(self) -> bool:
-        return _G.REDUCED in self.states or _G.ADDING in self.states
-
-    def all_are(self, state: GradState) -> bool:
-        """Are all of them in one state?"""
-        return self.states.count(state) == len(self.states)
-
-    def zeroed(self) -> None:
-        """The script has zeroed all of them."""
-        self.states = [_G.NONE] * len(self.states)
-
-    def reduced(self) -> None:
-        """The bucket was reduced as a whole: what arrived nowhere counts as zero."""
-        if self.all_are(_G.NONE) or self.all_are(_G.LOCAL):
-            self.states = [_G.REDUCED] * len(self.states)
-            return
-        for i in range(len(self.states)):
-            self.to(i, _G.REDUCED)
-
-    def taken(self) -> None:
-        """What waited was taken into a reduce that is under way, and may still fail."""
-        if self.all_are(_G.LOCAL):
-            self.zeroed()
-            return
-        for i, s in enumerate(self.states):
-            if s is _G.LOCAL:
-                self.states[i] = _G.NONE
-            elif s is _G.ADDING:
-                self.states[i] = _G.REDUCED
-
-    def lose(self, waited: Sequence[bool]) -> None:
-        """What waited is gone. Of those that ``waited`` before this backward, something is missing now."""
-        self.taken()
-        for i, missing in enumerate(waited):
-            if missing:
-                self.states[i] = _G.LOST
-
-    def spend(self) -> None:
-        """An update has used them up."""
-        for i in range(len(self.states)):
-            self.to(i, _G.SPENT)
-
 
 Handle = Callable[["Gradients", int], torch.Tensor]
 """Makes what ``p.grad`` shows of a gradient that this rank does not hold whole."""

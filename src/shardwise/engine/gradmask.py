@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shardwise.engine.gradients import GradState
+from shardwise.engine.grad_states import GradState
 from shardwise.engine.unit import Unit
 
 _SHOWN = 16  # added to the state: ``p.grad`` shows it

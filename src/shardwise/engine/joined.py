@@ -16,7 +16,7 @@ from shardwise.comm.stats import Op
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.commands import Command
 from shardwise.engine.packing import Packing
-from shardwise.engine.unit import Unit
+from shardwise.engine.unit import Unit, values_change
 from shardwise.tiers.transfer import Transfer
 
 LOOK_AHEAD = 64  # units that one message may bring
@@ -126,10 +126,8 @@ def publish(changed: Sequence[tuple[Unit, Sequence[Bucket]]]) -> None:
     """
     coming: dict[int, Transfer] = {}
     follow = []
-    with torch._C.DisableTorchFunctionSubclass():
-        torch.autograd.graph.increment_version([p for unit, _ in changed for p in unit.params])
+    values_change([unit for unit, _ in changed])
     for unit, buckets in changed:
-        unit.note()
         unit.prepare_to_follow()
         follow += [b for b in buckets if b.gathers_after_step]
     messages = list(by_bytes(follow, lambda b: b.flat.nbytes))

@@ -16,7 +16,8 @@ import torch
 from shardwise.engine import norms
 from shardwise.engine.commands import Command
 from shardwise.engine.flat import FlatParameters
-from shardwise.engine.gradients import Gradients, GradState
+from shardwise.engine.grad_states import GradState
+from shardwise.engine.gradients import Gradients
 from shardwise.engine.norms import Spread
 from shardwise.errors import GradientError
 from shardwise.trees import leaves, map_tensors

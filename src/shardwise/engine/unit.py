@@ -382,12 +382,12 @@ class Unit:
         until a unit's bytes are there its parameters are guarded. Those that come and go are simply stale, unless
         somebody has them pinned: then they are gathered anew, in place.
         """
-        self.changed()
+        values_change([self])
         self.prepare_to_follow()
         self.follow_with([b.start_gather() for b in buckets if b.gathers_after_step])
 
     def prepare_to_follow(self) -> None:
-        """The part of :meth:`publish` between :meth:`changed` and the gathers of values that stay."""
+        """The part of :meth:`publish` between :func:`values_change` and the gathers of values that stay."""
         if self.residence.state is Residency.GATHERING:
             self.gather()
         if self.released:
@@ -417,24 +417,11 @@ class Unit:
         self.residence.drop(Pin.FORWARD)
         self.residence.drop(Pin.BACKWARD)
 
-    def changed(self) -> None:
-        """The values are about to change: a graph that saved them before is refused in backward, as torch does."""
-        with torch._C.DisableTorchFunctionSubclass():
-            torch.autograd.graph.increment_version(self.params)
-        self.note()
-
-    def note(self) -> None:
-        """What is written from here on to values is the script's, where master values are another tensor."""
-        if self.apart:
-            for b in self.buckets:
-                if not b.placement.aliased:
-                    b.note()
-
     def defer_update(self, updates: Sequence[PendingUpdate], buckets: Sequence[Bucket]) -> None:
         """As :meth:`publish`, of updates that are under way on some rank: :meth:`finish_update` does the rest."""
         if self.residence.state is Residency.GATHERING:
             self.gather()
-        self.changed()
+        values_change([self])
         if self.released:
             self._drop_passes()
             self.release()
@@ -603,6 +590,18 @@ class Unit:
             with self.upward.announce(Command.VALUES, self.index, self.buckets.index(bucket), "gradients"):
                 bucket.mesh.gather(out, bucket.op("state")).wait()
         return out
+
+
+def values_change(units: Sequence[Unit]) -> None:
+    """Values are about to change: a graph that saved them before is refused in backward, as torch does.
+
+    What is written to them from here on is the script's, where master values are another tensor.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.autograd.graph.increment_version([p for unit in units for p in unit.params])
+    for b in [b for unit in units if unit.apart for b in unit.buckets]:
+        if not b.placement.aliased:
+            b.note()
 
 
 def unit_of(param: Any) -> Unit | None:

@@ -14,7 +14,7 @@ from torch import nn
 from shardwise.checkpoint.coordination import Progress
 from shardwise.checkpoint.formats import open_source
 from shardwise.checkpoint.manifest import BLOCK as READ
-from shardwise.checkpoint.model_saving import SafeWriter, shard_limit, shards_of
+from shardwise.checkpoint.model_saving import SafeWriter, shard_limit, shards_of, writable
 from shardwise.checkpoint.model_state import model_states
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.checkpoint.stored_tensor import SAFETENSORS_DTYPES, Stored
@@ -55,27 +55,17 @@ def write_in_int8(
     if not halves:
         raise nothing_to_quantize(module)
     table = _table(tensors, halves)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
+    with writable(root):
         if any(root.iterdir()):
             raise CheckpointError("the folder is not empty", where=str(root), fix="choose a new one")
-        writer = SafeWriter(root, shards_of(table, limit), state.aliases)
-        try:
+        with SafeWriter(root, shards_of(table, limit), state.aliases) as writer:
             total = sum(stored.nbytes for stored in tensors.values())
             with Progress("quantising", total, progress) as bar, reader:
                 reader.seen = bar.add
                 for name, stored in tensors.items():
                     _write(writer, name, stored, halves.get(name), reader)
-            writer.finish()
-        finally:
-            writer.clean()
         if module is not model:
             _copy_others(source.path, root)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot be written: {error.strerror or error}", where=str(error.filename or root),
-            fix="check that the folder can be written and that the disk is not full",
-        ) from error  # fmt: skip
     return root
 
 
