@@ -13,7 +13,7 @@ from shardwise import checkpoint
 ROOT = Path(shardwise.__file__).parent
 # Lower floors first. A module may import its own floor and those below.
 FLOORS = [
-    ["errors", "trees", "lazy", "naming", "sizes", "host"],
+    ["errors", "events", "trees", "lazy", "naming", "sizes", "host"],
     ["strategy", "environment", "deepspeed_config"],
     ["layout", "placement", "device", "quantization"],
     ["comm"],
@@ -25,6 +25,7 @@ FLOORS = [
     ["stepping", "optimizer", "scheduler"],
     ["fsdp"],
     ["inference"],
+    ["plan"],
     ["compat"],  # from here on: the door that looks like Accelerate's
     ["utils", "state", "tracking", "hooks", "big_modeling"],
     ["accelerator", "joining", "local_sgd"],
