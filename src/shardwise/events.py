@@ -13,6 +13,8 @@ NETWORK = ("gather", "reduce", "broadcast", "norm", "control")
 """Ways between ranks that have names of their own here; others are called as their message is."""
 TO_HOST, TO_DEVICE, READ, WRITE = "to_host", "to_device", "read", "write"
 """Ways over the link between a device and its host, and to and from a disk."""
+UPDATE = "update"
+"""The update of a unit that takes place beside what follows; told as a transfer of no bytes."""
 
 
 class Listener:
@@ -27,7 +29,8 @@ class Listener:
 
         Args:
             unit: the name of the unit as reports show it, or of the optimizer.
-            phase: empty, with an empty unit: no pass of a model and no step is under way.
+            phase: empty, with an empty unit: no pass of a model and no step is under way. In a plan, where there is one
+                thread only, what follows ``update`` takes place beside what follows after it.
         """
 
     def start(self, way: str, name: str, nbytes: int, ranks: tuple[int, ...] = ()) -> None:

@@ -24,7 +24,7 @@ from shardwise.engine.hooks import engine_of
 from shardwise.engine.state_dict import Held, held, units_of
 from shardwise.errors import CheckpointError
 from shardwise.naming import WRAPPERS, clean_name
-from shardwise.tiers.swapped_tensor import SwappedTensor, fetch
+from shardwise.tiers.swapped_tensor import fetch, is_swapped
 
 Box = tuple[tuple[int, ...], tuple[int, ...], int, int]
 """Offsets, sizes, and the range ``start:stop`` of the flattened tensor that the box covers."""
@@ -101,7 +101,7 @@ class Slices(torch.Tensor):
         self.pieces = list(pieces)
         self.parts = []
         for start, stop, piece in pieces:
-            source = piece if isinstance(piece, SwappedTensor) else piece.detach().view(-1)  # the memory it has now
+            source = piece if is_swapped(piece) else piece.detach().view(-1)  # the memory it has now
             self.parts += [(box, start, source) for box in _boxes(tuple(shape), start, stop)]
 
     @classmethod
@@ -114,7 +114,7 @@ class Slices(torch.Tensor):
     @property
     def in_memory(self) -> bool:
         """Are all bytes in memory?"""
-        return not any(isinstance(piece, SwappedTensor) for _, _, piece in self.pieces)
+        return not any(is_swapped(piece) for _, _, piece in self.pieces)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Slices({tuple(self.shape)}, {[(a, b) for a, b, _ in self.pieces]})"

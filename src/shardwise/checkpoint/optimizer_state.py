@@ -20,7 +20,7 @@ from shardwise.engine.optimizer import attach, optimizer_shard
 from shardwise.engine.optimizer_state import PER_PARAMETER, bare_state_dict, put_state
 from shardwise.engine.state_dict import Held, held
 from shardwise.errors import CheckpointError
-from shardwise.tiers.swapped_tensor import SwappedTensor, fetch
+from shardwise.tiers.swapped_tensor import fetch, is_swapped
 
 NUMBERS: dict[str, tuple[type, torch.dtype]] = {
     "bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64),
@@ -247,7 +247,7 @@ class OptimizerState:
         old = (self.optimizer.state.get(piece) or {}).get(key)
         if (
             isinstance(old, torch.Tensor)
-            and not isinstance(old, SwappedTensor)
+            and not is_swapped(old)
             and old.shape == piece.shape
             and old.dtype == dtype
             and old.is_contiguous()

@@ -16,6 +16,7 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 
+from shardwise import events
 from shardwise.comm.process import Process
 from shardwise.comm.stats import Op
 
@@ -74,6 +75,8 @@ class Group:
         tracker = self.world.tracker
         start = perf_counter()
         tracker.waiting = (op, self.ranks, start)
+        if events.listeners:
+            events.wait(op.kind, op.unit)
         try:
             for work in works:
                 work.wait()  # type: ignore[attr-defined]
@@ -82,6 +85,8 @@ class Group:
         finally:
             tracker.waiting = None
             self.world.stats.of(op.kind).wait_s += perf_counter() - start
+            if events.listeners:
+                events.waited(op.kind, op.unit)
 
     def allow(self, op: Op) -> None:
         """Raise if some ranks have run out of data and will not come to this collective."""
@@ -92,6 +97,8 @@ class Group:
         count = self.world.stats.of(op.kind)
         count.calls += 1
         count.bytes_sent += nbytes
+        if events.listeners:
+            events.start(op.kind, op.unit, nbytes, self.ranks)
 
     def _issue(self, op: Op, start: Callable[[], list[object]]) -> list[object]:
         try:
@@ -103,16 +110,36 @@ class Group:
         self, sends: Sequence[tuple[torch.Tensor, int]], recvs: Sequence[tuple[torch.Tensor, int]], op: Op
     ) -> list[object]:
         """Start tagged sends ``(tensor, group rank)`` and receives; returns their work handles."""
-        pg = self.pg
-        assert pg is not None
         self._count(op, sum(t.numel() * t.element_size() for t, _ in sends))
 
-        def start() -> list[object]:
-            works: list[object] = [pg.recv([t], r, op.tag) for t, r in recvs]
-            works += [pg.send([t], r, op.tag) for t, r in sends]
-            return works
+        return self._issue(op, lambda: self.start_exchange(sends, recvs, op.tag))
 
-        return self._issue(op, start)
+    # --- the backend's own -------------------------------------------------------------------
+    def start_exchange(
+        self, sends: Sequence[tuple[torch.Tensor, int]], recvs: Sequence[tuple[torch.Tensor, int]], tag: int
+    ) -> list[object]:
+        pg = self.pg
+        assert pg is not None
+        works: list[object] = [pg.recv([t], r, tag) for t, r in recvs]
+        works += [pg.send([t], r, tag) for t, r in sends]
+        return works
+
+    def start_all_gather(self, flat: torch.Tensor, mine: torch.Tensor) -> object:
+        # torch 2.13 renames this and reduce-scatter; 2.11 has the old names only.
+        call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return call(flat, mine, group=self.pg, async_op=True)
+
+    def start_reduce_scatter(self, out: torch.Tensor, raw: torch.Tensor) -> object:
+        """The sum."""
+        call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return call(out, raw, group=self.pg, async_op=True)
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> object:
+        """The sum, in place."""
+        return dist.all_reduce(tensor, group=self.pg, async_op=True)
+
+    def start_broadcast(self, tensor: torch.Tensor, source: int) -> object:
+        return dist.broadcast(tensor, group=self.pg, group_src=source, async_op=True)
 
     def peers(self) -> list[int]:
         """The other group ranks, nearest first, so that not all ranks send to the same one at once."""
@@ -129,7 +156,7 @@ class Group:
         mine = flat[self.rank * chunk : (self.rank + 1) * chunk]
         if self.builtin:
             self._count(op, (self.size - 1) * chunk * flat.element_size())
-            return Transfer(self, op, self._issue(op, lambda: [_all_gather(flat, mine, self.pg)]))
+            return Transfer(self, op, self._issue(op, lambda: [self.start_all_gather(flat, mine)]))
         sends = [(mine, r) for r in self.peers()]
         recvs = [(flat[r * chunk : (r + 1) * chunk], r) for r in reversed(self.peers())]
         return Transfer(self, op, self.exchange(sends, recvs, op))
@@ -141,19 +168,7 @@ class Group:
         self.allow(op)
         if self.builtin:
             self._count(op, tensor.numel() * tensor.element_size() if self.rank == source else 0)
-            return Transfer(self, op, [dist.broadcast(tensor, group=self.pg, group_src=source, async_op=True)])
+            return Transfer(self, op, [self.start_broadcast(tensor, source)])
         if self.rank == source:
             return Transfer(self, op, self.exchange([(tensor, r) for r in self.peers()], [], op))
         return Transfer(self, op, self.exchange([], [(tensor, source)], op))
-
-
-def _all_gather(flat: torch.Tensor, mine: torch.Tensor, pg: dist.ProcessGroup | None) -> object:
-    # torch 2.13 renames these two; 2.11 has the old names only.
-    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return call(flat, mine, group=pg, async_op=True)
-
-
-def reduce_scatter_builtin(out: torch.Tensor, raw: torch.Tensor, pg: dist.ProcessGroup | None) -> object:
-    """Start the backend's own reduce-scatter (sum)."""
-    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return call(out, raw, group=pg, async_op=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 
-from shardwise.comm.group import Group, Transfer, reduce_scatter_builtin
+from shardwise.comm.group import Group, Transfer
 from shardwise.comm.stats import Op
 
 
@@ -83,7 +82,7 @@ class Reduction:
         # ``out`` may be one of the sources, so it is written by the very last sum only.
         if last is not None:
             torch.add(total, last, out=out)
-        elif total.data_ptr() != out.data_ptr():
+        elif not _same(total, out):
             out.copy_(total)
         self._give_back()
 
@@ -94,7 +93,7 @@ class Reduction:
             return Transfer(None, None, (), lambda: self._store(raw))
         if shard.size == 1:
             whole._count(self.op, 2 * (whole.size - 1) * raw.numel() * raw.element_size() // whole.size)
-            work = dist.all_reduce(raw, group=whole.pg, async_op=True)
+            work = whole.start_all_reduce(raw)
             return Transfer(whole, self.op, [work], lambda: self._store(raw))
         if self._out_is_free:
             part = self.out
@@ -102,11 +101,11 @@ class Reduction:
             part = self._take(raw.numel() // shard.size)
             self.received = [part]
         shard._count(self.op, (shard.size - 1) * part.numel() * part.element_size())
-        work = reduce_scatter_builtin(part, raw, shard.pg)
+        work = shard.start_reduce_scatter(part, raw)
         return Transfer(shard, self.op, [work], lambda: self._store(part))
 
     def _store(self, total: torch.Tensor) -> None:
-        if total.data_ptr() != self.out.data_ptr() or total.dtype != self.out.dtype:
+        if not _same(total, self.out):
             self.out.copy_(total)
         self._give_back()
 
@@ -133,7 +132,7 @@ class Reduction:
         elif axes.replicate.size > 1 and axes.shard.size > 1:
             group = axes.replicate
             group._count(self.op, 2 * (group.size - 1) * self.out.numel() * self.out.element_size() // group.size)
-            self._second = Transfer(group, self.op, [dist.all_reduce(self.out, group=group.pg, async_op=True)])
+            self._second = Transfer(group, self.op, [group.start_all_reduce(self.out)])
         self.raw = self.out  # what was sent is not needed any more
 
     def wait(self) -> None:
@@ -141,3 +140,12 @@ class Reduction:
         if self._second is not None:
             self._second.wait()
             self._second = None
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Are they the same elements? Without asking for addresses, which tensors without values have not."""
+    return (
+        one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        and one.storage_offset() == other.storage_offset()
+        and one.dtype == other.dtype
+    )

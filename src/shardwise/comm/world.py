@@ -82,6 +82,7 @@ class World(Process):
     """This process, and the groups and meshes that were made in its default process group."""
 
     _current: World | None = None
+    _planned: World | None = None  # in whose place all that asks for the current one works
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -105,6 +106,8 @@ class World(Process):
     @classmethod
     def current(cls, device: torch.device | None = None) -> World:
         """The World of the present default process group; made anew when that changed."""
+        if cls._planned is not None:
+            return cls._planned
         pg = dist.group.WORLD if dist.is_initialized() else None
         if cls._current is None or cls._current.default_pg is not pg:
             if cls._current is not None:
@@ -121,7 +124,7 @@ class World(Process):
         if self.size == 1:
             group = Group(self, mine, None, False)
         elif self.fake:
-            group = Group(self, mine, dist.new_group(mine, backend="fake"), True)
+            group = Group(self, mine, dist.new_group(mine, backend="fake"), builtin=device.type != "cpu")
         else:
             backend, pg = self._backend(device), None
             for ranks in partition:

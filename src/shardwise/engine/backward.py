@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
+from shardwise import events
 from shardwise.comm import joined
 from shardwise.comm.faults import Tracker
 from shardwise.comm.mesh import Mesh
@@ -244,6 +245,8 @@ class Backward:
             self._see_over(run, call, number)
         self._launch_next(run)
         self.tracker.phase, self.tracker.unit = "backward", unit.label
+        if events.listeners:
+            events.phase("backward", unit.label)
         if unit.index not in run.entered or not unit.here:
             run.entered.add(unit.index)
             if self.forward.going:
@@ -348,6 +351,8 @@ class Backward:
         run = self._run
         assert run is not None
         self.tracker.phase = "the end of backward"
+        if events.listeners:
+            events.phase("end of backward", self.tracker.unit)
         try:
             if self.sync or gather_log is not None:
                 log = self.forward.gather_log if gather_log is None else gather_log
@@ -369,6 +374,8 @@ class Backward:
             self._lost = self._run is not None
             self.passes.backward = False
             self.tracker.phase = self.tracker.unit = ""
+            if events.listeners:
+                events.phase("", "")
             for unit in self.units:
                 unit.calls_made = 0
             for unit in self.forward.going:

@@ -291,6 +291,7 @@ def _home(engine: Engine, device: torch.device) -> Home | None:
             device=device,
             ahead=strategy.offload_prefetch + 1,
             warn=world.rank % max(world.local_size, 1) == 0,
+            planned=world.fake,
         )
     except OffloadError as found:
         error = found
@@ -327,7 +328,8 @@ def _common_owner(names: Sequence[str], owners: Sequence[str]) -> str:
 def _move_ledger(old: Engine, new: Engine) -> None:
     """Hand a child's live bytes to its parent's ledger."""
     for state, nbytes in old.ledger.live.items():
-        new.ledger.add(state, nbytes)
+        new.ledger.add(state, nbytes - old.ledger.on_host[state])
+        new.ledger.add(state, old.ledger.on_host[state], host=True)
     for unit in old.units:
         for b in unit.buckets:
             b.ledger = b.flat.ledger = new.ledger

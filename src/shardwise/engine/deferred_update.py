@@ -22,9 +22,11 @@ import torch
 from torch.optim import Optimizer
 
 from shardwise import device as devices
+from shardwise import events
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.offload import OptimizerShard, Pieces, pieces_of, settings_of, update
 from shardwise.tiers.home import Home
+from shardwise.tiers.planned import without_values
 
 _threads: WeakKeyDictionary[Home, ThreadPoolExecutor] = WeakKeyDictionary()
 
@@ -94,6 +96,14 @@ class DeferredUpdate:
             following: the next one, to be read ahead.
         """
         device = self.shard.bucket.device
+        if events.listeners:
+            events.start(events.UPDATE, self._name, 0)
+        if without_values():  # which are this thread's alone; in a plan, listeners are told what is beside what
+            self._future = Future()
+            events.phase("update", self._name)
+            self._future.set_result(self._run(following))
+            events.phase("step", type(self.step.optimizer).__name__)
+            return
         if devices.runs_late(device):
             self._mark = devices.mark(device)
         self._future = _thread(self.shard.home).submit(self._run, following)
@@ -105,7 +115,12 @@ class DeferredUpdate:
             UpdateFailed: it, or one before it in its step, failed; whatever the step was to change is marked.
         """
         assert self._future is not None
+        told = bool(events.listeners)
+        if told:
+            events.wait(events.UPDATE, self._name)
         self.drain()
+        if told:
+            events.waited(events.UPDATE, self._name)
         if self.step.failed is not None:
             for one in self.step.updates.values():
                 one.drain()
@@ -113,6 +128,10 @@ class DeferredUpdate:
             raise shard.fail(error).error() from error
         if self._end is not None:
             devices.current_stream(self.shard.bucket.device).wait_event(self._end)
+
+    @property
+    def _name(self) -> str:
+        return self.shard.bucket.label
 
     def drain(self) -> None:
         """Until it does not run any more, however it ended."""

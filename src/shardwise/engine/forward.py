@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from shardwise import events
 from shardwise.comm.faults import Tracker
 from shardwise.engine.joined import LOOK_AHEAD, first_message, start_gathers
 from shardwise.engine.mixed_precision import autocast_dtype, cast_inputs, param_dtype
@@ -157,6 +158,8 @@ class Forward:
         call = Call(unit, parent) if torch.is_grad_enabled() else None
         self._running.append(_Running(unit, call, self._autocast(unit) if unit.strategy.autocast else None))
         self.tracker.phase, self.tracker.unit = "forward", unit.label
+        if events.listeners:
+            events.phase("forward", unit.label)
         if self.passes.backward:  # recomputing under activation checkpointing
             unit.gather()
         else:
@@ -197,6 +200,8 @@ class Forward:
         if not self._running or self._running[-1].unit is not unit:
             return None  # it failed before it had begun
         _, call, autocast = self._running.pop()
+        if events.listeners:
+            self._tell()
         if autocast is not None:
             autocast.__exit__(None, None, None)
         if failed:
@@ -220,6 +225,13 @@ class Forward:
             return changed
         finally:
             self._close()
+
+    def _tell(self) -> None:
+        """Tell those who listen whose forward goes on now."""
+        if self._running:
+            events.phase("forward", self._running[-1].unit.label)
+        else:
+            events.phase(*(("backward", self.tracker.unit) if self.passes.backward else ("", "")))
 
     def _hook_outputs(self, call: Call, output: Any) -> bool:
         """Hear of the first gradient of what ``call`` computed. Is there anything that can get one?"""

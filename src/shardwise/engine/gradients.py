@@ -262,7 +262,7 @@ class Gradients:
         if self.arrived:
             nbytes = sum([grad.nbytes for grad in self.arrived.values()])
             self.arrived.clear()
-            self.bucket.ledger.add("gather_buffers", -nbytes)
+            self.bucket.ledger.add("gather_buffers", -nbytes, host=self.bucket.device.type == "cpu")
 
     def _in_place(self, index: int) -> bool:
         """Is what arrives added to what is reduced already?"""

@@ -24,10 +24,11 @@ from shardwise.engine.elementwise import unhooked
 from shardwise.engine.failure import Failure
 from shardwise.engine.scalings import Scaling, factors_of, lowered, scale_
 from shardwise.errors import OptimizerError
-from shardwise.tiers.aligned import padded
+from shardwise.tiers.aligned import padded, start_of
 from shardwise.tiers.home import TENSOR_ALIGN, BufferLease, Home, StateExtent
 from shardwise.tiers.link import StreamOrdered
-from shardwise.tiers.swapped_tensor import SwapLocation, SwappedTensor, fetch, swap_in, swap_out
+from shardwise.tiers.planned import is_plain
+from shardwise.tiers.swapped_tensor import SwapLocation, fetch, is_swapped, swap_in, swap_out
 from shardwise.tiers.transfer import Transfer
 
 State = Mapping[Any, dict[str, Any]]
@@ -51,7 +52,7 @@ def is_offloaded(bucket: Bucket, value: Any) -> bool:
     """Do this state's bytes leave the memory between steps?"""
     if not bucket.placement.state_on_disk or not isinstance(value, torch.Tensor):
         return False
-    return isinstance(value, SwappedTensor) or (type(value) is torch.Tensor and value.dim() > 0 and value.numel() > 0)
+    return is_swapped(value) or (is_plain(value) and value.dim() > 0 and value.numel() > 0)
 
 
 def _slots(found: Found) -> tuple[list[StateSlot], int]:
@@ -196,7 +197,7 @@ class OptimizerShard:
         by_id = {id(piece): piece for piece in self._pieces}
         for slot in self.slots:
             value = state.get(by_id[slot.piece], {}).get(slot.key)
-            if isinstance(value, SwappedTensor):  # otherwise somebody has put a new one in its place
+            if value is not None and is_swapped(value):  # otherwise somebody has put a new one in its place
                 swap_in(value, self._view(slot))
         if values and self._values_bytes:
             assert self.bucket.values is not None and self._lease is not None
@@ -252,7 +253,7 @@ class OptimizerShard:
         if self._state_extent is not None:
             for slot, (_, _, value) in zip(self.slots, found, strict=True):
                 view = self._view(slot)
-                if value.data_ptr() != view.data_ptr():
+                if start_of(value) != start_of(view):
                     view.copy_(value)
             writes += self._state_extent.write(self._mine)
             for slot, (_, key, value) in zip(self.slots, found, strict=True):
@@ -280,7 +281,7 @@ class OptimizerShard:
         """
         self.cancel()
         for _, _, value in self._found(state):
-            if not isinstance(value, SwappedTensor):
+            if not is_swapped(value):
                 value.data = value.clone()
         values = self.bucket.values
         if values is not None and values.on_disk and values.resident:
@@ -291,12 +292,12 @@ class OptimizerShard:
     def materialise(self, state: State) -> None:
         """Have the state in memory of its own until :meth:`flush`."""
         for _, _, value in self._found(state):
-            if isinstance(value, SwappedTensor):
+            if is_swapped(value):
                 swap_in(value, fetch(value))
 
     def flush(self, state: State) -> None:
         """Write out state that is in memory, because it was materialised, loaded or made by hand."""
-        in_memory = (not isinstance(value, SwappedTensor) for _, _, value in self._found(state))
+        in_memory = (not is_swapped(value) for _, _, value in self._found(state))
         if self.bucket.placement.state_on_disk and any(in_memory):
             self.enter(state, values=False)
             self.leave(state, values=False)
@@ -347,7 +348,7 @@ class OptimizerShard:
         """There is other state than before: make room for it. Everything leaves the buffer it was in."""
         master = self.bucket.values
         for _, _, value in found:
-            if isinstance(value, SwappedTensor):
+            if is_swapped(value):
                 swap_in(value, fetch(value))
             elif self._lease is not None:
                 value.data = value.clone()

@@ -27,6 +27,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from shardwise import events
 from shardwise.comm import World
 from shardwise.comm.stats import Op
 from shardwise.engine import deferred_update, elementwise, offload
@@ -299,6 +300,8 @@ def _begin_step(record: Attachment, optimizer: Optimizer, args: Any, kwargs: Any
     """Outside of any other step of this optimizer."""
     _refuse_in_autograd(optimizer, "step()")
     require_valid(record)
+    if events.listeners:
+        events.phase("step", type(optimizer).__name__)
     wait_for_readers(optimizer)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
@@ -380,6 +383,8 @@ def _after_step(record: Attachment, optimizer: Optimizer, args: Any, kwargs: Any
             except OptimizerError as error:
                 record.fail(error)
                 raise
+    if events.listeners:
+        events.phase("", "")
 
 
 register_optimizer_step_pre_hook(_see)

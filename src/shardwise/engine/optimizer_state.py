@@ -14,7 +14,7 @@ from shardwise.engine.attachment import Attachment, attachment_of, place_of, req
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.offload import OptimizerShard, is_offloaded
 from shardwise.errors import OptimizerError
-from shardwise.tiers.swapped_tensor import SwappedTensor, fetch
+from shardwise.tiers.swapped_tensor import fetch, is_swapped
 
 PER_PARAMETER = {"step", "eta", "mu", "mu_product"}
 """State of torch.optim that is one number per parameter, also where the parameter itself is 0-dim."""
@@ -147,7 +147,7 @@ def fetch_offloaded(state_dict: dict[str, Any]) -> None:
     """What is on a disk comes along in a state dict as a copy in memory."""
     state: dict[Any, dict[str, Any]] = state_dict["state"]
     for key, values in state.items():
-        if any(isinstance(value, SwappedTensor) for value in values.values()):
+        if any(is_swapped(value) for value in values.values()):
             state[key] = {k: fetch(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 

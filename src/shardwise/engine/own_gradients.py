@@ -31,7 +31,7 @@ class OwnGradients(Gradients):
         nbytes = sum([grad.nbytes for grad in found])
         if nbytes == self._counted and ledger.observer is None:
             return
-        ledger.add("gradients", -self._counted)
+        ledger.add("gradients", -self._counted, host=self.bucket.device.type == "cpu")
         self._counted = nbytes
         for grad in found:
             ledger.adopt(grad, "gradients")

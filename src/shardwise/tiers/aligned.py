@@ -10,6 +10,7 @@ import torch
 
 from shardwise import device
 from shardwise.errors import OffloadError
+from shardwise.tiers.planned import without_values
 from shardwise.tiers.transfer import Transfer
 
 ALIGN = 4096
@@ -46,6 +47,8 @@ def aligned_empty(nbytes: int) -> torch.Tensor:
 
     Forked children do not have it: they end if they touch it.
     """
+    if without_values():
+        return torch.empty(nbytes, dtype=torch.uint8)
     # Not a slice: its base would be one more tensor that has the memory.
     return (
         torch.frombuffer(_map(nbytes), dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
@@ -73,20 +76,23 @@ class BufferPool:
             raise OffloadError("pinned host buffers need an accelerator, and there is none", fix="pin_memory=False")
         self.count, self.buffer_bytes, self.pinned = count, padded(nbytes), pin
         self.peak_in_use = 0
-        own = not pin or device.locks_pages()
+        fake = without_values()
+        own = (not pin or device.locks_pages()) and not fake
         maps = [_map(self.buffer_bytes) for _ in range(count if own else 0)]
         buffers = [torch.frombuffer(pages, dtype=torch.uint8) for pages in maps]
         registered: list[int] = []
         # The finalizer holds the pages: they must be unlocked before they are unmapped.
         self._leaving: deque[tuple[Transfer, torch.Tensor]] = deque()
         self._finalizer = weakref.finalize(self, _unpin, registered, maps, self._leaving)
-        if not own:
+        if fake:
+            buffers = [torch.empty(self.buffer_bytes, dtype=torch.uint8) for _ in range(count)]
+        elif not own:
             buffers = [_pinned(self.buffer_bytes) for _ in range(count)]
         elif pin:
             for buffer in buffers:
                 _pin(buffer, registered)
         self._free: deque[torch.Tensor] = deque(buffers)
-        self._used: dict[int, torch.Tensor] = {}
+        self._used: dict[tuple[int, int], torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +128,7 @@ class BufferPool:
                 fix="release one before the next is acquired, or raise the number of buffers",
             )
         buffer = self._free.popleft()
-        self._used[buffer.data_ptr()] = buffer
+        self._used[start_of(buffer)] = buffer
         self.peak_in_use = max(self.peak_in_use, len(self._used) + len(self._leaving))
         return buffer
 
@@ -133,7 +139,7 @@ class BufferPool:
             buffer: what :meth:`acquire` returned.
             after: a transfer that still reads or fills it; the buffer is free when that has ended.
         """
-        own = self._used.pop(buffer.data_ptr(), None)
+        own = self._used.pop(start_of(buffer), None)
         if own is None:
             raise OffloadError(
                 "released a tensor that is not a buffer in use of this pool", fix="release each one once"
@@ -142,6 +148,11 @@ class BufferPool:
             self._free.append(own)
         else:
             self._leaving.append((after, own))
+
+
+def start_of(buffer: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor begins, also of those that have no address."""
+    return buffer.untyped_storage()._cdata, int(buffer.storage_offset()) * buffer.element_size()
 
 
 def _pin(buffer: torch.Tensor, registered: list[int]) -> None:

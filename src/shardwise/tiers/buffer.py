@@ -49,7 +49,7 @@ class Buffer:
         """Give the storage its bytes back; their values are undefined."""
         if not self.filled:
             self.tensor.untyped_storage().resize_(self.nbytes)
-            self.ledger.add(self.state, self.nbytes)
+            self.ledger.add(self.state, self.nbytes, host=self.tensor.is_cpu)
 
     @property
     def resizable(self) -> bool:
@@ -68,5 +68,5 @@ class Buffer:
         if self.aliased:
             return False
         self.tensor.untyped_storage().resize_(0)
-        self.ledger.add(self.state, -self.nbytes)
+        self.ledger.add(self.state, -self.nbytes, host=self.tensor.is_cpu)
         return True

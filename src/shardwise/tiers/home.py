@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ from shardwise.tiers.disk import DiskStats, DiskStore, Extent
 from shardwise.tiers.ledger import Ledger
 from shardwise.tiers.link import Link
 from shardwise.tiers.malloc import release_free_memory
+from shardwise.tiers.planned_disk import PlannedDisk
 from shardwise.tiers.stored_files import StoredFiles
 from shardwise.tiers.transfer import Transfer, TransferGroup
 
@@ -54,6 +56,7 @@ class Home:
         ahead: values that are read ahead from the disk to a device with memory of its own, in a buffer each.
         separate: its memory is not the host's, so that master values and gradients have to be copied.
         warn: say so if the disk cannot do direct I/O.
+        planned: nothing is written, only counted: tensors have no values.
 
     Attributes:
         disk: the store of extents; ``None`` at home ``cpu``.
@@ -83,9 +86,13 @@ class Home:
         ahead: int = 2,
         separate: bool | None = None,
         warn: bool = True,
+        planned: bool = False,
     ) -> None:
         self.kind, self.ledger, self.buffers, self.pin, self.ratio = kind, ledger, buffers, pin, ratio
-        self.disk = DiskStore(path, rank=rank, depth=depth, checksum=checksum, warn=warn) if kind == "nvme" else None
+        self.disk: DiskStore | PlannedDisk | None = None
+        if kind == "nvme":
+            store = partial(DiskStore, path, rank=rank, depth=depth, checksum=checksum, warn=warn)
+            self.disk = PlannedDisk() if planned else store()
         self.link = Link(device or torch.device("cpu"))
         self.step_link = Link(self.link.device)
         self.separate = self.link.device.type != "cpu" if separate is None else separate
@@ -100,7 +107,7 @@ class Home:
         self._asked = self._taken = 0  # bytes of units, and of those whose state comes here
 
     @property
-    def store(self) -> DiskStore:
+    def store(self) -> DiskStore | PlannedDisk:
         assert self.disk is not None, "only a disk has a store"
         return self.disk
 
@@ -149,7 +156,7 @@ class Home:
             self._trimmed = perf_counter()
 
     def count(self, nbytes: int) -> None:
-        self.ledger.add("offload_buffers", nbytes)
+        self.ledger.add("offload_buffers", nbytes, host=True)
 
     def takes(self, nbytes: int) -> bool:
         """Does a unit's state of a size that goes with ``nbytes`` belong to the ``ratio`` that comes here?"""
@@ -177,7 +184,7 @@ class Home:
             self._dropped.append(extent)  # not freed here: the collector may be running anywhere
         self._total -= total
         self._placed -= placed
-        self.ledger.add("optimizer", -kept)
+        self.ledger.add("optimizer", -kept, host=True)
 
 
 class StateExtent:
@@ -192,7 +199,7 @@ class StateExtent:
         self.placed = nbytes if whole else home.share(nbytes)
         self.extent = home.extent(name, self.placed) if self.placed else None
         self._rest = torch.empty(nbytes - self.placed, dtype=torch.uint8)
-        home.ledger.add("optimizer", self._rest.numel())
+        home.ledger.add("optimizer", self._rest.numel(), host=True)
         shared = (0, 0) if whole else (nbytes, self.placed)
         weakref.finalize(self, home._gone, self.extent, *shared, self._rest.numel()).atexit = False
 

@@ -15,6 +15,7 @@ from time import perf_counter
 
 import numpy as np
 
+from shardwise import events
 from shardwise.errors import OffloadError
 from shardwise.tiers.block_io import BlockIO, Bytes, Extent, Kind
 from shardwise.tiers.disk_errors import again, explain
@@ -65,6 +66,11 @@ class DiskTransfer:
         self.next: list[DiskTransfer] = []
 
     @property
+    def name(self) -> str:
+        """How listeners know it."""
+        return f"{self.extent.name} {id(self)}"
+
+    @property
     def done(self) -> bool:
         """Whether it has ended, well or not."""
         return self.ended.is_set()
@@ -76,7 +82,12 @@ class DiskTransfer:
             OffloadError: they are not, now or ever; or nothing moved for the store's timeout.
         """
         if not self.ended.is_set():
+            told = bool(events.listeners)
+            if told:
+                events.wait(self.kind, self.name)
             self.disk.wait(self)
+            if told:
+                events.waited(self.kind, self.name)
         if self.error is not None:
             raise again(self.error)
 
@@ -127,6 +138,8 @@ class IOQueue:
                 fix="use them in the parent",
             )
         transfer = DiskTransfer(self, kind, extent, start, data)
+        if events.listeners:
+            events.start(kind, transfer.name, len(data))
         with self.lock:
             if self.error is not None:
                 raise again(self.error)

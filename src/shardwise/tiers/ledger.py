@@ -26,19 +26,27 @@ class Ledger:
     whole parameters are kept in another dtype. ``gather_buffers``: whatever comes and goes with a unit:
     its gathered values, its arriving gradients, what a reduce receives. ``offload_buffers``: host buffers that
     state on a disk passes through. ``host_activations``: what autograd saved that was moved to the host.
+
+    Attributes:
+        live, peak: bytes by state. ``on_host``: those of ``live`` that are in the host's memory.
+        total, peak_total: of all states together.
+        observer: counts what is not in the ledger.
     """
 
     def __init__(self) -> None:
         self.live = dict.fromkeys(STATES, 0)
         self.peak = dict.fromkeys(STATES, 0)
+        self.on_host = dict.fromkeys(STATES, 0)
         self.total = self.peak_total = 0
         self.observer: Observer | None = None
 
-    def add(self, state: str, nbytes: int) -> None:
-        """``nbytes`` more (or, negative, fewer) live bytes of ``state``."""
+    def add(self, state: str, nbytes: int, *, host: bool = False) -> None:
+        """``nbytes`` more (or, negative, fewer) live bytes of ``state``, in the memory of the ``host``."""
         live = self.live
         live[state] += nbytes
         self.total += nbytes
+        if host:
+            self.on_host[state] += nbytes
         if nbytes > 0:
             if live[state] > self.peak[state]:
                 self.peak[state] = live[state]
@@ -56,18 +64,18 @@ class Ledger:
             paused, observer.paused = observer.paused, True
             tensor = torch.empty(numel, dtype=dtype, device=device)
             observer.paused = paused
-        self.add(state, tensor.numel() * tensor.element_size())
+        self.add(state, tensor.numel() * tensor.element_size(), host=tensor.is_cpu)
         return tensor
 
     def drop(self, tensor: torch.Tensor, state: str) -> None:
         """The caller lets go of a tensor that :meth:`empty` made."""
-        self.add(state, -tensor.numel() * tensor.element_size())
+        self.add(state, -tensor.numel() * tensor.element_size(), host=tensor.is_cpu)
 
     def adopt(self, tensor: torch.Tensor, state: str) -> None:
         """Count a tensor that somebody else allocated (optimizer state)."""
         if self.observer is not None:
             self.observer.disown(tensor)
-        self.add(state, tensor.numel() * tensor.element_size())
+        self.add(state, tensor.numel() * tensor.element_size(), host=tensor.is_cpu)
 
     def reset_peak(self) -> None:
         """Forget the peaks: from here on they are what is live now."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from shardwise import device as devices
+from shardwise import events
+
+_NUMBERS = itertools.count()
 
 
 class Copy:
@@ -13,14 +18,25 @@ class Copy:
     Args:
         event: behind it, on a stream of ``device``; ``None`` if it is done.
         device: the one that it goes to or comes from.
+        told: how listeners know it: its way and name; ``None``: nobody listened when it began, or it was waited for.
     """
 
-    def __init__(self, event: torch.Event | None = None, device: torch.device = devices.CPU) -> None:
-        self._event, self._device = event, device
+    def __init__(
+        self,
+        event: torch.Event | None = None,
+        device: torch.device = devices.CPU,
+        told: tuple[str, str] | None = None,
+    ) -> None:
+        self._event, self._device, self._told = event, device, told
 
     def wait(self) -> None:
+        told, self._told = self._told, None
+        if told is not None:
+            events.wait(*told)
         if self._event is not None:
             self._event.synchronize()
+        if told is not None:
+            events.waited(*told)
 
     @property
     def done(self) -> bool:
@@ -32,8 +48,13 @@ class Copy:
         Args:
             stream: where it is told so; by default what is current for the device, which need not be the current one.
         """
+        told, self._told = self._told, None
+        if told is not None:
+            events.wait(*told)
         if self._event is not None:
             (stream or devices.current_stream(self._device)).wait_event(self._event)
+        if told is not None:
+            events.waited(*told)
 
 
 class StreamOrdered:
@@ -64,19 +85,21 @@ class Link:
     def to_host(self, source: torch.Tensor, host: torch.Tensor) -> Copy:
         """Start to copy into a host tensor of equal size, in the host tensor's dtype. Pinned ones do not block."""
         self.to_host_bytes += host.nbytes
+        told = _tell(events.TO_HOST, host.nbytes)
         if not self._late:
             host.copy_(source)
-            return Copy()
+            return Copy(told=told)
         low = source.to(host.dtype)  # before it crosses: half the bytes
-        return Copy(self._beside(low, host, low), self.device)
+        return Copy(self._beside(low, host, low), self.device, told)
 
     def to_device(self, host: torch.Tensor, target: torch.Tensor) -> Copy:
         """Start to copy into a device tensor of equal size and dtype; see :meth:`Copy.order`."""
         self.to_device_bytes += host.nbytes
+        told = _tell(events.TO_DEVICE, host.nbytes)
         if not self._late:
             target.copy_(host)
-            return Copy()
-        return Copy(self._beside(host, target, target), self.device)
+            return Copy(told=told)
+        return Copy(self._beside(host, target, target), self.device, told)
 
     def _beside(self, source: torch.Tensor, target: torch.Tensor, there: torch.Tensor) -> torch.Event:
         """Copy on the stream of our own, after what the device was told so far.
@@ -98,3 +121,12 @@ class Link:
         if self._stream is None:
             self._stream = torch.Stream(self.device)
         return self._stream
+
+
+def _tell(way: str, nbytes: int) -> tuple[str, str] | None:
+    """Tell those who listen that a copy begins. Returns how they know it."""
+    if not events.listeners:
+        return None
+    told = way, f"copy {next(_NUMBERS)}"
+    events.start(*told, nbytes)
+    return told

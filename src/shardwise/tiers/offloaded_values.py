@@ -65,7 +65,7 @@ class OffloadedValues:
             TransferGroup(self.write(tensor.view(torch.uint8))).wait()
             self.swap_out()
         else:
-            home.ledger.add(state, tensor.nbytes)
+            home.ledger.add(state, tensor.nbytes, host=tensor.is_cpu)
 
     def fill(self, target: torch.Tensor) -> list[Transfer]:
         """Start to copy them into ``target``, a contiguous tensor of equal size and dtype on the device.

@@ -89,7 +89,7 @@ class PageBuffer(Buffer):
         if not self.filled:
             self._pages = self._pool.take(self.nbytes)
             self.tensor = self._pages[: self.nbytes]
-            self.ledger.add(self.state, self.nbytes)
+            self.ledger.add(self.state, self.nbytes, host=True)
 
     @property
     def resizable(self) -> bool:
@@ -107,5 +107,5 @@ class PageBuffer(Buffer):
                 self._pool.forget(pages.numel())
             else:
                 self._pool.give(pages)
-            self.ledger.add(self.state, -self.nbytes)
+            self.ledger.add(self.state, -self.nbytes, host=True)
         return True

@@ -20,6 +20,7 @@ from shardwise import device as devices
 from shardwise.errors import OffloadError
 from shardwise.tiers.ledger import Ledger
 from shardwise.tiers.link import Copy, Link
+from shardwise.tiers.planned import is_plain
 
 STATE = "host_activations"
 SMALLEST = 1024
@@ -91,7 +92,7 @@ class SavedOnHost:
 
     def _moves(self, tensor: torch.Tensor) -> bool:
         return (
-            type(tensor) is torch.Tensor
+            is_plain(tensor)
             and tensor.layout is torch.strided
             and tensor.device == self.link.device
             and not (tensor.is_conj() or tensor.is_neg())  # their values are not what is in the storage
@@ -103,13 +104,16 @@ class SavedOnHost:
         host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.pin)
         self.ledger.adopt(host, STATE)
         held = _Bytes(self, host, self._last)
-        copy = self.link.to_host(_bytes(storage), host)
+        copy = self.link.to_host(self._bytes(storage), host)
         if not copy.done:
             self._leaving.append((copy, tensor, version))
             self._leaving_bytes += storage.nbytes()
         self._known[storage] = version, weakref.ref(held)
         self._last = weakref.ref(held)
         return held
+
+    def _bytes(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=self.link.device).set_(storage)
 
     def drain(self, room: int = 0) -> None:
         """Wait until at most ``room`` bytes are on their way to the host.
@@ -138,7 +142,8 @@ class SavedOnHost:
         before = packed.held.before
         if before is not None and (earlier := before()) is not None:
             earlier.start()
-        view = torch.empty(0, dtype=packed.dtype, device=storage.device)
+        # Not the storage's device: one without bytes says it has none.
+        view = torch.empty(0, dtype=packed.dtype, device=self.link.device)
         return view.set_(storage, packed.offset, packed.size, packed.stride)
 
 
@@ -196,7 +201,3 @@ class _Bytes:
     def __del__(self) -> None:
         # In whatever thread: a copy that nobody waits for keeps its memory until it has ended (Link sees to that).
         self.owner.ledger.drop(self.host, STATE)
-
-
-def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

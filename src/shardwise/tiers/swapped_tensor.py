@@ -13,6 +13,7 @@ import torch
 
 from shardwise.errors import OffloadError
 from shardwise.tiers.metadata_access import accessed
+from shardwise.tiers.planned import without_values
 
 if TYPE_CHECKING:
     from shardwise.tiers.home import StateExtent
@@ -68,6 +69,13 @@ def _refuse(tensor: SwappedTensor | None, operation: str) -> OffloadError:
     )
 
 
+def is_swapped(value: object) -> bool:
+    """Are its bytes on the disk?"""
+    return isinstance(value, SwappedTensor) or (
+        isinstance(value, torch.Tensor) and "_shardwise_location" in vars(value)
+    )
+
+
 def swap_out(tensor: torch.Tensor, location: SwapLocation) -> None:
     """Let go of a tensor's bytes, which are (or are being written) at ``location``.
 
@@ -75,6 +83,10 @@ def swap_out(tensor: torch.Tensor, location: SwapLocation) -> None:
     """
     filler = float("nan") if tensor.dtype.is_floating_point else 0
     shape = tensor.shape
+    if without_values():  # and nobody to be kept from reading them
+        tensor.data = torch.full((), filler, dtype=tensor.dtype).expand(shape)
+        tensor._shardwise_location = location  # type: ignore[attr-defined]
+        return
     tensor.__class__ = torch.Tensor
     tensor.data = torch.full((), filler, dtype=tensor.dtype).expand(shape)
     tensor._shardwise_location = location  # type: ignore[attr-defined]
@@ -83,7 +95,8 @@ def swap_out(tensor: torch.Tensor, location: SwapLocation) -> None:
 
 def swap_in(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Let a tensor be ``values``: same shape and dtype, in host memory. Nothing is copied."""
-    tensor.__class__ = torch.Tensor
+    if type(tensor) is SwappedTensor:
+        tensor.__class__ = torch.Tensor  # type: ignore[assignment]
     tensor.data = values
     tensor.__dict__.pop("_shardwise_location", None)
 
@@ -94,9 +107,9 @@ def fetch(tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         OffloadError: the disk could not give it back.
     """
-    if not isinstance(tensor, SwappedTensor):
+    if not is_swapped(tensor):
         return tensor
-    location = tensor._shardwise_location
+    location: SwapLocation = tensor._shardwise_location  # type: ignore[attr-defined]
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
     for transfer in location.extent.read(copy.view(-1).view(torch.uint8), location.offset):
         transfer.wait()

@@ -26,6 +26,7 @@ from shardwise.cli.demo.job import Job
 from shardwise.cli.demo.model import GPT, SIZES
 from shardwise.cli.demo.progress import Progress
 from shardwise.engine.build import require_engine
+from shardwise.tiers.disk import DiskStore
 from shardwise.tiers.probe import probe
 
 STEP_KINDS = ("gather", "reduce")  # what shardwise.expected(model).sent_per_step is about
@@ -141,7 +142,7 @@ def _speed(disks: list[dict[str, float]], steps: int, model: GPT, world: Any) ->
         return None
     busy, waited = (max(d[name] for d in disks) for name in ("busy_s", "wait_s"))
     home = require_engine(model).units[0].home
-    assert home is not None and home.disk is not None
+    assert home is not None and isinstance(home.disk, DiskStore)
     # One rank measures, with as much as a step moves, while the others wait for its figure.
     most = max(int((read + written) / max(steps, 1)), 32 << 20)
     raw = probe(home.disk.folder.base, min(most, 256 << 20)).mixed if world.rank == 0 else 0.0

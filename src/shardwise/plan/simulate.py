@@ -1,0 +1,140 @@
+"""One training step of the real engine on tensors without values, with as many ranks as one likes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from shardwise.comm.planned import planned
+from shardwise.engine.build import no_sync, require_engine, shard
+from shardwise.engine.clip import clip_grad_norm_
+from shardwise.events import listening
+from shardwise.plan.recorder import Recorder, Segment
+from shardwise.plan.trace import Trace
+from shardwise.strategy import Strategy
+from shardwise.tiers.planned_disk import PlannedDisk
+
+BuildOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is simulated.
+
+    Args:
+        build: makes the model, without values, on the CPU or on :attr:`device`.
+        loss: runs a forward of one micro-batch and returns the loss; its inputs are made inside.
+        optimizer: makes the optimizer of the parameters that need gradients.
+        strategy: how the model is sharded.
+        device: where it computes: a planned device, an accelerator, or the CPU.
+        world, local: ranks, and those of one host.
+        accumulation: micro-batches per step.
+        clip: gradients are clipped to this norm.
+        around: entered around forward and backward, as ``torch.autocast`` would be.
+    """
+
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module], torch.Tensor]
+    optimizer: BuildOptimizer
+    strategy: Strategy
+    device: torch.device
+    world: int = 1
+    local: int = 1
+    accumulation: int = 1
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What a step has done.
+
+    Attributes:
+        trace: its operations and transfers.
+        segments: live bytes, from turn to turn; those of the first step, which makes the optimizer's state, come first.
+        disk: bytes on this rank's disk.
+        saved: bytes of the device's and of the host's memory that a copy of all values and states for a save takes.
+        units: names, in the order of registration.
+        parameters: elements of the whole model.
+    """
+
+    trace: Trace
+    segments: list[Segment]
+    disk: int
+    units: list[str]
+    parameters: int
+    trainable: int
+
+
+def simulate(step: Step) -> Simulated:
+    """Run two steps and record the second.
+
+    Raises:
+        ShardwiseError: what the engine refuses, it refuses here too.
+    """
+    mode = _WithoutValues(allow_non_fake_inputs=True)
+    one_thread = torch.autograd.set_multithreading_enabled(False)  # the modes of this thread see all of backward
+    with mode, planned(step.device, step.world, step.local), _defaults_of_plain_tensors(), one_thread:
+        model = step.build()
+        parameters = sum(p.numel() for p in model.parameters())
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        count = sum(p.numel() for p in trainable)
+        shard(model, step.strategy)
+        optimizer = step.optimizer(trainable)
+        engine = require_engine(model)
+        segments: list[Segment] = []
+        for last in (False, True):
+            recorder = Recorder(engine.ledger, step.device, operations=last)
+            with listening(recorder), recorder:
+                _one(step, model, optimizer)
+            segments += recorder.segments
+        homes = {id(u.home): u.home for u in engine.units if u.home is not None}.values()
+        disk = sum(home.disk.nbytes for home in homes if isinstance(home.disk, PlannedDisk))
+        units = [unit.label for unit in engine.units]
+        trace = Trace(recorder.entries, step.world)
+        for unit in engine.units:
+            unit.finish_transfers()
+    return Simulated(trace, segments, disk, units, parameters, count)
+
+
+def _one(step: Step, model: nn.Module, optimizer: Optimizer) -> None:
+    """A step as scripts write it. Where gradients stay whole, only the last micro-batch reduces them."""
+    for micro in range(step.accumulation):
+        waits = micro + 1 < step.accumulation and not step.strategy.split_grads
+        with no_sync(model) if waits else nullcontext():
+            step.loss(model).backward()
+    if step.clip is not None:
+        clip_grad_norm_(model, step.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class _WithoutValues(FakeTensorMode):
+    """Does not keep storages alive: torch's cache of results has them in its keys."""
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(a, torch.UntypedStorage) for a in args):
+            before, self.cache_enabled = self.cache_enabled, False
+            try:
+                return super().dispatch(func, types, args, kwargs)
+            finally:
+                self.cache_enabled = before
+        return super().dispatch(func, types, args, kwargs)
+
+
+@contextmanager
+def _defaults_of_plain_tensors() -> Iterator[None]:
+    """Optimizers choose their implementation as they would for tensors with values."""
+    supported: list[Any] = torch_optimizer._foreach_supported_types
+    supported.append(FakeTensor)
+    try:
+        yield
+    finally:
+        supported.remove(FakeTensor)
