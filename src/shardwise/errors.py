@@ -124,3 +124,7 @@ class PlacementError(ShardwiseError, ValueError):
 
 class ForeignWeights(CheckpointError, ValueError, OSError):
     """A file of weights in a format that this library, or torch, does not read."""
+
+
+class PlanError(ShardwiseError, ValueError):
+    """A question to the planner that has no answer as it was asked."""
