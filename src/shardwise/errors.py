@@ -126,5 +126,5 @@ class ForeignWeights(CheckpointError, ValueError, OSError):
     """A file of weights in a format that this library, or torch, does not read."""
 
 
-class PlanError(ShardwiseError):
-    """A plan cannot be made of what was asked."""
+class PlanError(ShardwiseError, ValueError):
+    """A question to the planner that has no answer as it was asked."""

@@ -1,41 +1,47 @@
-"""A device that there is not, for models without values: what an accelerator would hold, on a machine that has none.
-
-torch has a place for device types that are written in Python. Ours has no kernels: under ``FakeTensorMode`` none is
-called. What it gives is a second memory, so that the engine does with it what it does with any accelerator's, and an
-autograd that knows the type.
-"""
+"""A device without memory and without kernels: tensors on it are fake, so that a model can be where it will train."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 
 from shardwise.errors import PlanError
 
 NAME = "planned"
+_SETUP = "_setup_privateuseone_for_python_backend"
+# These build a tensor on the host and copy it, below the mode that makes tensors fake.
+_FROM_VALUES = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
 
 
+@functools.cache
 def use_planned_device() -> torch.device:
-    """The device; its type is registered with torch at the first call, for the life of the process.
+    """Give torch a device type ``planned``, and return its first device. Later calls return the same.
+
+    torch has room for one device type that is not its own in a process.
 
     Raises:
-        PlanError: this torch has no such place, or somebody else has taken it.
+        PlanError: this torch cannot, or the room is taken.
     """
-    taken = torch._C._get_privateuse1_backend_name()
-    if taken == NAME:
-        return torch.device(NAME, 0)
-    if taken != "privateuseone":
-        raise PlanError(
-            f"the place for a planned device is taken by '{taken}'",
-            fix=f"plan in a process that does not load '{taken}'",
-        )
-    setup = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+    setup = getattr(backend_registration, _SETUP, None)
+    fix = "plan for a CPU, or in a process of its own: shardwise plan"
     if setup is None:
-        raise PlanError(f"torch {torch.__version__} has no device types written in Python", fix="torch>=2.11")
-    setup(NAME, backend_module=_Module())
+        raise PlanError(
+            f"torch {torch.__version__} cannot have a device type written in Python, which plans for accelerators need",
+            fix="install torch 2.10 or later",
+        )
+    taken = torch._C._get_privateuse1_backend_name()
+    if taken not in ("privateuseone", NAME):
+        raise PlanError(f"this process uses the device type '{taken}', and torch has room for one such type", fix=fix)
+    if taken != NAME:
+        try:
+            setup(NAME, backend_module=_Module())
+        except RuntimeError as error:
+            raise PlanError(f"torch refused the device type '{NAME}': {error}", fix=fix) from error
     return torch.device(NAME, 0)
 
 
@@ -73,20 +79,52 @@ class _Module:
         return [torch.bfloat16, torch.float16]
 
 
-def move(module: nn.Module, device: torch.device) -> None:
-    """Put new parameters and buffers on ``device`` in the place of all that a module without values has.
+def move(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace a model's parameters, buffers and plain tensors by empty ones on ``device``, in place.
 
-    ``Module.to`` cannot: tensors without values cannot change places while anybody refers to them. Tied ones stay tied.
+    Inside a ``FakeTensorMode`` nothing is allocated; ``Module.to`` cannot do this there. What was one tensor under
+    several names is one tensor again; layouts and ``requires_grad`` stay.
+
+    Args:
+        dtype: of floating-point parameters and buffers; their own if none is given.
+
+    Returns:
+        The same model.
     """
-    moved: dict[int, Any] = {}
-    for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            for name, tensor in held.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in moved:
-                    new: torch.Tensor = torch.empty_like(tensor, device=device, requires_grad=False)
-                    if isinstance(tensor, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-                    moved[id(tensor)] = tensor, new  # the old one too: its number must not be another's
-                held[name] = moved[id(tensor)][1]
+    device = torch.device(device)
+    new: dict[int, torch.Tensor] = {}
+    old: list[torch.Tensor] = []  # an id means something while the object lives
+
+    def other(tensor: torch.Tensor, moved: bool) -> torch.Tensor:
+        if id(tensor) not in new:
+            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            home = device if moved or tensor.device.type == "meta" else tensor.device
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device=home)
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                vars(empty).update({key: value for key, value in vars(tensor).items() if key not in vars(empty)})
+            new[id(tensor)] = empty
+            old.append(tensor)
+        return new[id(tensor)]
+
+    for module in model.modules():
+        own: dict[str, Any]
+        for own in (module._parameters, module._buffers):  # type: ignore[assignment]
+            own.update({name: other(tensor, True) for name, tensor in own.items() if tensor is not None})
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor):  # Module.to leaves these where they are
+                vars(module)[name] = other(value, id(value) in new)
+    return model
+
+
+class PlannedTensors(TorchFunctionMode):
+    """A block in which tensors can be made from Python values on the planned device, as ``torch.tensor`` does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func in _FROM_VALUES and device is not None and torch.device(device).type == NAME:
+            grad = kwargs.get("requires_grad", False)
+            made = func(*args, **{**kwargs, "device": "cpu", "requires_grad": False}).to(device)
+            return made.requires_grad_() if grad else made
+        return func(*args, **kwargs)

@@ -1,0 +1,103 @@
+"""Running a function that builds a model, without memory for the model; and what cannot be run without values."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from shardwise.errors import PlanError, ShardwiseError
+
+SMALL = 4096
+"""Elements of a tensor that keeps its values while a model is built."""
+_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+class SmallValues(TorchDispatchMode):
+    """A block in which small tensors are real although larger ones are fake, as constructors like to compute a few
+    numbers with tensors: rates of dropping paths, tables of positions.
+
+    For use inside a ``FakeTensorMode``. A tensor made from nothing is real up to :data:`SMALL` elements; one made of
+    real ones is real, and one made of any fake one is fake.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat, _ = tree_flatten((args, kwargs))
+        tensors = [t for t in flat if isinstance(t, torch.Tensor)]
+        if any(isinstance(t, FakeTensor) or t.device.type != "cpu" for t in tensors):
+            return func(*args, **kwargs)
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type != "cpu":
+            return func(*args, **kwargs)
+        if not tensors:
+            with torch.device("meta"):
+                sizes = func(*args, **{**kwargs, "device": torch.device("meta")}) if "device" in _names(func) else None
+            if not isinstance(sizes, torch.Tensor) or sizes.numel() > SMALL:
+                return func(*args, **kwargs)
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+
+
+def _names(func: Any) -> set[str]:
+    return {argument.name for argument in func._schema.arguments}
+
+
+def is_fake() -> bool:
+    """Whether tensors made here have no memory."""
+    return isinstance(torch.empty(0), FakeTensor)
+
+
+@contextmanager
+def told(where: str, what: str) -> Iterator[None]:
+    """A block of somebody else's code that runs without values: what it raises becomes one :class:`PlanError`.
+
+    Args:
+        where: the model, for the error.
+        what: is done there: ``be built``.
+    """
+    try:
+        yield
+    except ShardwiseError:
+        raise
+    except Exception as error:
+        place = _place(error)
+        if isinstance(error, _VALUES):
+            raise PlanError(
+                f"the model cannot {what} without values: {place} asks for them ({error.func})",
+                where=where,
+                fix="let shapes and branches there not follow from values; for routed experts, give each a fixed "
+                "number of tokens",
+            ) from error
+        if isinstance(error, UnsupportedOperatorException):
+            raise PlanError(
+                f"the model cannot {what} without values: {place} calls an operator that has no rule for shapes "
+                f"({error.func})",
+                where=where,
+                fix="register one with torch.library.register_fake",
+            ) from error
+        text = " ".join(str(error).split())[:300]
+        raise PlanError(f"the model cannot {what}: {place}: {type(error).__name__}: {text}", where=where) from error
+
+
+def _place(error: BaseException) -> str:
+    """The last line of code outside torch and this library on the way to an error."""
+    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(inside) and frame.filename.endswith(".py"):
+            return f"{Path(frame.filename).name}, line {frame.lineno}"
+    return "it"

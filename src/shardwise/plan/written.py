@@ -1,0 +1,121 @@
+"""Models of a function that somebody wrote: ``module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from shardwise.errors import PlanError, ShardwiseError, did_you_mean
+from shardwise.plan.building import SmallValues
+
+
+class Written:
+    """A model of a function that somebody wrote."""
+
+    def __init__(self, name: str, function: Callable[..., Any], wanted: dict[str, int]) -> None:
+        self.name, self.function, self.wanted = name, function, wanted
+        self.rows: int | None = None  # asked for, where the function does not take a number of rows
+
+    def call(self) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Tensor] | None]:
+        with SmallValues():
+            made = self.function(**self.wanted)
+        parts = tuple(made) if isinstance(made, (tuple, list)) else (made,)
+        if len(parts) not in (2, 3) or not isinstance(parts[0], nn.Module):
+            raise PlanError(
+                f"the function returns {type(made).__name__}, and not (model, inputs) or (model, inputs, loss)",
+                where=self.name,
+            )
+        loss = parts[2] if len(parts) == 3 else None
+        if loss is not None and not callable(loss):
+            raise PlanError(f"the third part of what it returns is no function: {loss!r}", where=self.name)
+        return parts[0], parts[1], loss
+
+    def model(self) -> nn.Module:
+        return self.call()[0].train()
+
+    def inputs(self, device: torch.device | str) -> Any:
+        example = self.call()[1]
+        rows, wanted = rows_of(example), self.rows
+
+        def empty(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            shape = list(value.shape)
+            if wanted is not None and shape and shape[0] == rows:
+                shape[0] = wanted
+            return torch.zeros(shape, dtype=value.dtype, device=device)
+
+        return tree_map(empty, example)
+
+    def loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
+        own = self.call()[2] if self.own else None
+        if own is not None:
+            return own(model, inputs)
+        if isinstance(inputs, Mapping):
+            return loss_of(model(**inputs))
+        return loss_of(model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs))
+
+    own = True
+
+
+def find(text: str) -> Callable[..., Any]:
+    module, _, attribute = text.rpartition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        if module.endswith(".py"):
+            file = Path(module).expanduser()
+            if not file.is_file():
+                raise PlanError(f"there is no file '{module}'", where=text)
+            spec = importlib.util.spec_from_file_location(file.stem, file)
+            assert spec is not None and spec.loader is not None
+            loaded = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(file.stem, loaded)
+            spec.loader.exec_module(loaded)
+        else:
+            loaded = importlib.import_module(module)
+    except ShardwiseError:
+        raise
+    except (Exception, SystemExit) as error:
+        line = " ".join(str(error).split())[:300]
+        raise PlanError(f"'{module}' cannot be imported: {type(error).__name__}: {line}", where=text) from error
+    function: Any = loaded
+    for part in attribute.split("."):
+        if not hasattr(function, part):
+            names = [n for n in dir(function) if callable(getattr(function, n, None)) and not n.startswith("_")]
+            raise PlanError(
+                f"'{module}' has no '{attribute}'", fix=did_you_mean(part, names, f"it has: {', '.join(names[:12])}")
+            )
+        function = getattr(function, part)
+    if not callable(function):
+        raise PlanError(f"'{attribute}' of '{module}' is no function", where=text)
+    return function
+
+
+def rows_of(example: Any) -> int | None:
+    """The length of the first dimension of the first tensor that has one."""
+    for tensor in tree_flatten(example)[0]:
+        if isinstance(tensor, torch.Tensor) and tensor.ndim:
+            return int(tensor.shape[0])
+    return None
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """What to call ``backward()`` on: the output's loss, or the mean of all floating-point numbers in it."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(found, torch.Tensor):
+        return found
+    flat = [t for t in tree_flatten(output)[0] if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not flat:
+        raise PlanError("the model's output has nothing to train on: no loss, and no floating-point tensor")
+    if len(flat) == 1 and flat[0].ndim == 0:
+        return flat[0]
+    return torch.stack([t.float().mean() for t in flat]).sum()
