@@ -19,7 +19,7 @@ class Datasheet:
 
     Attributes:
         name: as the planner calls it.
-        part: of the name that torch gives such a device (``torch.cuda.get_device_name``).
+        part: of the name that its driver gives such a device.
         kind: torch's device type; ROCm's devices are ``cuda`` there.
         memory: bytes on the sheet.
         usable: bytes that the driver leaves, as torch's out-of-memory errors state the total.
