@@ -39,7 +39,7 @@ def plain(**changes: object) -> Rates:
     unit = replace(rates.device, products={"float32": second}, memory=second)
     links = dict.fromkeys(("node", "network", "control", "to_host", "to_device", "read", "write"), second)
     steps = {"node": 0.0, "network": 0.0}
-    return replace(rates, device=unit, host=unit, call={"": 0.0}, links=links, steps=steps, sums=None, **changes)
+    return replace(rates, device=unit, host=unit, call={"": 0.0}, links=links, steps=steps, **changes)
 
 
 def of(*entries: Entry, rates: Rates | None = None, **facts: object) -> Timing:
@@ -67,7 +67,7 @@ def test_one_link_carries_one_after_the_other_and_others_beside() -> None:
     assert of(*two).seconds == pytest.approx(2)
     other = (start("gather", GB), start("read", GB), wait("gather"), wait("read"))
     assert of(*other).seconds == pytest.approx(1)
-    assert of(*other).busy == {"disk": pytest.approx(1), "host link": 0, "network": pytest.approx(1)}
+    assert of(*other).busy == {"disk": pytest.approx(1), "host": 0, "host link": 0, "network": pytest.approx(1)}
 
 
 def test_what_a_step_leaves_under_way_the_next_one_waits_for() -> None:
@@ -88,9 +88,22 @@ def test_operations_and_transfers_on_the_same_cores() -> None:
     assert timing.seconds == pytest.approx(4) and timing.compute == pytest.approx(4)
 
 
-def test_sums_at_the_end_of_a_reduce() -> None:
-    timing = of(start("reduce", GB), wait("reduce"), rates=replace(plain(), sums=Line(0, 1e9)))
-    assert timing.compute == pytest.approx(3) and timing.seconds == pytest.approx(4)
+def test_copies_have_a_new_name_in_each_step() -> None:
+    """What a step waits for of the one before has a name that no transfer of this one has."""
+    timing = of(matmul(1e9), wait("write", "w 1"), matmul(1e9), start("write", 3 * GB, "w 2"))
+    assert timing.seconds == pytest.approx(4) and timing.waits["disk"] == pytest.approx(2)
+
+
+def test_updates_beside_what_follows() -> None:
+    """On a device that runs late: 2 s of the host's, and 1 s of the device's before it needs them."""
+    rates = replace(Rates.of_sheet(Machine.parse("2xH100")), call={"": 0.0})
+    rates = replace(rates, device=plain().device, host=plain().host)
+    update = Entry(PHASE, "update", "a")
+    entries = [start("update", 0), update, matmul(2e9, device="host"), Entry(PHASE, "step", "o"), matmul(1e9)]
+    timing = of(*entries, wait("update"), rates=rates)
+    assert timing.seconds == pytest.approx(2) and timing.waits["host"] == pytest.approx(1)
+    cores = of(*entries, wait("update"))
+    assert cores.seconds == pytest.approx(3) and cores.waits["host"] == 0, "on a CPU it takes the same cores"
 
 
 def test_measured_operations_are_taken_as_they_are() -> None:

@@ -122,13 +122,9 @@ class PlacementError(ShardwiseError, ValueError):
     """A device map that does not fit its model, or a tensor that cannot be put where it was asked for."""
 
 
-class PlanError(ShardwiseError, ValueError):
-    """Something that cannot be planned: a machine, a model or a request that does not exist or contradicts itself."""
-
-
 class ForeignWeights(CheckpointError, ValueError, OSError):
     """A file of weights in a format that this library, or torch, does not read."""
 
 
-class PlanError(ShardwiseError):
+class PlanError(ShardwiseError, ValueError):
     """A plan cannot be made of what was asked."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from shardwise.events import READ, TO_DEVICE, TO_HOST, WRITE
+from shardwise.events import READ, TO_DEVICE, TO_HOST, UPDATE, WRITE
 from shardwise.plan.curves import Curve, Line
 from shardwise.plan.machine import ASSUMED, Machine
 from shardwise.plan.trace import Operation
@@ -91,7 +91,6 @@ class Rates:
         links: seconds by bytes: ``node`` between ranks of a node, ``network`` of a whole node, ``control``, and the
             words of :mod:`shardwise.events` for copies and disks.
         steps: seconds per rank in a group beyond the first, by ``node`` and ``network``.
-        sums: seconds by bytes that the ranks themselves add up at the end of a reduce; ``None``: the wire does it.
         beside: what a transfer and operations take from each other, by resource.
         exact: seconds of operations that were measured as they are, by :func:`key`.
         sources: where each is from.
@@ -104,7 +103,6 @@ class Rates:
     turn: float
     links: Mapping[str, Curve]
     steps: Mapping[str, float]
-    sums: Curve | None = None
     beside: Mapping[str, Beside] = field(default_factory=dict)
     exact: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -156,8 +154,7 @@ class Rates:
             )
         }  # fmt: skip
         told["call"] = f"{ASSUMED}: {_CALL * 1e6:g} us per operator"
-        return cls(machine, device, host, {"": _CALL}, 0.0, links, steps, memory if machine.is_cpu else None,
-                   sources=told)  # fmt: skip
+        return cls(machine, device, host, {"": _CALL}, 0.0, links, steps, sources=told)
 
     # --- operations ------------------------------------------------------------------------------------
     def operation(self, op: Operation) -> float:
@@ -175,7 +172,7 @@ class Rates:
     # --- transfers -------------------------------------------------------------------------------------
     def resource(self, way: str, ranks: tuple[int, ...]) -> str:
         """What is busy with a transfer: ``node``, ``network``, ``control``, or the way itself."""
-        if way == CONTROL or way in (TO_HOST, TO_DEVICE, READ, WRITE):
+        if way in (CONTROL, TO_HOST, TO_DEVICE, READ, WRITE, UPDATE):
             return way
         return "network" if len({rank // self.machine.per_node for rank in ranks}) > 1 else "node"
 
@@ -205,12 +202,6 @@ class Rates:
         seconds += self.steps["network"] * (len(members) - 1)
         across = self.links["network"].at(nbytes * rings)
         return seconds + (max(across, self.links["node"].at(nbytes)) if inside > 1 else across)
-
-    def ending(self, way: str, nbytes: int, ranks: tuple[int, ...]) -> float:
-        """Seconds that what computes spends on a message when it has arrived: the sums of a reduce over gloo."""
-        if self.sums is None or way != "reduce" or nbytes == 0:
-            return 0.0
-        return self.sums.at(3 * nbytes)
 
     def slowed(self, resource: str) -> Beside:
         """What operations and a transfer on a resource take from each other."""

@@ -10,15 +10,20 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from shardwise.errors import InternalError
-from shardwise.plan.rates import HOST_WAYS, Rates
+from shardwise.events import NETWORK as NETWORK_WAYS
+from shardwise.events import UPDATE
+from shardwise.plan.rates import CONTROL, HOST_WAYS, Rates
 from shardwise.plan.trace import OP, PHASE, START, WAIT, Entry, Trace
 
 COMPUTE, LAUNCH, NETWORK, HOST_LINK, DISK = "compute", "launch", "network", "host link", "disk"
-"""What bounds a step. ``launch``: the device stands still since the host has not told it yet what to do."""
+HOST = "host"
+"""What bounds a step. ``launch``: the device stands still since the host has not told it yet what to do; ``host``: it
+waits for an update there."""
 _KINDS = {
     "node": NETWORK, "network": NETWORK, "control": NETWORK, "to_host": HOST_LINK, "to_device": HOST_LINK,
-    "read": DISK, "write": DISK,
+    "read": DISK, "write": DISK, UPDATE: HOST,
 }  # fmt: skip
+_NAMED_FOREVER = (*NETWORK_WAYS, UPDATE)
 _TINY = 1e-12  # a picosecond: clocks of minutes have no more digits
 
 
@@ -30,7 +35,7 @@ class Timing:
         seconds: from the begin of a step to that of the next.
         compute: what computes is busy, other things that slow it included.
         launch: it stands still since the host has not come so far.
-        waits: it stands still for a transfer, by kind: ``network``, ``host link``, ``disk``.
+        waits: it stands still for a transfer, by kind: ``network``, ``host link``, ``disk``; ``host``: for an update.
         busy: how long each kind of transfer is under way, hidden or not.
         phases: what a step consists of, by phase of the engine; the script's own parts have the name ``""``.
         bound: what is busy longest: a constant of this module.
@@ -112,23 +117,25 @@ def _with_facts(
 
 @dataclass
 class _Job:
-    """A transfer: what is left of it, and when it may begin."""
+    """A transfer, or an update beside what follows: what is left of it, and when it may begin."""
 
     left: float
     ready: float
-    ending: float  # what computes has to do with it when it has arrived
     end: float | None = None
 
 
 class _Play:
-    """The clock of what computes, that of the host, and transfers under way."""
+    """The clock of what computes, that of the host, that of updates beside both, and transfers under way."""
 
     def __init__(self, rates: Rates) -> None:
         self.rates, self.late = rates, rates.runs_late
         self.now = 0.0  # what computes has done all that it was told
         self.host = 0.0  # the host has told it
+        self.side = 0.0  # the thread that updates units has done all that it was given
+        self.update: _Job | None = None  # what it does at the moment
         self.queues: dict[str, deque[_Job]] = {}
         self.by_name: dict[tuple[str, str], deque[_Job]] = {}
+        self.left_over: dict[str, deque[_Job]] = {}
         self.phase = ""
         self.begin_again()
 
@@ -138,23 +145,36 @@ class _Play:
         self.waits: dict[str, float] = dict.fromkeys(sorted(set(_KINDS.values())), 0.0)
         self.busy: dict[str, float] = dict(self.waits)
         self.phases: dict[str, float] = {}
+        # Copies and requests to a disk have a new name each time, so the next step knows what this one left as another.
+        for way, name in [key for key in self.by_name if key[0] not in _NAMED_FOREVER]:
+            self.left_over.setdefault(way, deque()).extend(self.by_name.pop((way, name)))
 
     def run(self, entries: list[Entry], strict: bool) -> None:
         for entry in entries:
             begun = self.now
-            if entry.kind == OP:
+            if entry.kind == PHASE:
+                self._turn(entry)
+            elif self.update is not None:
+                self._beside(entry, self.update, strict)
+            elif entry.kind == OP:
                 self._operation(entry)
             elif entry.kind == START:
-                self._start(entry)
+                self._start(entry, max(self.now, self.host))
             elif entry.kind == WAIT:
                 self._wait(entry, strict)
-            elif entry.kind == PHASE:
-                self.phase = entry.phase
-                self._on_host(self.rates.turn)
             if self.now > begun:
                 self.phases[self.phase] = self.phases.get(self.phase, 0.0) + self.now - begun
 
     # --- entries -------------------------------------------------------------------------------------
+    def _turn(self, entry: Entry) -> None:
+        self.phase = entry.phase
+        self._on_host(self.rates.turn)
+        if self.update is not None:
+            self.update.end, self.update = self.side, None
+        begun = self.by_name.get((UPDATE, entry.unit))
+        if entry.phase == UPDATE and begun:
+            self.update, self.side = begun[-1], max(self.side, self.now, self.host)
+
     def _operation(self, entry: Entry) -> None:
         op = entry.op
         assert op is not None
@@ -167,37 +187,69 @@ class _Play:
             self._catch_up()
             self._work(seconds)
 
-    def _start(self, entry: Entry) -> None:
+    def _start(self, entry: Entry, ready: float) -> None:
+        jobs = self.by_name.setdefault((entry.way, entry.name), deque())
+        if entry.way == UPDATE:
+            jobs.append(_Job(0.0, ready))
+            return
         where = self.rates.resource(entry.way, entry.ranks)
         seconds = self.rates.transfer(entry.way, entry.nbytes, entry.ranks)
-        on_host = self.late and entry.way in HOST_WAYS[:1]
-        job = _Job(seconds, self.host if on_host else max(self.now, self.host),
-                   self.rates.ending(entry.way, entry.nbytes, entry.ranks))  # fmt: skip
         self.busy[_KINDS[where]] += seconds
-        self.by_name.setdefault((entry.way, entry.name), deque()).append(job)
-        if on_host:  # nothing of the device's holds it up, and the host may be far ahead
-            job.end = job.ready + seconds
-        else:
-            self.queues.setdefault(where, deque()).append(job)
+        if self.late and entry.way == CONTROL:  # nothing of the device's holds it up, and the host may be far ahead
+            jobs.append(_Job(0.0, self.host, self.host + seconds))
+            return
+        job = _Job(seconds, ready)
+        jobs.append(job)
+        queue = self.queues.setdefault(where, deque())
+        queue.insert(next((i for i, other in enumerate(queue) if other.ready > ready), len(queue)), job)
+
+    def _begun(self, entry: Entry, strict: bool) -> _Job | None:
+        """What an entry waits for."""
+        jobs = self.by_name.get((entry.way, entry.name)) or self.left_over.get(entry.way)
+        if jobs:
+            return jobs.popleft()
+        if strict and entry.way in _NAMED_FOREVER:
+            raise InternalError(f"a step waits for the {entry.way} of '{entry.name}', which nobody began")
+        return None
 
     def _wait(self, entry: Entry, strict: bool) -> None:
-        jobs = self.by_name.get((entry.way, entry.name))
-        if not jobs:
-            if strict:
-                raise InternalError(f"a step waits for the {entry.way} of '{entry.name}', which nobody began")
+        job = self._begun(entry, strict)
+        if job is None:
             return
-        job = jobs.popleft()
-        kind = _KINDS[self.rates.resource(entry.way, entry.ranks)]
         begun = self.now
         while job.end is None:
-            self._pass(self._next_end())
+            self._pass(self._next_change())
         if not self.late or entry.way not in HOST_WAYS:
-            if job.end > self.now:
-                self._pass(job.end - self.now)
+            self._pass(job.end - self.now)
         else:
             self.host = max(self.host, job.end)
-        self.waits[kind] += self.now - begun
-        self._work(job.ending)
+        self.waits[_KINDS[self.rates.resource(entry.way, entry.ranks)]] += self.now - begun
+
+    def _beside(self, entry: Entry, update: _Job, strict: bool) -> None:
+        """A part of an update: on a thread of its own. On a CPU its operations take the cores from the others."""
+        if entry.kind == OP:
+            assert entry.op is not None
+            if self.late:
+                self.side += self.rates.operation(entry.op) + self.rates.calling(entry.phase)
+            else:
+                self._operation(entry)
+                self.side = max(self.side, self.now)
+        elif entry.kind == START:
+            self._start(entry, self.side)
+        elif (job := self._begun(entry, strict)) is not None:
+            self.side = max(self.side, self._expected_end(job))
+
+    def _expected_end(self, job: _Job) -> float:
+        """When a transfer will have ended if nothing slows it down."""
+        if job.end is not None:
+            return job.end
+        queue = next(queue for queue in self.queues.values() if any(other is job for other in queue))
+        end = self.now
+        for other in queue:
+            end = max(end, other.ready) + other.left
+            if other is job:
+                break
+        return end
 
     # --- time ----------------------------------------------------------------------------------------
     def _on_host(self, seconds: float) -> None:
@@ -245,7 +297,7 @@ class _Play:
         begins = [jobs[0].ready - self.now for where, jobs in self.queues.items() if jobs and where not in running]
         return max(min([*ends, *begins], default=float("inf")), _TINY)
 
-    def _next_end(self) -> float:
+    def _next_change(self) -> float:
         """Seconds until the next change, while nothing is computed; there is one."""
         return self._until_change(self._running(), beside=False)
 
