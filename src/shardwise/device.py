@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardwise import datasheets
 from shardwise.environment import patch_environment
 from shardwise.errors import DeviceError
 
@@ -309,17 +310,10 @@ def computes_in_bf16(kind: str | None = None) -> bool:
     return True if asked is None else bool(asked())
 
 
-# Dense multiply-adds of 16-bit matrices, as the makers' data sheets give them, by a part of the device's name.
-_PEAK_TFLOPS = {
-    "GB200": 2250, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
-    "L4": 121, "A10": 125, "RTX 4090": 165, "MI300X": 1307, "MI250X": 191.5,
-}  # fmt: skip
-
-
 def peak_flops(device: torch.device) -> float | None:
     """Floating-point operations per second of 16-bit matrix products, if its maker's figure is known."""
-    called = name(device)
-    return next((tera * 1e12 for part, tera in _PEAK_TFLOPS.items() if part in called), None)
+    sheet = datasheets.of_device(name(device))
+    return None if sheet is None else sheet.flops["fp16"]
 
 
 def name(device: torch.device) -> str:

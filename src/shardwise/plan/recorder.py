@@ -83,7 +83,7 @@ class Recorder(LiveBytes, Listener):
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         self._after = func._schema.name
         super().saw(func, args, kwargs, out)
-        if self.operations and not func.is_view:
+        if self.operations and not func.is_view and func.namespace != "prim":  # questions of torch's own
             self.entries.append(Entry(OP, *self._at, op=self._operation(func, args, kwargs, out)))
 
     def _operation(self, func: Any, args: Any, kwargs: Any, out: Any) -> Operation:
