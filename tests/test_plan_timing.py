@@ -12,7 +12,7 @@ from shardwise.errors import InternalError
 from shardwise.plan.curves import Line, Points
 from shardwise.plan.machine import Machine
 from shardwise.plan.rates import Beside, Rates, key
-from shardwise.plan.timing import Timing, extrapolated, predict
+from shardwise.plan.timing import Timing, extended, predict
 from shardwise.plan.trace import OP, PHASE, START, WAIT, Entry, Operation, Trace
 
 GB = 10**9
@@ -233,7 +233,7 @@ def test_equal_units_are_a_line(name: str) -> None:
         return Trace(entries, 2, {"tokens": 1000})
 
     two, three, many = (predict(units(n), rates) for n in (2, 3, 40))
-    drawn = extrapolated(two, 2, three, 3, 40, units(40), rates)
+    drawn = extended(two, [(three, 38)], units(40), rates)
     assert drawn.seconds == pytest.approx(many.seconds) and drawn.bound == many.bound
     assert drawn.waits == pytest.approx(many.waits) and drawn.phases == pytest.approx(many.phases)
     assert drawn.tokens_per_s == pytest.approx(many.tokens_per_s)

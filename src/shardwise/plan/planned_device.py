@@ -108,8 +108,8 @@ def move(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None
         return new[id(tensor)]
 
     for module in model.modules():
-        own: dict[str, Any]
-        for own in (module._parameters, module._buffers):  # type: ignore[assignment]
+        held: tuple[dict[str, Any], dict[str, Any]] = module._parameters, module._buffers
+        for own in held:
             own.update({name: other(tensor, True) for name, tensor in own.items() if tensor is not None})
         for name, value in list(vars(module).items()):
             if isinstance(value, torch.Tensor):  # Module.to leaves these where they are

@@ -17,12 +17,13 @@ from shardwise.comm.planned import planned
 from shardwise.engine.build import no_sync, require_engine, shard
 from shardwise.engine.clip import clip_grad_norm_
 from shardwise.events import listening
+from shardwise.observe.live import Live
 from shardwise.plan.recorder import Recorder, Segment
 from shardwise.plan.trace import Trace
 from shardwise.strategy import Strategy
 from shardwise.tiers.planned_disk import PlannedDisk
 
-BuildOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+BuildOptimizers = Callable[[list[nn.Parameter]], list[Optimizer]]
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,17 @@ class Step:
     Args:
         build: makes the model, without values, on the CPU or on :attr:`device`.
         loss: runs a forward of one micro-batch and returns the loss; its inputs are made inside.
-        optimizer: makes the optimizer of the parameters that need gradients.
+        optimizers: makes what updates the parameters that need gradients.
         strategy: how the model is sharded.
         device: where it computes: a planned device, an accelerator, or the CPU.
         world, local: ranks, and those of one host.
         accumulation: micro-batches per step.
         clip: gradients are clipped to this norm.
-        around: entered around forward and backward, as ``torch.autocast`` would be.
     """
 
     build: Callable[[], nn.Module]
     loss: Callable[[nn.Module], torch.Tensor]
-    optimizer: BuildOptimizer
+    optimizers: BuildOptimizers
     strategy: Strategy
     device: torch.device
     world: int = 1
@@ -60,14 +60,15 @@ class Simulated:
         trace: its operations and transfers.
         segments: live bytes, from turn to turn; those of the first step, which makes the optimizer's state, come first.
         disk: bytes on this rank's disk.
-        saved: bytes of the device's and of the host's memory that a copy of all values and states for a save takes.
+        between: what is live between two steps.
         units: names, in the order of registration.
-        parameters: elements of the whole model.
+        parameters, trainable: elements of the whole model.
     """
 
     trace: Trace
     segments: list[Segment]
     disk: int
+    between: Live
     units: list[str]
     parameters: int
     trainable: int
@@ -87,24 +88,25 @@ def simulate(step: Step) -> Simulated:
         trainable = [p for p in model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in trainable)
         shard(model, step.strategy)
-        optimizer = step.optimizer(trainable)
+        optimizers = step.optimizers(trainable)
         engine = require_engine(model)
         segments: list[Segment] = []
         for last in (False, True):
             recorder = Recorder(engine.ledger, step.device, operations=last)
             with listening(recorder), recorder:
-                _one(step, model, optimizer)
+                _one(step, model, optimizers)
             segments += recorder.segments
         homes = {id(u.home): u.home for u in engine.units if u.home is not None}.values()
         disk = sum(home.disk.nbytes for home in homes if isinstance(home.disk, PlannedDisk))
         units = [unit.label for unit in engine.units]
+        between = recorder.now()
         trace = Trace(recorder.entries, step.world)
         for unit in engine.units:
             unit.finish_transfers()
-    return Simulated(trace, segments, disk, units, parameters, count)
+    return Simulated(trace, segments, disk, between, units, parameters, count)
 
 
-def _one(step: Step, model: nn.Module, optimizer: Optimizer) -> None:
+def _one(step: Step, model: nn.Module, optimizers: list[Optimizer]) -> None:
     """A step as scripts write it. Where gradients stay whole, only the last micro-batch reduces them."""
     for micro in range(step.accumulation):
         waits = micro + 1 < step.accumulation and not step.strategy.split_grads
@@ -112,8 +114,10 @@ def _one(step: Step, model: nn.Module, optimizer: Optimizer) -> None:
             step.loss(model).backward()
     if step.clip is not None:
         clip_grad_norm_(model, step.clip)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
 
 
 class _WithoutValues(FakeTensorMode):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +37,9 @@ class Maker(Protocol):
 
     def loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         """Of one forward."""
+
+    def sized(self, batch: int, seq: int | None) -> Maker:
+        """The same model with micro-batches of ``batch`` rows."""
 
 
 @dataclass
@@ -99,6 +102,10 @@ class Subject:
         if keep is not None:
             shorten(model, keep)
         return move(model, device, dtype)
+
+    def sized(self, batch: int) -> Subject:
+        """The same model with micro-batches of another number of rows."""
+        return replace(self, batch=batch, maker=self.maker.sized(batch, self.seq))
 
     def inputs(self, device: torch.device | str = "cpu") -> Any:
         """One micro-batch: what :meth:`loss` takes. Without values inside a ``FakeTensorMode``."""
@@ -184,6 +191,9 @@ class _Configured:
 
     def loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         return loss_of(model(**inputs))
+
+    def sized(self, batch: int, seq: int | None) -> Maker:
+        return _Configured(self.recipe, batch, seq)
 
 
 def _of_config(name: str, source: str, values: dict[str, Any], batch: int | None, seq: int | None) -> Subject:

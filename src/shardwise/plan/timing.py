@@ -7,6 +7,7 @@ before; who waits for it stands still until it has ended. That is all: what over
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shardwise.errors import InternalError
@@ -73,25 +74,29 @@ def predict(trace: Trace, rates: Rates) -> Timing:
     return _timing(play, trace, rates)
 
 
-def extrapolated(a: Timing, n_a: int, b: Timing, n_b: int, n: int, trace: Trace, rates: Rates) -> Timing:
-    """Of a step with ``n`` of the parts of which the steps ``a`` and ``b`` have ``n_a`` and ``n_b``.
+def extended(base: Timing, more: Sequence[tuple[Timing, float]], trace: Trace, rates: Rates) -> Timing:
+    """Of a step with more of some parts.
 
     Args:
-        trace: for its facts, which are those of the step with ``n``.
+        base: with the fewest.
+        more: steps with one more of a part in turn, and how many more there are to be.
+        trace: for its facts, which are those of the step with all.
     """
-    if n_a == n_b:
-        raise InternalError(f"a line through two steps that both have {n_a} parts")
-    share = (n - n_a) / (n_b - n_a)
 
-    def line(x: float, y: float) -> float:
-        return max(0.0, x + (y - x) * share)
+    def line(first: float, others: Sequence[float]) -> float:
+        counts = [count for _, count in more]
+        return max(0.0, first + sum(n * (other - first) for other, n in zip(others, counts, strict=True)))
 
-    def lines(x: dict[str, float], y: dict[str, float]) -> dict[str, float]:
-        return {name: line(x.get(name, 0.0), y.get(name, 0.0)) for name in sorted({*x, *y})}
+    def lines(name: str) -> dict[str, float]:
+        first, others = getattr(base, name), [getattr(other, name) for other, _ in more]
+        keys = sorted({*first, *(key for other in others for key in other)})
+        return {key: line(first.get(key, 0.0), [other.get(key, 0.0) for other in others]) for key in keys}
 
-    compute, launch, waits = line(a.compute, b.compute), line(a.launch, b.launch), lines(a.waits, b.waits)
+    compute = line(base.compute, [other.compute for other, _ in more])
+    launch = line(base.launch, [other.launch for other, _ in more])
+    waits = lines("waits")
     seconds = compute + launch + sum(waits.values())
-    return _with_facts(seconds, compute, launch, waits, lines(a.busy, b.busy), lines(a.phases, b.phases), trace, rates)
+    return _with_facts(seconds, compute, launch, waits, lines("busy"), lines("phases"), trace, rates)
 
 
 def _timing(play: _Play, trace: Trace, rates: Rates) -> Timing:

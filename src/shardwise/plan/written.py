@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,6 +63,13 @@ class Written:
         if isinstance(inputs, Mapping):
             return loss_of(model(**inputs))
         return loss_of(model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs))
+
+    def sized(self, batch: int, seq: int | None) -> Written:
+        """The same model with another number of rows."""
+        takes = "batch" in inspect.signature(self.function).parameters
+        other = Written(self.name, self.function, {**self.wanted, "batch": batch} if takes else self.wanted)
+        other.rows, other.own = None if takes else batch, self.own
+        return other
 
     own = True
 
