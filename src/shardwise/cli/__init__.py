@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli import checkpoint, config, demo, doctor, generate, launch
+from shardwise.cli import checkpoint, config, demo, doctor, generate, launch, plan
 from shardwise.cli.console import say
 from shardwise.errors import ShardwiseError
 
@@ -29,6 +29,7 @@ app.command("config")(config.config)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
+app.command("plan")(plan.plan)
 app.command("demo")(demo.demo)
 
 
