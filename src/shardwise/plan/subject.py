@@ -238,8 +238,7 @@ def _of_function(text: str, batch: int | None, seq: int | None) -> Subject:
     if seq is not None and "seq" not in takes:
         raise PlanError("the function does not take seq=, so its rows have one length", where=text)
     with FakeTensorMode(allow_non_fake_inputs=True), told(text, "be built"):
-        _, example, own = made.call()
-    made.own = own is not None
+        _, example, made.own_loss = made.call()
     rows = rows_of(example)
     if rows is None:
         raise PlanError("the inputs that the function returns hold no tensor with rows", where=text)

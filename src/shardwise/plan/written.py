@@ -24,6 +24,8 @@ class Written:
     def __init__(self, name: str, function: Callable[..., Any], wanted: dict[str, int]) -> None:
         self.name, self.function, self.wanted = name, function, wanted
         self.rows: int | None = None  # asked for, where the function does not take a number of rows
+        self.example: Any = None  # inputs, as the last call returned them: for their shapes
+        self.own_loss: Callable[[nn.Module, Any], torch.Tensor] | None = None
 
     def call(self) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Tensor] | None]:
         with SmallValues():
@@ -40,10 +42,13 @@ class Written:
         return parts[0], parts[1], loss
 
     def model(self) -> nn.Module:
-        return self.call()[0].train()
+        model, self.example, self.own_loss = self.call()
+        return model.train()
 
     def inputs(self, device: torch.device | str) -> Any:
-        example = self.call()[1]
+        if self.example is None:
+            _, self.example, self.own_loss = self.call()
+        example = self.example
         rows, wanted = rows_of(example), self.rows
 
         def empty(value: Any) -> Any:
@@ -57,9 +62,8 @@ class Written:
         return tree_map(empty, example)
 
     def loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
-        own = self.call()[2] if self.own else None
-        if own is not None:
-            return own(model, inputs)
+        if self.own_loss is not None:
+            return self.own_loss(model, inputs)
         if isinstance(inputs, Mapping):
             return loss_of(model(**inputs))
         return loss_of(model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs))
@@ -68,11 +72,10 @@ class Written:
         """The same model with another number of rows."""
         takes = "batch" in inspect.signature(self.function).parameters
         other = Written(self.name, self.function, {**self.wanted, "batch": batch} if takes else self.wanted)
-        other.rows, other.own = None if takes else batch, self.own
+        other.rows = None if takes else batch
         return other
 
     longest = None
-    own = True
 
 
 def find(text: str) -> Callable[..., Any]:
