@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -137,10 +138,19 @@ class _WithoutValues(FakeTensorMode):
 
 @contextmanager
 def _defaults_of_plain_tensors() -> Iterator[None]:
-    """Optimizers choose their implementation as they would for tensors with values."""
+    """Optimizers and models choose what they do as they would for tensors with values.
+
+    Of ours, torch's optimizers would step one by one, and transformers would make masks that it does without.
+    """
     supported: list[Any] = torch_optimizer._foreach_supported_types
     supported.append(FakeTensor)
+    asked = sys.modules.get("transformers.utils.import_utils")
+    is_fake = getattr(asked, "is_fake_tensor", None)
+    if is_fake is not None:
+        asked.is_fake_tensor = lambda tensor: False  # type: ignore[union-attr]
     try:
         yield
     finally:
         supported.remove(FakeTensor)
+        if is_fake is not None:
+            asked.is_fake_tensor = is_fake  # type: ignore[union-attr]
