@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli import checkpoint, config, demo, doctor, generate, launch, report
+from shardwise.cli import checkpoint, compare, config, demo, doctor, generate, launch, plan, report
 from shardwise.cli.console import say
 from shardwise.errors import ShardwiseError
 
@@ -29,6 +29,8 @@ app.command("config")(config.config)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
+app.command("compare", context_settings=launch.CONTEXT)(compare.compare)
+app.command("plan")(plan.plan)
 app.command("report")(report.report)
 app.command("demo")(demo.demo)
 

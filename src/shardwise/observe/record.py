@@ -40,6 +40,7 @@ from shardwise.observe.digest import (
     timeline,
 )
 from shardwise.observe.record_file import FORMAT, RecordFile
+from shardwise.observe.stats import expected_now
 from shardwise.tiers import STATES, Ledger
 
 if TYPE_CHECKING:
@@ -166,6 +167,17 @@ class Recorder(Listener):
     def awaits_batch(self) -> bool:
         """Is no pass under way? What a model is called with now is a batch."""
         return not self._pass
+
+    @property
+    def done(self) -> int:
+        """Steps that are over."""
+        return self._step - 1 + self._stepped
+
+    def expect(self, engine: Engine) -> None:
+        """Write down what the formulas say of a model that has made steps."""
+        found = expected_now(engine)
+        line = {"kind": "expected", "sent": found.sent_per_step, "peak_total": found.peak}
+        self._file.add(partial(dict, line))
 
     def given(self, rows: int | None, tokens: int | None) -> None:
         """A model is about to be given a batch, ``None`` where nobody can tell. Only while one is awaited."""

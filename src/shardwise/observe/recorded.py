@@ -21,6 +21,7 @@ class RankRecord:
         path: the file.
         head: the line ``run``.
         end: the line ``end``; ``None``: the run was killed, or goes on.
+        expected: the line ``expected``, if there is one.
         cut: the file ends in the middle of a line, which is left out.
     """
 
@@ -31,6 +32,7 @@ class RankRecord:
     timelines: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None
     cut: bool = False
+    expected: dict[str, Any] | None = None
 
     @property
     def rank(self) -> int:
@@ -139,4 +141,5 @@ def _read_rank(path: Path) -> RankRecord:
         kinds.get("timeline", []),
         kinds.get("end", [None])[-1],
         bool(rest),
+        kinds.get("expected", [None])[-1],
     )

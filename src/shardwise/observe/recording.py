@@ -32,6 +32,7 @@ class Recording:
         run: the name that they begin with.
         launched: by ``shardwise launch --record``: it lasts as long as the process.
         recorder: what listens.
+        limit: steps after which the process ends; ``None``: when the script does.
     """
 
     def __init__(self, folder: Path, device: torch.device, *, flops: bool, every: int, launched: bool) -> None:
@@ -42,6 +43,7 @@ class Recording:
         now = time.time()
         stamp = from_first(int(now) << 16 | int.from_bytes(os.urandom(2), "big"))  # the same on every rank
         self.folder, self.launched = folder, launched
+        self.limit = environment.steps_from_environment()
         self.run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(stamp >> 16))}-{stamp & 0xFFFF:04x}"
         head = {"run": self.run, "rank": world.rank, "world": world.size, "shardwise": _version()}
         file = RecordFile(file_of(folder, self.run, world.rank))
@@ -170,6 +172,10 @@ def of_door(folder: str | os.PathLike[str] | None) -> Recording | None:
 def _given(module: nn.Module, args: Any, kwargs: Any) -> None:
     """A hook that copies of the module may have as well."""
     if _current is not None and _current.recorder.awaits_batch and torch.is_grad_enabled():
+        if _current.limit is not None and _current.recorder.done >= _current.limit:
+            if (engine := engine_of(module)) is not None:
+                _current.recorder.expect(engine)
+            raise SystemExit(0)  # the next step would begin, on every rank
         _current.recorder.given(*rows_and_tokens(args, kwargs))
 
 

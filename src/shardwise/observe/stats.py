@@ -154,6 +154,12 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
     return _formula(engine, row, optimizer_tensors)
 
 
+def expected_now(engine: Engine) -> Expected:
+    """The formulas of a model that has made steps: with as many state tensors as its optimizers made."""
+    rows = [_formula(engine, engine.strategy, tensors) for tensors in range(4)]
+    return min(rows, key=lambda row: abs(row.optimizer - engine.ledger.live["optimizer"]))
+
+
 @dataclass
 class _Coming:
     """What comes and goes with one unit, in bytes."""

@@ -97,6 +97,10 @@ class Prediction:
     def fits(self) -> bool:
         return not self.lacks
 
+    def with_peaks(self, device: Peak, host: Peak) -> Prediction:
+        """The same with other peaks."""
+        return replace(self, device=device, host=host, reserved=_reserved(device, self.reserved.high == 0))
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -161,7 +165,7 @@ def _simulate(training: Training, machine: Machine, strategy: Strategy, keep: Ma
             device,
             machine.world,
             machine.per_node,
-            training.accumulation,
+            min(training.accumulation, 2),
             training.clip,
         )
     )
@@ -183,8 +187,20 @@ def prediction(
     return conclude(steps, training, machine, strategy, rates)
 
 
-def conclude(steps: Steps, training: Training, machine: Machine, strategy: Strategy, rates: Rates | None) -> Prediction:
-    """From simulations to a row of a plan."""
+def conclude(
+    steps: Steps,
+    training: Training,
+    machine: Machine,
+    strategy: Strategy,
+    rates: Rates | None,
+    single: Steps | None = None,
+) -> Prediction:
+    """From simulations to a row of a plan.
+
+    Args:
+        steps: of two micro-batches, if ``training`` has more than one. Each one after that takes what the second takes.
+        single: of one, where ``steps`` are of two.
+    """
     points = extrapolate(steps.profile, [(other, count) for _, other, count in steps.more])
     device, host = peak(points), peak(points, host=True)
     sims = [steps.base, *(one for one, _, _ in steps.more)]
@@ -192,10 +208,14 @@ def conclude(steps: Steps, training: Training, machine: Machine, strategy: Strat
         state: round(steps.line({id(s): float(s.between.device[state]) for s in sims}))
         for state in steps.base.between.device
     }
-    save = between["parameters"] + between["optimizer"]
     disk = round(steps.line({id(s): float(s.disk) for s in sims}))
-    low, high = (round(part * device.nbytes) for part in _RESERVED)
-    reserved = Band(low, high, f"{ASSUMED}: blocks of torch's allocator that nothing fits into")
+    timing = None
+    if rates is not None:
+        timing = _timing(steps, training, machine, strategy, rates)
+        if single is not None:
+            one = _timing(single, training, machine, strategy, rates)
+            facts = _facts(single, training, machine, strategy)
+            timing = extended(one, [(timing, training.accumulation - 1.0)], facts, rates)
     return Prediction(
         strategy,
         training.subject.batch,
@@ -204,32 +224,41 @@ def conclude(steps: Steps, training: Training, machine: Machine, strategy: Strat
         device,
         host,
         between,
-        save,
+        between["parameters"] + between["optimizer"],
         disk,
-        None if rates is None else _timing(steps, sims, training, machine, strategy, rates),
+        timing,
         machine.outside(2 if strategy.preset == "hsdp" else 1),
-        Band(0, 0, "the heap of a CPU is shared") if machine.is_cpu else reserved,
+        _reserved(device, machine.is_cpu),
         machine.memory,
         None if machine.host_memory is None or machine.is_cpu else machine.host_memory // machine.per_node,
         None if machine.nvme_bytes is None else machine.nvme_bytes // machine.per_node,
     )
 
 
-def _timing(
-    steps: Steps, sims: list[Simulated], training: Training, machine: Machine, strategy: Strategy, rates: Rates
-) -> Timing:
-    trace = Trace(
-        steps.base.trace.entries,
-        machine.world,
-        {
-            "tokens": training.subject.tokens * training.accumulation * machine.world,
-            "model_flops": steps.line({id(s): float(model_flops(s.trace)) for s in sims}),
-            "dtype": strategy.param_dtype or "fp32",
-        },
-    )
-    times = {id(s): predict(s.trace, rates) for s in sims}
+def _reserved(device: Peak, nothing: bool) -> Band:
+    if nothing:
+        return Band(0, 0, "the heap of a CPU is shared")
+    low, high = (round(part * device.nbytes) for part in _RESERVED)
+    return Band(low, high, f"{ASSUMED}: blocks of torch's allocator that nothing fits into")
+
+
+def _timing(steps: Steps, training: Training, machine: Machine, strategy: Strategy, rates: Rates) -> Timing:
+    times = {id(s): predict(s.trace, rates) for s in (steps.base, *(one for one, _, _ in steps.more))}
     more = [(times[id(s)], count) for s, _, count in steps.more]
-    return extended(times[id(steps.base)], more, trace, rates)
+    return extended(times[id(steps.base)], more, _facts(steps, training, machine, strategy), rates)
+
+
+def _facts(steps: Steps, training: Training, machine: Machine, strategy: Strategy) -> Trace:
+    """What is known of a step with all blocks."""
+    sims = [steps.base, *(one for one, _, _ in steps.more)]
+    flops = steps.line({id(s): float(model_flops(s.trace)) for s in sims})
+    micro_batches = steps.base.micro_batches
+    facts = {
+        "tokens": training.subject.tokens * training.accumulation * machine.world,
+        "model_flops": flops / micro_batches * training.accumulation,
+        "dtype": strategy.param_dtype or "fp32",
+    }
+    return Trace([], machine.world, facts)
 
 
 def model_flops(trace: Trace) -> int:

@@ -64,6 +64,7 @@ class Simulated:
         between: what is live between two steps.
         units: names, in the order of registration.
         parameters, trainable: elements of the whole model.
+        micro_batches: of the step.
     """
 
     trace: Trace
@@ -73,6 +74,7 @@ class Simulated:
     units: list[str]
     parameters: int
     trainable: int
+    micro_batches: int
 
 
 def simulate(step: Step) -> Simulated:
@@ -105,7 +107,7 @@ def simulate(step: Step) -> Simulated:
         trace = Trace(recorder.entries, step.world)
         for unit in engine.units:
             unit.finish_transfers()
-    return Simulated(trace, segments, disk, between, units, parameters, count)
+    return Simulated(trace, segments, disk, between, units, parameters, count, step.accumulation)
 
 
 def _one(step: Step, model: nn.Module, optimizers: list[Optimizer]) -> None:

@@ -41,6 +41,10 @@ class Maker(Protocol):
     def sized(self, batch: int, seq: int | None) -> Maker:
         """The same model with micro-batches of ``batch`` rows."""
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest row, if there is a limit."""
+
 
 @dataclass
 class Subject:
@@ -102,6 +106,11 @@ class Subject:
         if keep is not None:
             shorten(model, keep)
         return move(model, device, dtype)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest row that the model itself can read, if it has such a limit."""
+        return self.maker.longest
 
     def sized(self, batch: int) -> Subject:
         """The same model with micro-batches of another number of rows."""
@@ -194,6 +203,10 @@ class _Configured:
 
     def sized(self, batch: int, seq: int | None) -> Maker:
         return _Configured(self.recipe, batch, seq)
+
+    @property
+    def longest(self) -> int | None:
+        return self.recipe.limit()
 
 
 def _of_config(name: str, source: str, values: dict[str, Any], batch: int | None, seq: int | None) -> Subject:

@@ -71,6 +71,7 @@ class Written:
         other.rows, other.own = None if takes else batch, self.own
         return other
 
+    longest = None
     own = True
 
 
