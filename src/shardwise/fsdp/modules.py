@@ -22,6 +22,7 @@ from shardwise.engine.select import UnitRule
 from shardwise.environment import strategy_from_environment
 from shardwise.errors import LeftOut, StrategyError, UnitError
 from shardwise.fsdp.arguments import entry_of, parameters_of, refuse_placement, strategy_of
+from shardwise.observe import out_of_memory as _  # noqa: F401  (errors say what was held)
 from shardwise.observe import recording
 from shardwise.strategy import Strategy
 from shardwise.trees import map_tensors

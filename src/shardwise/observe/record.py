@@ -40,7 +40,7 @@ from shardwise.observe.digest import (
     timeline,
 )
 from shardwise.observe.record_file import FORMAT, RecordFile
-from shardwise.observe.stats import expected_now
+from shardwise.observe.stats import formula
 from shardwise.tiers import STATES, Ledger
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Recorder(Listener):
 
     def expect(self, engine: Engine) -> None:
         """Write down what the formulas say of a model that has made steps."""
-        found = expected_now(engine)
+        found = formula(engine, engine.strategy)
         line = {"kind": "expected", "sent": found.sent_per_step, "peak_total": found.peak}
         self._file.add(partial(dict, line))
 

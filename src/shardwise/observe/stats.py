@@ -154,10 +154,11 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
     return _formula(engine, row, optimizer_tensors)
 
 
-def expected_now(engine: Engine) -> Expected:
-    """The formulas of a model that has made steps: with as many state tensors as its optimizers made."""
-    rows = [_formula(engine, engine.strategy, tensors) for tensors in range(4)]
-    return min(rows, key=lambda row: abs(row.optimizer - engine.ledger.live["optimizer"]))
+def formula(engine: Engine, row: Strategy) -> Expected:
+    """What :func:`expected` says, with as many state tensors per parameter as this model's optimizers have made."""
+    made = engine.ledger.live["optimizer"]
+    tensors = min(range(4), key=lambda n: abs(_formula(engine, engine.strategy, n).optimizer - made))
+    return _formula(engine, row, tensors)
 
 
 @dataclass
