@@ -28,6 +28,7 @@ from shardwise.engine.bucket import Bucket
 from shardwise.engine.passes import Call
 from shardwise.engine.unit import Unit
 from shardwise.errors import GradientError
+from shardwise.tiers.planned import is_plain
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -108,7 +109,7 @@ class SavedTensors:
 
     def pack_view(self, tensor: torch.Tensor) -> SavedView | None:
         """What stands for a view of a flat buffer; ``None`` if it is none."""
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+        if (type(tensor) not in _PLAIN and not is_plain(tensor)) or tensor.layout is not torch.strided:
             return None
         found = self._flats.get(tensor.untyped_storage()._cdata)
         if found is None or tensor.is_conj() or tensor.is_neg():
