@@ -10,6 +10,11 @@ A value given on the command line wins over the script's own, so that one script
     from ``--gradient-accumulation-steps``; a number of micro-batches.
 ``SHARDWISE_CPU``
     from ``--cpu``; ``1``. The launcher also hides CUDA devices from what does not read this.
+``SHARDWISE_RECORD``
+    from ``--record``; a folder in which every rank writes down what it does: see :func:`shardwise.record`.
+``SHARDWISE_STEPS``
+    from ``compare``; a number of steps. Each rank ends there, as by ``sys.exit()``: at the first forward of the step
+    that would follow. Only where the run is recorded.
 
 A script started by ``accelerate launch`` finds that launcher's precision and accumulation steps as well, where it
 says nothing itself. Its FSDP and DeepSpeed settings come in variables that are its own affair: they are refused
@@ -23,13 +28,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shardwise.errors import StrategyError
+from shardwise.errors import ConfigError, StrategyError
 from shardwise.strategy import Strategy
 
 STRATEGY = "SHARDWISE_STRATEGY"
 MIXED_PRECISION = "SHARDWISE_MIXED_PRECISION"
 CPU = "SHARDWISE_CPU"
+RECORD = "SHARDWISE_RECORD"
 ACCUMULATION = "SHARDWISE_GRADIENT_ACCUMULATION_STEPS"
+STEPS = "SHARDWISE_STEPS"
 PRECISIONS = ("no", "fp16", "bf16")
 _ACCELERATE_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _ACCELERATE_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
@@ -60,6 +67,20 @@ def strategy_from_environment(default: str | Strategy | None = None) -> Strategy
         )
     chosen = Strategy.parse(text if text else default)
     return chosen.in_precision(mixed_precision_from_environment()) if os.environ.get(MIXED_PRECISION) else chosen
+
+
+def steps_from_environment() -> int | None:
+    """After how many steps this process is to end; ``None``: when its script does.
+
+    Raises:
+        ConfigError: the value is no number of steps.
+    """
+    text = os.environ.get(STEPS)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"'{text}' is not a number of steps", where=STEPS, fix="give 1 or more")
+    return int(text)
 
 
 def mixed_precision_from_environment(default: str | None = None) -> str | None:

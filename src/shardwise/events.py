@@ -6,7 +6,7 @@ and what is waited for. Nobody listens as a rule, and then each of these places 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 NETWORK = ("gather", "reduce", "broadcast", "norm", "control")
@@ -51,6 +51,8 @@ class Listener:
         """It has."""
 
 
+explainers: list[Callable[[BaseException], None]] = []
+"""Those that add to an error what its reader should know."""
 listeners: list[Listener] = []
 """Those that listen in this process. Read by whoever has something to tell; changed by :func:`listening` only."""
 
@@ -83,3 +85,10 @@ def wait(way: str, name: str) -> None:
 def waited(way: str, name: str) -> None:
     for listener in listeners:
         listener.waited(way, name)
+
+
+def failing(error: BaseException | None) -> None:
+    """An error passes, on its way out of a pass or a step, or nobody caught it."""
+    if error is not None:
+        for explain in explainers:
+            explain(error)

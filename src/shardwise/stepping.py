@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from shardwise import operations
+from shardwise import events, operations
 from shardwise.comm import World
 from shardwise.data_loader import PreparedLoader, Tail
 from shardwise.engine.engine import Engine
@@ -238,16 +238,17 @@ class Steps:
             loss = loss * factor
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        if weight == 0:
-            # The mean over no items is 0/0. This rank still takes part in the backward's collectives, with zeros.
-            zeroing = [p.register_hook(torch.zeros_like) for p in self._parameters() if p.requires_grad]
-            try:
-                loss.backward(**kwargs)
-            finally:
-                for handle in zeroing:
-                    handle.remove()
-        else:
+        # The mean over no items is 0/0. This rank still takes part in the backward's collectives, with zeros.
+        zeroed = [p for p in self._parameters() if p.requires_grad] if weight == 0 else []
+        zeroing = [p.register_hook(torch.zeros_like) for p in zeroed]
+        try:
             loss.backward(**kwargs)
+        except Exception as error:
+            events.failing(error)
+            raise
+        finally:
+            for handle in zeroing:
+                handle.remove()
 
     def _agree_on_unit(self, weight: float) -> None:
         # fp16 gradients of a loss times thousands of tokens would overflow. Counting weights in units of about one

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from shardwise.comm.stats import Op
 from shardwise.errors import CommError, RankFailed, ShardwiseError
+from shardwise.events import failing
 
 _QUIET_S = 1.0  # a wait shorter than this is not worth telling the others
 _GRACE_S = 3.0  # how long a failing collective waits for the other ranks' words
@@ -186,6 +187,7 @@ def install_excepthook(current: Callable[[], Faults | None]) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
         faults = current()
+        failing(error)
         if faults is None or faults.size == 1:
             previous(kind, error, tb)
             return

@@ -88,7 +88,7 @@ class World(Process):
         super().__init__(device)
         self._groups: dict[object, Group] = {}
         self._meshes: dict[object, Mesh] = {}
-        if self.size > 1 and not self.fake:
+        if not self.fake:
             install_excepthook(World._current_faults)
 
     @classmethod

@@ -11,24 +11,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from shardwise import device as devices
 from shardwise.comm import World
 from shardwise.errors import ArgumentError, CommError, ConfigError, OutOfMemory
+from shardwise.observe.out_of_memory import is_out_of_memory
 from shardwise.operations import joined
 
-_SIGNS = (
-    " out of memory.",  # CUDA, HIP, XPU
-    "CUDA out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.",
-    "MPS backend out of memory",
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "std::bad_alloc",  # small allocations inside torch
-)
 _WAIT_S = 600.0
 
 
@@ -56,9 +46,7 @@ def release_memory(*objects: Any) -> list[None]:
 
 def should_reduce_batch_size(exception: BaseException) -> bool:
     """Did this happen because memory ran out?"""
-    if isinstance(exception, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(exception, RuntimeError) and any(sign in str(exception) for sign in _SIGNS)
+    return is_out_of_memory(exception)
 
 
 def find_executable_batch_size(

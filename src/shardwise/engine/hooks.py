@@ -14,6 +14,7 @@ from torch import nn
 from shardwise.engine.binding import Installed, bind, binding_of
 from shardwise.engine.engine import Engine
 from shardwise.engine.uncompiled import uncompiled
+from shardwise.events import failing
 
 ENGINE = "_shardwise_engine"
 
@@ -64,4 +65,6 @@ def _leave(module: nn.Module, args: Any, output: Any) -> Any:
     assert bound is not None
     # Called with nothing, and inside of an exception's way up: the module's forward raised.
     failed = output is None and sys.exc_info()[1] is not None
+    if failed:
+        failing(sys.exc_info()[1])
     return bound.forward.leave(bound.unit, output, failed=failed)

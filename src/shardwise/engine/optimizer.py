@@ -163,6 +163,7 @@ def _wrap(optimizer: Optimizer, record: Attachment) -> None:
             return own(*args, **kwargs) if own is not None else type(self).step(self, *args, **kwargs)
         except BaseException as error:
             if record.calls == 1:
+                events.failing(error)
                 record.interrupted(error)
             raise
         finally:

@@ -154,6 +154,13 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
     return _formula(engine, row, optimizer_tensors)
 
 
+def formula(engine: Engine, row: Strategy) -> Expected:
+    """What :func:`expected` says, with as many state tensors per parameter as this model's optimizers have made."""
+    made = engine.ledger.live["optimizer"]
+    tensors = min(range(4), key=lambda n: abs(_formula(engine, engine.strategy, n).optimizer - made))
+    return _formula(engine, row, tensors)
+
+
 @dataclass
 class _Coming:
     """What comes and goes with one unit, in bytes."""

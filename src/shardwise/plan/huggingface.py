@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.errors import MissingPackage, PlanError, did_you_mean
+from shardwise.plan.building import SmallValues
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Without `architectures` the head follows from the kind of model: the first of these that transformers has for it.
@@ -140,7 +141,7 @@ class Recipe:
         """
         config = copy.deepcopy(self.config)
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), SmallValues():
                 made = self.cls._from_config(config, dtype=torch.float32)
         except Exception as error:
             raise PlanError(f"{self.cls.__name__} cannot be built: {_line(error)}", where=self.where) from error

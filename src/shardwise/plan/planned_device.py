@@ -16,6 +16,8 @@ NAME = "planned"
 _SETUP = "_setup_privateuseone_for_python_backend"
 # These build a tensor on the host and copy it, below the mode that makes tensors fake.
 _FROM_VALUES = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
+_MOVES = {torch.Tensor.to, torch.Tensor.type_as}
+_INDEXED = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 
 @functools.cache
@@ -118,13 +120,29 @@ def move(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None
 
 
 class PlannedTensors(TorchFunctionMode):
-    """A block in which tensors can be made from Python values on the planned device, as ``torch.tensor`` does."""
+    """A block in which tensors on the planned device can be made from Python values, as ``torch.tensor`` does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if func in _FROM_VALUES and device is not None and torch.device(device).type == NAME:
-            grad = kwargs.get("requires_grad", False)
-            made = func(*args, **{**kwargs, "device": "cpu", "requires_grad": False}).to(device)
-            return made.requires_grad_() if grad else made
+        if func in _FROM_VALUES and (device := kwargs.get("device")) is not None and torch.device(device).type == NAME:
+            made = func(*args, **{**kwargs, "device": "cpu", "requires_grad": False})
+            return _like(made, torch.device(device)).requires_grad_(kwargs.get("requires_grad", False))
+        if func in _MOVES and getattr(args[0], "constant", None) is not None:
+            # A few numbers that torch remembers beside a fake tensor: it would have the device compute with them.
+            return func(_like(args[0], args[0].device), *args[1:], **kwargs)
+        if func in _INDEXED and args[0].device.type == NAME:
+            return func(args[0], _index(args[1], args[0].device), *args[2:], **kwargs)
         return func(*args, **kwargs)
+
+
+def _like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+def _index(index: Any, device: torch.device) -> Any:
+    """An index whose lists of numbers are tensors, as torch would make them."""
+    if isinstance(index, tuple):
+        return tuple(_index(part, device) for part in index)
+    if isinstance(index, list) and index and all(type(i) is int for i in index):
+        return torch.empty(len(index), dtype=torch.long, device=device)
+    return index

@@ -19,6 +19,7 @@ from shardwise.engine.build import no_sync, require_engine, shard
 from shardwise.engine.clip import clip_grad_norm_
 from shardwise.events import listening
 from shardwise.observe.live import Live
+from shardwise.plan.kernels import as_on
 from shardwise.plan.recorder import Recorder, Segment
 from shardwise.plan.trace import Trace
 from shardwise.strategy import Strategy
@@ -85,7 +86,8 @@ def simulate(step: Step) -> Simulated:
     """
     mode = _WithoutValues(allow_non_fake_inputs=True)
     one_thread = torch.autograd.set_multithreading_enabled(False)  # the modes of this thread see all of backward
-    with mode, planned(step.device, step.world, step.local), _defaults_of_plain_tensors(), one_thread:
+    ranks = planned(step.device, step.world, step.local)
+    with mode, ranks, _defaults_of_plain_tensors(), one_thread, as_on(step.device):
         model = step.build()
         parameters = sum(p.numel() for p in model.parameters())
         trainable = [p for p in model.parameters() if p.requires_grad]
