@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardwise.events import READ, TO_DEVICE, TO_HOST, UPDATE, WRITE
-from shardwise.plan.curves import Curve, Line
-from shardwise.plan.machine import ASSUMED, Machine
+from shardwise.plan.calibration import Calibration, usual_threads
+from shardwise.plan.curves import Curve, Line, Points
+from shardwise.plan.machine import ASSUMED, MEASURED, Machine
 from shardwise.plan.trace import Operation
 
 DERATED = {"matmul": 0.70, "fp32": 0.90, "attention": 0.50, "memory": 0.85, "link": 0.80, "host link": 0.85}
@@ -87,7 +88,7 @@ class Rates:
         machine: that they hold for.
         device, host: what computes.
         call: the host's seconds per operator that it calls: by phase, and by ``""`` for the others.
-        turn: the host's seconds per turn to another unit.
+        turn: the host's seconds per turn to another unit, by phase.
         links: seconds by bytes: ``node`` between ranks of a node, ``network`` of a whole node, ``control``, and the
             words of :mod:`shardwise.events` for copies and disks.
         steps: seconds per rank in a group beyond the first, by ``node`` and ``network``.
@@ -100,7 +101,7 @@ class Rates:
     device: Processor
     host: Processor
     call: Mapping[str, float]
-    turn: float
+    turn: Mapping[str, float]
     links: Mapping[str, Curve]
     steps: Mapping[str, float]
     beside: Mapping[str, Beside] = field(default_factory=dict)
@@ -154,7 +155,36 @@ class Rates:
             )
         }  # fmt: skip
         told["call"] = f"{ASSUMED}: {_CALL * 1e6:g} us per operator"
-        return cls(machine, device, host, {"": _CALL}, 0.0, links, steps, sources=told)
+        return cls(machine, device, host, {"": _CALL}, {}, links, steps, sources=told)
+
+    @classmethod
+    def measured(cls, machine: Machine, found: Calibration) -> Rates:
+        """From what was measured of a machine; from its figures where it was not."""
+        rates = cls.of_sheet(machine)
+        device = Processor({k: Points.of(v) for k, v in found.products.items()}, Points.of(found.memory))
+        pairs = {"node": found.node, CONTROL: found.control, **found.links}
+        links = {**rates.links, **{name: Points.of(measured) for name, measured in pairs.items() if measured}}
+        told = dict.fromkeys(("compute", "memory", "call"), MEASURED)
+        told |= {"node": MEASURED} if found.node else {}
+        told |= {"host link": MEASURED} if TO_HOST in found.links else {}
+        told |= {"disk": MEASURED} if READ in found.links else {}
+        return replace(
+            rates, device=device, host=device if machine.is_cpu else rates.host, call={"": 0.0, **found.call},
+            turn=found.turn, links=links, steps={**rates.steps, "node": found.step}, exact=found.exact,
+            beside={"node": Beside(*found.beside)}, sources={**rates.sources, **told},
+        )  # fmt: skip
+
+    @classmethod
+    def here(cls, ranks: int | None = None, *, device: str | None = None, threads: int | None = None) -> Rates:
+        """Of the machine at hand: measured, if somebody did (``shardwise plan --calibrate``).
+
+        Args:
+            ranks, device: see :meth:`Machine.here`.
+            threads: of a rank on a CPU; by default what is usual.
+        """
+        machine = Machine.here(ranks, device=device)
+        found = Calibration.load(machine.per_node, threads or usual_threads(machine.per_node))
+        return cls.of_sheet(machine) if found is None else cls.measured(machine, found)
 
     # --- operations ------------------------------------------------------------------------------------
     def operation(self, op: Operation) -> float:
@@ -168,6 +198,10 @@ class Rates:
         """The host's seconds for one operator."""
         found = self.call.get(phase)
         return self.call[""] if found is None else found
+
+    def turning(self, phase: str) -> float:
+        """The host's seconds for a turn to another unit."""
+        return self.turn.get(phase, 0.0)
 
     # --- transfers -------------------------------------------------------------------------------------
     def resource(self, way: str, ranks: tuple[int, ...]) -> str:

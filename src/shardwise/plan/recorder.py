@@ -11,6 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from shardwise.events import Listener
 from shardwise.observe.live import Live, LiveBytes
+from shardwise.plan.calls import Call
 from shardwise.plan.trace import OP, PHASE, START, WAIT, Entry, Operation
 from shardwise.tiers import Ledger
 
@@ -45,6 +46,7 @@ class Recorder(LiveBytes, Listener):
     Attributes:
         entries: see :class:`shardwise.plan.trace.Trace`.
         segments: in their order.
+        calls: see :class:`shardwise.plan.trace.Trace`.
     """
 
     def __init__(self, ledger: Ledger, device: torch.device, *, operations: bool = True) -> None:
@@ -56,6 +58,7 @@ class Recorder(LiveBytes, Listener):
         self._most = (-1, -1)
         self._after = ""
         self._known: dict[Any, Operation] = {}
+        self.calls: dict[Operation, Call] = {}
 
     # --- turns and transfers -----------------------------------------------------------------
     def phase(self, phase: str, unit: str) -> None:
@@ -83,18 +86,26 @@ class Recorder(LiveBytes, Listener):
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         self._after = func._schema.name
         super().saw(func, args, kwargs, out)
-        if self.operations and not func.is_view and func.namespace != "prim":  # questions of torch's own
-            self.entries.append(Entry(OP, *self._at, op=self._operation(func, args, kwargs, out)))
+        if self.operations and not func.is_view:
+            op = self._operation(func, args, kwargs, out)
+            if op is not None:
+                self.entries.append(Entry(OP, *self._at, op=op))
 
-    def _operation(self, func: Any, args: Any, kwargs: Any, out: Any) -> Operation:
+    def _operation(self, func: Any, args: Any, kwargs: Any, out: Any) -> Operation | None:
+        """``None``: a question of torch's own, about dtypes or devices, which tensors without values alone hear."""
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+        if func.namespace == "prim" or (not given and not made):
+            return None
         shapes = tuple(tuple(t.shape) for t in given)
         dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in given)
         rest = ", ".join(
             [repr(a) for a in args if not _has_tensor(a)]
             + [f"{k}={v!r}" for k, v in kwargs.items() if not _has_tensor(v)]
         )
-        made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+        strides = [t.stride() if t.layout is torch.strided and not t.is_contiguous() else () for t in given]
+        if any(strides):  # of transposed ones, above all: they are read at another rate
+            rest = f"{rest}; strides {strides}"
         device = "host" if any(map(self.on_host, made[:1] or given[:1])) else "device"
         key = func, shapes, dtypes, rest, device
         found = self._known.get(key)
@@ -103,6 +114,8 @@ class Recorder(LiveBytes, Listener):
             flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
             read, written = sum(map(_touched, given)), sum(map(_touched, made))
             found = self._known[key] = Operation(func._schema.name, shapes, dtypes, rest, device, flops, read, written)
+            if not any(hasattr(t, "bucket") for t in given):  # a handle has no memory to be like
+                self.calls[found] = Call.of(func, args, kwargs)
         return found
 
     # --- live bytes --------------------------------------------------------------------------

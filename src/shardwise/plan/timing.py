@@ -173,7 +173,7 @@ class _Play:
     # --- entries -------------------------------------------------------------------------------------
     def _turn(self, entry: Entry) -> None:
         self.phase = entry.phase
-        self._on_host(self.rates.turn)
+        self._on_host(self.rates.turning(entry.phase))
         if self.update is not None:
             self.update.end, self.update = self.side, None
         begun = self.by_name.get((UPDATE, entry.unit))

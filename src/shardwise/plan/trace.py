@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardwise.plan.calls import Call
+
 OP, START, WAIT, PHASE = "op", "start", "wait", "phase"
 """Kinds of entries."""
 
@@ -65,8 +67,10 @@ class Trace:
         entries: in their order.
         world: ranks.
         facts: what else is known of the step: tokens, rows, parameters, ...
+        calls: how each operation was called, to make it again where it is measured.
     """
 
     entries: list[Entry]
     world: int
     facts: dict[str, Any] = field(default_factory=dict)
+    calls: dict[Operation, Call] = field(default_factory=dict)
