@@ -71,5 +71,6 @@ def both(ranks: int) -> list[Step]:
     """A step of each, on so many ranks of a CPU."""
     cpu = torch.device("cpu")
     return [
-        Step(build, loss, optimizers, Strategy.parse("zero3"), cpu, ranks, ranks, 1, 1.0) for build in (attention, plain)
+        Step(build, loss, optimizers, Strategy.parse("zero3"), cpu, ranks, ranks, 1, 1.0)
+        for build in (attention, plain)
     ]
