@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,15 +17,14 @@ from shardwise.plan import probe_models, probes, ranks
 from shardwise.plan.calibration import Calibration, usual_threads
 from shardwise.plan.calls import Call
 from shardwise.plan.machine import Machine
-from shardwise.plan.rates import Rates, key
+from shardwise.plan.rates import Rates, key, made, weight
 from shardwise.plan.simulate import simulate
-from shardwise.plan.trace import OP, PHASE, Trace
+from shardwise.plan.trace import PHASE, RECOMPUTE, START, Trace
 from shardwise.tiers.probe import probe
 
 _DISK_BYTES = 64 << 20
 _COPIES = (1 << 16, 1 << 20, 1 << 24, 1 << 26)
 _MAX_RANKS = 4
-_BY_UNIT = ("forward", "backward", "end of backward")
 Say = Callable[[str], None]
 
 
@@ -62,17 +62,17 @@ def calibrate(
 
 def measure(count: int, threads: int, say: Say = lambda _: None) -> Calibration:
     """One number of ranks, without links to devices and disks."""
-    steps = probe_models.both(count)
-    say(f"{count} ranks: what the engine does in a step of two small models")
+    steps = probe_models.steps(count)
+    say(f"{count} ranks: what the engine does in steps of two small models")
     traces = [simulate(step).trace for step in steps]
     say(f"{count} ranks: operations, messages and steps")
     found = ranks.run(count, threads, _all, _calls(traces), steps)
     rank = found[0]
+    messages = _mean([f["node"] for f in found])
     first = Calibration(
-        count, threads, {d: _mean([f["products"][d] for f in found]) for d in rank["products"]},
-        _mean([f["memory"] for f in found]), {}, {}, _mean([f["node"] for f in found]),
-        _mean([f["node"] for f in found]), 0.0, rank["beside"],
-        exact={k: sum(f["exact"][k] for f in found) / count for k in rank["exact"]},
+        ranks=count, threads=threads, products={d: _mean([f["products"][d] for f in found]) for d in rank["products"]},
+        memory=_mean([f["memory"] for f in found]), call={}, turn={}, node=messages, control=messages,
+        beside=rank["beside"], exact={k: sum(f["exact"][k] for f in found) / count for k in rank["exact"]},
     )  # fmt: skip
     return replace(first, **_overheads(traces, [f["steps"] for f in found], first))  # type: ignore[arg-type]
 
@@ -125,40 +125,63 @@ def _mean(rows: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, fl
 def _overheads(
     traces: Sequence[Trace], measured: Sequence[Sequence[dict[str, float]]], found: Calibration
 ) -> dict[str, dict[str, float]]:
-    """Per phase, of two steps: seconds per operation, and per turn to another unit.
+    """Per phase: seconds per operation, per turn to another unit, per transfer that begins, and per new byte.
 
     Args:
         measured: by rank and step, seconds by phase without waits.
     """
     rates = Rates.measured(Machine.here(found.ranks, device="cpu"), found)
-    rows: dict[str, list[tuple[int, int, float]]] = {}
-    for index, trace in enumerate(traces):
-        mean = {p: sum(m[index].get(p, 0.0) for m in measured) / len(measured) for p in measured[0][index]}
-        for phase, seconds in mean.items():
-            ops = [e for e in trace.entries if e.kind == OP and e.phase == phase and e.op is not None]
-            turns = sum(e.kind == PHASE and e.phase == phase for e in trace.entries)
-            spent = sum(rates.operation(e.op) for e in ops if e.op is not None)
-            rows.setdefault(phase, []).append((len(ops), turns, max(0.0, seconds - spent)))
-    call, turn = {}, {}
-    for phase, found_rows in rows.items():
-        if phase not in _BY_UNIT:  # what a script and an optimizer do grows with parameters, as operations do
-            found_rows = [(ops, 0, seconds) for ops, _, seconds in found_rows]
-        call[phase], turn[phase] = _solved(found_rows)
-    return {"call": call, "turn": turn}
+    call: dict[str, float] = {}
+    turn: dict[str, float] = {}
+    begin: dict[str, float] = {}
+    fresh: dict[str, float] = {}
+    counts = [_counts(trace, rates) for trace in traces]
+    for phase in measured[0][0]:
+        rows, left, whole = [], [], []
+        for index, counted in enumerate(counts):
+            mean = sum(m[index].get(phase, 0.0) for m in measured) / len(measured)
+            of = counted.get(phase, [0.0] * 6)
+            rows.append(of[:4] + [of[4] if phase != "step" else 0.0])  # there memory is had anew for a moment only
+            left.append(mean - of[5])
+            whole.append(mean)
+        call[phase], again, turn[phase], begin[phase], fresh[phase] = _solved(rows, left, whole)
+        if phase == "backward":
+            call[RECOMPUTE], fresh[RECOMPUTE] = again, fresh[phase]
+    return {"call": call, "turn": turn, "begin": begin, "fresh": fresh}
 
 
-def _solved(rows: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
-    """``x`` and ``y``, not negative, with ``a * x + b * y`` next to ``c`` in all rows ``(a, b, c)``."""
-    aa, bb, ab = sum(a * a for a, _, _ in rows), sum(b * b for _, b, _ in rows), sum(a * b for a, b, _ in rows)
-    ac, bc = sum(a * c for a, _, c in rows), sum(b * c for _, b, c in rows)
-    determinant = aa * bb - ab * ab
-    if determinant > 1e-6 * aa * bb:
-        x, y = (ac * bb - bc * ab) / determinant, (bc * aa - ac * ab) / determinant
-        if x >= 0 and y >= 0:
-            return x, y
-    one, other = (ac / aa if aa else 0.0), (bc / bb if bb else 0.0)
-    error = [sum((a * x + b * y - c) ** 2 for a, b, c in rows) for x, y in ((one, 0.0), (0.0, other))]
-    return (one, 0.0) if error[0] <= error[1] and aa else (0.0, other)
+def _counts(trace: Trace, rates: Rates) -> dict[str, list[float]]:
+    """By phase: operations, those that are done again, turns, transfers, bytes that are new, seconds of operations."""
+    out: dict[str, list[float]] = {}
+    now = ""
+    for entry in trace.entries:
+        now = entry.phase if entry.kind == PHASE else now
+        of = out.setdefault(now, [0.0] * 6)
+        if entry.op is not None:
+            of[entry.phase == RECOMPUTE] += weight(entry.op)
+            of[4] += made(entry.op)
+            of[5] += rates.operation(entry.op)
+        of[2] += entry.kind == PHASE
+        of[3] += entry.kind == START
+    return out
+
+
+def _solved(rows: Sequence[Sequence[float]], left: Sequence[float], whole: Sequence[float]) -> list[float]:
+    """The non-negative ``x`` for which ``rows @ x`` is next to ``left``, in parts of ``whole``: all are tried."""
+    share = torch.tensor([1 / max(value, 1e-6) for value in whole], dtype=torch.float64)
+    a = torch.tensor(rows, dtype=torch.float64) * share[:, None]
+    b = torch.tensor(left, dtype=torch.float64) * share
+    columns = [k for k in range(a.shape[1]) if bool(a[:, k].any())]
+    best, found = float((b * b).sum()), [0.0] * a.shape[1]
+    for count in range(1, len(columns) + 1):
+        for chosen in itertools.combinations(columns, count):
+            part = a[:, list(chosen)]
+            x = torch.linalg.lstsq(part, b[:, None], driver="gelsd").solution[:, 0]
+            error = float(((part @ x - b) ** 2).sum())
+            if bool((x >= 0).all()) and error < best * (1 - 1e-6):
+                best = error
+                found = [float(x[chosen.index(k)]) if k in chosen else 0.0 for k in range(a.shape[1])]
+    return found
 
 
 # --- beside the ranks ------------------------------------------------------------------------------------

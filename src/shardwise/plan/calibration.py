@@ -25,8 +25,10 @@ class Calibration:
         ranks, threads: processes, and threads of each.
         products: of matrix products by dtype (``float32``, ...): floating-point operations, seconds.
         memory: of operations that read and write: bytes, seconds.
-        call: of the host, per operator of a step beyond its time alone, by phase of the engine.
-        turn: of the host, per turn to another unit, by phase.
+        call: of the host, per operator of a step beyond its time alone, by phase of the engine; see :func:`weight`.
+        turn, begin: of the host, per turn to another unit and per transfer that it begins, by phase.
+        fresh: of what computes, per byte that operations write to new memory, beyond their time alone, by phase: memory
+            that was given back to the system has to be had from it again.
         node, control: of messages: bytes that each rank sends, seconds.
         step: of a message, per rank beyond the second.
         beside: speeds of operations and of a message that is under way meanwhile, over those alone.
@@ -41,6 +43,8 @@ class Calibration:
     memory: Pairs
     call: dict[str, float]
     turn: dict[str, float]
+    begin: dict[str, float] = field(default_factory=dict)
+    fresh: dict[str, float] = field(default_factory=dict)
     node: Pairs = field(default_factory=list)
     control: Pairs = field(default_factory=list)
     step: float = 0.0

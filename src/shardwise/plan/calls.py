@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -11,36 +12,29 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_iter, tree_map
 
-_POOL = 48 << 20  # bytes of copies of a call's tensors that take turns: more than the caches hold
-_REPEATS, _MOMENT_S = 9, 0.15  # at most, and seconds after which three have to do
+_SLAB = 64 << 20  # bytes that cold tensors are taken from in turn: more than the caches hold
+_COPIES = 4  # of a call, on other tensors each
+_REPEATS, _MOMENT_S = 60, 0.06  # at most, and seconds after which a few have to do
 
 
 @dataclass(frozen=True)
 class Like:
-    """What a tensor looks like."""
+    """What a tensor looks like.
+
+    Args:
+        cold: no cache has it.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Like:
-        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+    cold: bool = False
 
     @property
     def nbytes(self) -> int:
         """Of the memory that its elements lie in."""
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return 0 if 0 in self.shape else (last + 1) * self.dtype.itemsize
-
-    def made(self, below: int) -> torch.Tensor:
-        """One with harmless values: about 1; whole numbers, which are places somewhere as a rule, ``below`` one."""
-        elements = self.nbytes // self.dtype.itemsize
-        if self.dtype.is_floating_point:
-            storage = torch.rand(elements, dtype=torch.float32).add_(0.5).to(self.dtype)
-        else:
-            storage = torch.randint(below, (elements,)).to(self.dtype)
-        return storage.as_strided(self.shape, self.stride)
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,21 @@ class Call:
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, func: Any, args: Any, kwargs: Any) -> Call:
-        seen = tree_map(lambda x: Like.of(x) if isinstance(x, torch.Tensor) else x, (tuple(args), dict(kwargs)))
-        return cls(func._schema.name, func._overloadname, *seen)
+    def of(cls, func: Any, args: Any, kwargs: Any, cold: Iterable[bool]) -> Call:
+        """As it is made now.
+
+        Args:
+            cold: of each tensor, in their order.
+        """
+        turns = iter(cold)
+
+        def seen(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            return Like(tuple(x.shape), tuple(x.stride()), x.dtype, next(turns))
+
+        found = tree_map(seen, (tuple(args), dict(kwargs)))
+        return cls(func._schema.name, func._overloadname, *found)
 
     @property
     def nbytes(self) -> int:
@@ -71,42 +77,85 @@ class Call:
     def _tensors(self) -> list[Like]:
         return [leaf for leaf in tree_iter((self.args, self.kwargs)) if isinstance(leaf, Like)]
 
-    def ready(self) -> Callable[[], Any]:
-        """What makes the call, on tensors of its own."""
-        space, name = self.name.split("::")
-        func = getattr(getattr(getattr(torch.ops, space), name), self.overload)
-        sizes = [size for x in self._tensors if x.dtype.is_floating_point for size in x.shape if size > 1]
-        below = min(sizes, default=1)
-        args, kwargs = tree_map(lambda x: x.made(below) if isinstance(x, Like) else x, (self.args, self.kwargs))
-        return lambda: func(*args, **kwargs)
 
-    def seconds(self) -> float | None:
-        """Of one call, as in a step: on memory that was not used a moment ago. ``None``: it cannot be made so.
+class Slab:
+    """Memory that measurements take their tensors from. Values are about 1 to begin with."""
+
+    def __init__(self, nbytes: int = _SLAB) -> None:
+        self._values = torch.rand(nbytes // 4).add_(0.5)
+        self._at = 0
+
+    def tensor(self, like: Like, below: int) -> torch.Tensor:
+        """One with harmless values; a cold one is of other memory each time.
+
+        Args:
+            below: whole numbers, which are places somewhere as a rule, are below it.
+        """
+        elements = like.nbytes // like.dtype.itemsize
+        if not like.dtype.is_floating_point:
+            return torch.randint(below, (elements,)).to(like.dtype).as_strided(like.shape, like.stride)
+        if not like.cold or like.nbytes > self._values.nbytes // 2:
+            values = torch.empty(elements).uniform_(0.5, 1.5).to(like.dtype)
+            return values.as_strided(like.shape, like.stride)
+        words = -(-like.nbytes // 4)
+        if self._at + words > self._values.numel():
+            self._at = 0
+        values = self._values[self._at : self._at + words].view(like.dtype)
+        self._at += -(-words // 32) * 32
+        return values.as_strided(like.shape, like.stride)
+
+    def seconds(self, call: Call) -> float | None:
+        """Of one call, as in a step. ``None``: it cannot be made by itself.
 
         Takes up to a fifth of a second, and memory as a few times its tensors.
         """
+        space, name = call.name.split("::")
+        sizes = [size for x in call._tensors if x.dtype.is_floating_point for size in x.shape if size > 1]
+        below, cold = min(sizes, default=1), sum(x.nbytes for x in call._tensors if x.cold)
+        # Cold ones have to be so many that the first is cold again when its turn comes.
+        copies = _COPIES if not cold else max(_COPIES, min(64, self._values.nbytes // cold))
+        warm: list[torch.Tensor] = []
+
+        def make(first: bool) -> Callable[[], Any]:
+            turns = iter(warm)
+
+            def made(x: Any) -> Any:
+                if not isinstance(x, Like):
+                    return x
+                if x.cold or first:
+                    tensor = self.tensor(x, below)
+                    if not x.cold:
+                        warm.append(tensor)
+                    return tensor
+                return next(turns)
+
+            args, kwargs = tree_map(made, (call.args, call.kwargs))
+            return lambda: func(*args, **kwargs)
+
         try:
-            copies = [self.ready() for _ in range(max(1, min(4, _POOL // max(1, self.nbytes))))]
-            return timed(copies)
+            func = getattr(getattr(getattr(torch.ops, space), name), call.overload)
+            return timed([make(k == 0) for k in range(copies)])
         except (RuntimeError, TypeError, IndexError, AttributeError):  # values decide what it does, or it has a state
             return None
 
 
 @torch.no_grad()
-def timed(calls: list[Callable[[], Any]], least: int = 3) -> float:
+def timed(calls: list[Callable[[], Any]], least: int = 5) -> float:
     """Seconds of one of these, which take turns: the lower quartile of some times, the first of each apart.
 
     Args:
-        least: times, however long they take; 9 or more are as many times, whatever happens, as ranks need that take
+        least: times, however long they take. 60 or more are as many times, whatever happens, as ranks need that take
             part in each other's.
     """
     for call in calls:
         call()
     times: list[float] = []
     begun = perf_counter()
-    while len(times) < max(least, _REPEATS) and (len(times) < least or perf_counter() - begun < _MOMENT_S):
+    for call in itertools.cycle(calls):
         start = perf_counter()
-        for call in calls:
-            call()
-        times.append((perf_counter() - start) / len(calls))
+        call()
+        end = perf_counter()
+        times.append(end - start)
+        if len(times) >= least and (len(times) >= max(least, _REPEATS) or end - begun > _MOMENT_S):
+            break
     return statistics.quantiles(times, n=4, method="inclusive")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 from shardwise.plan.simulate import Step
 from shardwise.strategy import Strategy
 
-_WIDTH, _ROWS, _LENGTH, _LAYERS = 192, 1, 16, 4
+_WIDTH, _LENGTH, _LAYERS = 160, 16, 2  # units too large to travel together, and all in a cache
+_ROWS = 16  # of the step that makes much new memory
 
 
 class _Attention(nn.Module):
@@ -30,7 +33,7 @@ class _Attention(nn.Module):
 class _Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(_WIDTH, 5 * _WIDTH), nn.Linear(5 * _WIDTH, _WIDTH)
+        self.up, self.down = nn.Linear(_WIDTH, 7 * _WIDTH), nn.Linear(7 * _WIDTH, _WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.relu(self.up(x)))
@@ -58,19 +61,24 @@ def plain() -> nn.Module:
     return _Stack(_Plain)
 
 
-def loss(model: nn.Module) -> Tensor:
+def loss(rows: int, model: nn.Module) -> Tensor:
     """Of a batch of its own."""
-    return F.mse_loss(model(torch.ones(_ROWS, _LENGTH, _WIDTH)), torch.zeros(_ROWS, _LENGTH, _WIDTH))
+    return F.cross_entropy(model(torch.ones(rows * _LENGTH, _WIDTH).view(rows, _LENGTH, -1)).flatten(0, 1),
+                           torch.zeros(rows * _LENGTH, dtype=torch.long))  # fmt: skip
 
 
 def optimizers(params: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(params)]
 
 
-def both(ranks: int) -> list[Step]:
-    """A step of each, on so many ranks of a CPU."""
-    cpu = torch.device("cpu")
+def steps(ranks: int) -> list[Step]:
+    """A step of each under strategies that differ in what the engine has to do, on so many ranks of a CPU."""
+    cpu, whole, split = torch.device("cpu"), Strategy.parse("ddp"), Strategy.parse("zero3")
+    again = split.replace(activation_checkpointing=True)
+    strategies = (whole, split, again) if ranks > 1 else (whole, again)
+    how = [(build, 1, strategy) for build in (attention, plain) for strategy in strategies]
+    how += [(attention, _ROWS, whole), (plain, 4 * _ROWS, whole)]
     return [
-        Step(build, loss, optimizers, Strategy.parse("zero3"), cpu, ranks, ranks, 1, 1.0)
-        for build in (attention, plain)
+        Step(build, partial(loss, rows), optimizers, strategy, cpu, ranks, ranks, 1, 1.0)
+        for build, rows, strategy in how
     ]

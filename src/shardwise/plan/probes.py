@@ -16,13 +16,13 @@ from shardwise.comm.stats import Op
 from shardwise.comm.world import World
 from shardwise.engine.build import shard
 from shardwise.events import Listener, listening
-from shardwise.plan.calls import Call, timed
+from shardwise.plan.calls import Call, Slab, timed
 from shardwise.plan.simulate import Step, one_step
 
 _SIDES = ((32, 64, 64), (64, 128, 128), (128, 256, 256), (256, 512, 512), (512, 768, 768), (1024, 1024, 1024))
 _BYTES = (1 << 8, 1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 _MESSAGES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
-_TIMES = 15  # of a message
+_TIMES = 60  # of a message
 _LARGEST = 1 << 29  # bytes of an operation that is measured as it is
 
 Pairs = list[tuple[float, float]]
@@ -60,10 +60,10 @@ def memory(_rank: int) -> Pairs:
 
 def exact(_rank: int, calls: dict[str, Call]) -> dict[str, float]:
     """Seconds of each of these, as far as they can be made."""
-    out = {}
+    out, slab = {}, Slab()
     for name, call in calls.items():
         together()
-        seconds = call.seconds() if call.nbytes <= _LARGEST else None
+        seconds = slab.seconds(call) if call.nbytes <= _LARGEST else None
         if seconds is not None:
             out[name] = seconds
     return out
@@ -112,7 +112,7 @@ def beside(_rank: int, nbytes: int = 1 << 24) -> tuple[float, float]:
         transfer.wait()
         left = perf_counter() - begun - computed
         main, sent = count * alone / computed, (message - left) / computed
-        found.append((min(1.0, max(0.1, main)), min(1.0, max(0.1, sent))))
+        found.append((min(1.0, max(0.1, main)), min(1.0, max(0.02, sent))))
     return statistics.median(f[0] for f in found), statistics.median(f[1] for f in found)
 
 

@@ -25,6 +25,7 @@ _COPY = 10e-6  # until a copy or a request has begun
 CONTROL = "control"  # the exchange that travels over gloo between hosts, whatever the devices
 HOST_WAYS = (CONTROL, TO_HOST, READ, WRITE)
 """What the host itself waits for; for the rest the device's stream does."""
+_FEW = 8  # tensors that an operation has that is on no list
 _LOW = ("bfloat16", "float16")
 
 
@@ -36,7 +37,17 @@ def short(dtype: str) -> str:
 def key(op: Operation) -> str:
     """What operations have in common that take equally long."""
     shapes = ",".join("x".join(map(str, shape)) for shape in op.shapes)
-    return f"{op.name}|{op.device}|{shapes}|{','.join(map(short, op.dtypes))}|{op.rest}"
+    return f"{op.name}|{op.device}|{shapes}|{','.join(map(short, op.dtypes))}|{op.rest}|{op.cold}"
+
+
+def weight(op: Operation) -> int:
+    """As how many operations the host's work for it counts: one on a list is prepared tensor by tensor."""
+    return 1 if len(op.shapes) <= _FEW else len(op.shapes)
+
+
+def made(op: Operation) -> int:
+    """Bytes that it writes to memory of its own."""
+    return 0 if op.name.endswith("_") else op.written
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,8 @@ class Rates:
         machine: that they hold for.
         device, host: what computes.
         call: the host's seconds per operator that it calls: by phase, and by ``""`` for the others.
-        turn: the host's seconds per turn to another unit, by phase.
+        fresh: seconds per byte that an operation writes to new memory, beyond its own, by phase.
+        turn, begin: the host's seconds per turn to another unit, and per transfer that it begins, by phase.
         links: seconds by bytes: ``node`` between ranks of a node, ``network`` of a whole node, ``control``, and the
             words of :mod:`shardwise.events` for copies and disks.
         steps: seconds per rank in a group beyond the first, by ``node`` and ``network``.
@@ -106,6 +118,8 @@ class Rates:
     steps: Mapping[str, float]
     beside: Mapping[str, Beside] = field(default_factory=dict)
     exact: Mapping[str, float] = field(default_factory=dict)
+    begin: Mapping[str, float] = field(default_factory=dict)
+    fresh: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -169,9 +183,10 @@ class Rates:
         told |= {"host link": MEASURED} if TO_HOST in found.links else {}
         told |= {"disk": MEASURED} if READ in found.links else {}
         return replace(
-            rates, device=device, host=device if machine.is_cpu else rates.host, call={"": 0.0, **found.call},
-            turn=found.turn, links=links, steps={**rates.steps, "node": found.step}, exact=found.exact,
-            beside={"node": Beside(*found.beside)}, sources={**rates.sources, **told},
+            rates, device=device, host=device if machine.is_cpu else rates.host, links=links,
+            call={"": 0.0, **found.call}, turn=found.turn, begin=found.begin, fresh=found.fresh, exact=found.exact,
+            steps={**rates.steps, "node": found.step}, beside={"node": Beside(*found.beside)},
+            sources={**rates.sources, **told},
         )  # fmt: skip
 
     @classmethod
@@ -194,14 +209,19 @@ class Rates:
             return found
         return (self.host if op.device == "host" else self.device).seconds(op)
 
-    def calling(self, phase: str) -> float:
-        """The host's seconds for one operator."""
+    def calling(self, phase: str, op: Operation) -> float:
+        """The host's seconds for one operation."""
         found = self.call.get(phase)
-        return self.call[""] if found is None else found
+        seconds = (self.call[""] if found is None else found) * weight(op)
+        return seconds + self.fresh[phase] * made(op) if phase in self.fresh else seconds
 
     def turning(self, phase: str) -> float:
         """The host's seconds for a turn to another unit."""
         return self.turn.get(phase, 0.0)
+
+    def beginning(self, phase: str) -> float:
+        """The host's seconds for beginning a transfer."""
+        return self.begin.get(phase, 0.0)
 
     # --- transfers -------------------------------------------------------------------------------------
     def resource(self, way: str, ranks: tuple[int, ...]) -> str:

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import flop_registry
 from shardwise.events import Listener
 from shardwise.observe.live import Live, LiveBytes
 from shardwise.plan.calls import Call
-from shardwise.plan.trace import OP, PHASE, START, WAIT, Entry, Operation
+from shardwise.plan.trace import OP, PHASE, RECOMPUTE, START, WAIT, Entry, Operation
 from shardwise.tiers import Ledger
 
+CACHE = 24 << 20
+"""Bytes that a cache of a CPU holds; what was touched longer ago comes from memory."""
 _NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
@@ -59,6 +61,8 @@ class Recorder(LiveBytes, Listener):
         self._after = ""
         self._known: dict[Any, Operation] = {}
         self.calls: dict[Operation, Call] = {}
+        self._touched = 0  # bytes, by all operations so far
+        self._touched_at: dict[tuple[int, int], int] = {}
 
     # --- turns and transfers -----------------------------------------------------------------
     def phase(self, phase: str, unit: str) -> None:
@@ -89,7 +93,8 @@ class Recorder(LiveBytes, Listener):
         if self.operations and not func.is_view:
             op = self._operation(func, args, kwargs, out)
             if op is not None:
-                self.entries.append(Entry(OP, *self._at, op=op))
+                again = torch.is_grad_enabled() and torch._C._current_graph_task_id() >= 0
+                self.entries.append(Entry(OP, RECOMPUTE if again else self._at[0], self._at[1], op=op))
 
     def _operation(self, func: Any, args: Any, kwargs: Any, out: Any) -> Operation | None:
         """``None``: a question of torch's own, about dtypes or devices, which tensors without values alone hear."""
@@ -106,17 +111,31 @@ class Recorder(LiveBytes, Listener):
         strides = [t.stride() if t.layout is torch.strided and not t.is_contiguous() else () for t in given]
         if any(strides):  # of transposed ones, above all: they are read at another rate
             rest = f"{rest}; strides {strides}"
+        cold = "".join("01"[self._is_cold(t)] for t in given)
+        for t in (*given, *made):
+            self._touch(t)
         device = "host" if any(map(self.on_host, made[:1] or given[:1])) else "device"
-        key = func, shapes, dtypes, rest, device
+        key = func, shapes, dtypes, rest, device, cold
         found = self._known.get(key)
         if found is None:
             count = flop_registry.get(func._overloadpacket)
             flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
             read, written = sum(map(_touched, given)), sum(map(_touched, made))
-            found = self._known[key] = Operation(func._schema.name, shapes, dtypes, rest, device, flops, read, written)
+            name = func._schema.name
+            found = self._known[key] = Operation(name, shapes, dtypes, rest, device, flops, read, written, cold)
             if not any(hasattr(t, "bucket") for t in given):  # a handle has no memory to be like
-                self.calls[found] = Call.of(func, args, kwargs)
+                self.calls[found] = Call.of(func, args, kwargs, [c == "1" for c in cold])
         return found
+
+    # --- what a cache holds --------------------------------------------------------------------
+    def _is_cold(self, tensor: torch.Tensor) -> bool:
+        """Was so much touched since this was that a cache of a CPU has lost it?"""
+        last = self._touched_at.get(_place(tensor))
+        return last is None or self._touched - last > CACHE
+
+    def _touch(self, tensor: torch.Tensor) -> None:
+        self._touched += _touched(tensor)
+        self._touched_at[_place(tensor)] = self._touched
 
     # --- live bytes --------------------------------------------------------------------------
     def sample(self) -> None:
@@ -132,6 +151,13 @@ class Recorder(LiveBytes, Listener):
         if totals[1] > most[1]:
             segment.host_peak = live
         self._most = max(totals[0], most[0]), max(totals[1], most[1])
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where its first element is."""
+    if tensor.layout is not torch.strided or hasattr(tensor, "bucket"):
+        return 0, 0
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _has_tensor(value: Any) -> bool:

@@ -164,6 +164,7 @@ class _Play:
             elif entry.kind == OP:
                 self._operation(entry)
             elif entry.kind == START:
+                self._on_host(self.rates.beginning(entry.phase))
                 self._start(entry, max(self.now, self.host))
             elif entry.kind == WAIT:
                 self._wait(entry, strict)
@@ -184,7 +185,7 @@ class _Play:
         op = entry.op
         assert op is not None
         seconds = self.rates.operation(op)
-        self._on_host(self.rates.calling(entry.phase))
+        self._on_host(self.rates.calling(entry.phase, op))
         if self.late and op.device == "host":
             self.host += seconds
             self._catch_up()
@@ -235,7 +236,7 @@ class _Play:
         if entry.kind == OP:
             assert entry.op is not None
             if self.late:
-                self.side += self.rates.operation(entry.op) + self.rates.calling(entry.phase)
+                self.side += self.rates.operation(entry.op) + self.rates.calling(entry.phase, entry.op)
             else:
                 self._operation(entry)
                 self.side = max(self.side, self.now)

@@ -13,6 +13,8 @@ from shardwise.plan.calls import Call
 
 OP, START, WAIT, PHASE = "op", "start", "wait", "phase"
 """Kinds of entries."""
+RECOMPUTE = "recompute"
+"""The phase of operations that checkpointing does again in a backward."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Operation:
         device: where it computes: ``device`` or ``host``.
         flops: floating-point operations, as ``torch.utils.flop_counter`` counts them (a multiply-add is two).
         read, written: bytes of its arguments and of its results; 0 for views.
+        cold: ``1`` for each tensor argument that nothing has touched for long, so that no cache has it, else ``0``.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Operation:
     flops: int
     read: int
     written: int
+    cold: str = ""
 
 
 @dataclass(frozen=True)
