@@ -14,7 +14,7 @@ from shardwise import device as devices
 from shardwise.errors import OffloadError
 from shardwise.events import READ, TO_DEVICE, TO_HOST, WRITE
 from shardwise.plan import probe_models, probes, ranks
-from shardwise.plan.calibration import Calibration, usual_threads
+from shardwise.plan.calibration import Calibration, Pairs, usual_threads
 from shardwise.plan.calls import Call
 from shardwise.plan.machine import Machine
 from shardwise.plan.rates import Rates, key, made, weight
@@ -47,8 +47,8 @@ def calibrate(
         PlanError: a measurement failed.
     """
     most = most or max(1, min(_MAX_RANKS, os.cpu_count() or 1))
-    links = _disk(disk, say) | _host_link(say)
-    out = []
+    links = _disk(disk, say)
+    out = _accelerator(links, folder, say)
     for count in range(1, most + 1):
         found = measure(count, threads or usual_threads(count), say)
         found = replace(found, links={name: [(b, s * count) for b, s in pairs] for name, pairs in links.items()})
@@ -108,8 +108,8 @@ def _all(rank: int, calls: dict[str, Call], steps: Sequence[object]) -> dict[str
     """What a rank measures."""
     several = torch.distributed.is_initialized()
     return {
-        "products": probes.products(rank),
-        "memory": probes.memory(rank),
+        "products": probes.products(devices.CPU),
+        "memory": probes.memory(devices.CPU),
         "exact": probes.exact(rank, calls),
         "node": probes.messages(rank) if several else [],
         "beside": probes.beside(rank) if several else (1.0, 1.0),
@@ -125,7 +125,8 @@ def _mean(rows: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, fl
 def _overheads(
     traces: Sequence[Trace], measured: Sequence[Sequence[dict[str, float]]], found: Calibration
 ) -> dict[str, dict[str, float]]:
-    """Per phase: seconds per operation, per turn to another unit, per transfer that begins, and per new byte.
+    """Per phase: seconds per operation, per turn to another unit, per transfer that begins, per new byte, and
+    per second of operations alone.
 
     Args:
         measured: by rank and step, seconds by phase without waits.
@@ -135,19 +136,20 @@ def _overheads(
     turn: dict[str, float] = {}
     begin: dict[str, float] = {}
     fresh: dict[str, float] = {}
+    excess: dict[str, float] = {}
     counts = [_counts(trace, rates) for trace in traces]
     for phase in measured[0][0]:
         rows, left, whole = [], [], []
         for index, counted in enumerate(counts):
             mean = sum(m[index].get(phase, 0.0) for m in measured) / len(measured)
             of = counted.get(phase, [0.0] * 6)
-            rows.append(of[:4] + [of[4] if phase != "step" else 0.0])  # there memory is had anew for a moment only
+            rows.append([*of[:4], of[4] if phase != "step" else 0.0, of[5]])  # an update has memory for a moment only
             left.append(mean - of[5])
             whole.append(mean)
-        call[phase], again, turn[phase], begin[phase], fresh[phase] = _solved(rows, left, whole)
+        call[phase], again, turn[phase], begin[phase], fresh[phase], excess[phase] = _solved(rows, left, whole)
         if phase == "backward":
-            call[RECOMPUTE], fresh[RECOMPUTE] = again, fresh[phase]
-    return {"call": call, "turn": turn, "begin": begin, "fresh": fresh}
+            call[RECOMPUTE], fresh[RECOMPUTE], excess[RECOMPUTE] = again, fresh[phase], excess[phase]
+    return {"call": call, "turn": turn, "begin": begin, "fresh": fresh, "excess": excess}
 
 
 def _counts(trace: Trace, rates: Rates) -> dict[str, list[float]]:
@@ -185,7 +187,7 @@ def _solved(rows: Sequence[Sequence[float]], left: Sequence[float], whole: Seque
 
 
 # --- beside the ranks ------------------------------------------------------------------------------------
-def _disk(folder: Path | None, say: Say) -> dict[str, list[tuple[float, float]]]:
+def _disk(folder: Path | None, say: Say) -> dict[str, Pairs]:
     if folder is None:
         return {}
     say("the disk")
@@ -197,21 +199,28 @@ def _disk(folder: Path | None, say: Say) -> dict[str, list[tuple[float, float]]]
     return {READ: [(1e6, 1e6 / speed.read)], WRITE: [(1e6, 1e6 / speed.write)]}
 
 
-def _host_link(say: Say) -> dict[str, list[tuple[float, float]]]:
-    """Copies between pinned memory and the first accelerator, where there is one."""
+def _accelerator(disk: dict[str, Pairs], folder: Path | None, say: Say) -> list[Calibration]:
+    """The first accelerator, if there is one, and its link to the host. What lies between several is not measured."""
     kind = devices.accelerator()
     if kind is None:
-        return {}
-    say("the link to the accelerator")
+        return []
     device = devices.named(f"{kind}:0")
-    out: dict[str, list[tuple[float, float]]] = {TO_HOST: [], TO_DEVICE: []}
+    say(f"{devices.name(device)}")
+    links = disk | _host_link(device)
+    found = Calibration(
+        ranks=1, threads=1, products=probes.products(device), memory=probes.memory(device), call={}, turn={},
+        links=links, device=kind,
+    )  # fmt: skip
+    found.save(folder)
+    return [found]
+
+
+def _host_link(device: torch.device) -> dict[str, Pairs]:
+    """Copies between pinned memory and an accelerator."""
+    out: dict[str, Pairs] = {TO_HOST: [], TO_DEVICE: []}
     for nbytes in _COPIES:
         host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=devices.can_pin(device))
         there = torch.empty_like(host, device=device)
-
-        def done() -> None:
-            devices.synchronize(device)
-
-        out[TO_DEVICE].append((float(nbytes), probes.link(host, there, done)))
-        out[TO_HOST].append((float(nbytes), probes.link(there, host, done)))
+        out[TO_DEVICE].append((float(nbytes), probes.copy(host, there, device)))
+        out[TO_HOST].append((float(nbytes), probes.copy(there, host, device)))
     return out

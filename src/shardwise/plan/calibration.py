@@ -29,11 +29,13 @@ class Calibration:
         turn, begin: of the host, per turn to another unit and per transfer that it begins, by phase.
         fresh: of what computes, per byte that operations write to new memory, beyond their time alone, by phase: memory
             that was given back to the system has to be had from it again.
+        excess: of what computes, per second of an operation alone, by phase: others leave less in the caches.
         node, control: of messages: bytes that each rank sends, seconds.
         step: of a message, per rank beyond the second.
         beside: speeds of operations and of a message that is under way meanwhile, over those alone.
         links: of copies and disks, by their way: bytes, seconds.
         exact: of operations that were measured as they are.
+        device: what computed: ``cpu``, or an accelerator's type.
         version: of this form.
     """
 
@@ -45,12 +47,14 @@ class Calibration:
     turn: dict[str, float]
     begin: dict[str, float] = field(default_factory=dict)
     fresh: dict[str, float] = field(default_factory=dict)
+    excess: dict[str, float] = field(default_factory=dict)
     node: Pairs = field(default_factory=list)
     control: Pairs = field(default_factory=list)
     step: float = 0.0
     beside: tuple[float, float] = (1.0, 1.0)
     links: dict[str, Pairs] = field(default_factory=dict)
     exact: dict[str, float] = field(default_factory=dict)
+    device: str = "cpu"
     version: int = VERSION
 
     def with_exact(self, exact: dict[str, float]) -> Calibration:
@@ -64,7 +68,7 @@ class Calibration:
         Raises:
             PlanError: the folder cannot be written.
         """
-        path = path_of(self.ranks, self.threads, folder)
+        path = path_of(self.ranks, self.threads, folder, self.device)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = path.with_suffix(f".{os.getpid()}")
@@ -75,10 +79,10 @@ class Calibration:
         return path
 
     @classmethod
-    def load(cls, ranks: int, threads: int, folder: Path | None = None) -> Calibration | None:
+    def load(cls, ranks: int, threads: int, folder: Path | None = None, device: str = "cpu") -> Calibration | None:
         """What was measured of this machine; ``None``: nothing, or by another version."""
         try:
-            found = json.loads(path_of(ranks, threads, folder).read_text())
+            found = json.loads(path_of(ranks, threads, folder, device).read_text())
             if found.get("version") != VERSION:
                 return None
             return cls(**{**found, "beside": tuple(found["beside"])})
@@ -91,17 +95,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardwise"
 
 
-def path_of(ranks: int, threads: int, folder: Path | None = None) -> Path:
-    """Of the figures of this host with so many ranks and threads, and this torch."""
-    said = (
-        platform.node(),
-        platform.processor(),
-        os.cpu_count(),
-        torch.__version__,
-        torch.version.cuda,
-        ranks,
-        threads,
-    )
+def path_of(ranks: int, threads: int, folder: Path | None = None, device: str = "cpu") -> Path:
+    """Of the figures of this host with so many ranks and threads, and this torch. An accelerator's hold for any."""
+    counts = (ranks, threads) if device == "cpu" else ()
+    said = (platform.node(), platform.processor(), os.cpu_count(), torch.__version__, device, *counts)
     name = hashlib.sha256(repr(said).encode()).hexdigest()[:16]
     return (folder or cache_folder()) / f"calibration-{name}.json"
 

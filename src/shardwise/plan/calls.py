@@ -71,10 +71,10 @@ class Call:
     @property
     def nbytes(self) -> int:
         """Of all its tensors."""
-        return sum(tensor.nbytes for tensor in self._tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
-    def _tensors(self) -> list[Like]:
+    def tensors(self) -> list[Like]:
         return [leaf for leaf in tree_iter((self.args, self.kwargs)) if isinstance(leaf, Like)]
 
 
@@ -110,8 +110,8 @@ class Slab:
         Takes up to a fifth of a second, and memory as a few times its tensors.
         """
         space, name = call.name.split("::")
-        sizes = [size for x in call._tensors if x.dtype.is_floating_point for size in x.shape if size > 1]
-        below, cold = min(sizes, default=1), sum(x.nbytes for x in call._tensors if x.cold)
+        sizes = [size for x in call.tensors if x.dtype.is_floating_point for size in x.shape if size > 1]
+        below, cold = min(sizes, default=1), sum(x.nbytes for x in call.tensors if x.cold)
         # Cold ones have to be so many that the first is cold again when its turn comes.
         copies = _COPIES if not cold else max(_COPIES, min(64, self._values.nbytes // cold))
         warm: list[torch.Tensor] = []

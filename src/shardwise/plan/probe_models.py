@@ -1,7 +1,8 @@
-"""Two small models that tell what the engine and Python cost: one with many operations in a unit, one with few."""
+"""Small models that tell what the engine and Python cost: of many operations in a unit or few, cached or not."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,16 +12,17 @@ from torch import Tensor, nn
 from shardwise.plan.simulate import Step
 from shardwise.strategy import Strategy
 
-_WIDTH, _LENGTH, _LAYERS = 160, 16, 2  # units too large to travel together, and all in a cache
-_ROWS = 16  # of the step that makes much new memory
+_LENGTH = 16
+_SMALL, _LARGE = (160, 2), (352, 4)
+"""Width and blocks: units too large to travel together, and all in a cache; or more than a cache holds."""
 
 
 class _Attention(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(_WIDTH), nn.LayerNorm(_WIDTH)
-        self.qkv, self.out = nn.Linear(_WIDTH, 3 * _WIDTH), nn.Linear(_WIDTH, _WIDTH)
-        self.up, self.down = nn.Linear(_WIDTH, 4 * _WIDTH), nn.Linear(4 * _WIDTH, _WIDTH)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, length, width = x.shape
@@ -31,19 +33,19 @@ class _Attention(nn.Module):
 
 
 class _Plain(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(_WIDTH, 7 * _WIDTH), nn.Linear(7 * _WIDTH, _WIDTH)
+        self.up, self.down = nn.Linear(width, 7 * width), nn.Linear(7 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.relu(self.up(x)))
 
 
 class _Stack(nn.Module):
-    def __init__(self, block: type[nn.Module]) -> None:
+    def __init__(self, block: Callable[[int], nn.Module], width: int, layers: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(block() for _ in range(_LAYERS))
-        self.head = nn.Linear(_WIDTH, _WIDTH)
+        self.blocks = nn.ModuleList(block(width) for _ in range(layers))
+        self.head = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -51,34 +53,26 @@ class _Stack(nn.Module):
         return self.head(x)
 
 
-def attention() -> nn.Module:
-    """Blocks of a transformer."""
-    return _Stack(_Attention)
-
-
-def plain() -> nn.Module:
-    """Blocks of two layers."""
-    return _Stack(_Plain)
-
-
-def loss(rows: int, model: nn.Module) -> Tensor:
+def _loss(width: int, rows: int, model: nn.Module) -> Tensor:
     """Of a batch of its own."""
-    return F.cross_entropy(model(torch.ones(rows * _LENGTH, _WIDTH).view(rows, _LENGTH, -1)).flatten(0, 1),
-                           torch.zeros(rows * _LENGTH, dtype=torch.long))  # fmt: skip
+    x = torch.ones(rows * _LENGTH, width).view(rows, _LENGTH, width)
+    return F.cross_entropy(model(x).flatten(0, 1), torch.zeros(rows * _LENGTH, dtype=torch.long))
 
 
-def optimizers(params: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+def _optimizers(params: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(params)]
 
 
 def steps(ranks: int) -> list[Step]:
-    """A step of each under strategies that differ in what the engine has to do, on so many ranks of a CPU."""
-    cpu, whole, split = torch.device("cpu"), Strategy.parse("ddp"), Strategy.parse("zero3")
+    """Steps that differ in what the engine has to do, on so many ranks of a CPU."""
+    whole, split = Strategy.parse("ddp"), Strategy.parse("zero3")
     again = split.replace(activation_checkpointing=True)
     strategies = (whole, split, again) if ranks > 1 else (whole, again)
-    how = [(build, 1, strategy) for build in (attention, plain) for strategy in strategies]
-    how += [(attention, _ROWS, whole), (plain, 4 * _ROWS, whole)]
+    small = [(block, _SMALL, 1, strategy) for block in (_Attention, _Plain) for strategy in strategies]
+    large = [(_Attention, _SMALL, 16, whole), (_Plain, _SMALL, 64, whole), (_Attention, _LARGE, 8, split),
+             (_Attention, _LARGE, 2, whole), (_Plain, _LARGE, 8, whole)]  # fmt: skip
     return [
-        Step(build, partial(loss, rows), optimizers, strategy, cpu, ranks, ranks, 1, 1.0)
-        for build, rows, strategy in how
-    ]
+        Step(partial(_Stack, block, *size), partial(_loss, size[0], rows), _optimizers, strategy, torch.device("cpu"),
+             ranks, ranks, 1, 1.0)
+        for block, size, rows, strategy in small + large
+    ]  # fmt: skip

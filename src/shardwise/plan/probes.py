@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardwise import device as devices
 from shardwise.comm.stats import Op
 from shardwise.comm.world import World
 from shardwise.engine.build import shard
@@ -20,9 +21,12 @@ from shardwise.plan.calls import Call, Slab, timed
 from shardwise.plan.simulate import Step, one_step
 
 _SIDES = ((32, 64, 64), (64, 128, 128), (128, 256, 256), (256, 512, 512), (512, 768, 768), (1024, 1024, 1024))
+_LARGE = ((2048, 4096, 4096), (8192, 8192, 8192))  # of accelerators
+_POOL = 48 << 20  # bytes of tensors that take turns
 _BYTES = (1 << 8, 1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 _MESSAGES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 _TIMES = 60  # of a message
+_AT_ONCE = 10  # operations before a device is waited for
 _LARGEST = 1 << 29  # bytes of an operation that is measured as it is
 
 Pairs = list[tuple[float, float]]
@@ -34,28 +38,46 @@ def together() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def products(_rank: int) -> dict[str, Pairs]:
+def products(device: torch.device) -> dict[str, Pairs]:
     """Seconds of matrix products by dtype and floating-point operations."""
     out: dict[str, Pairs] = {}
+    sides = _SIDES if device.type == "cpu" else (*_SIDES, *_LARGE)
     for dtype in (torch.float32, torch.bfloat16):
-        out[str(dtype).removeprefix("torch.")] = []
-        for rows, inner, columns in _SIDES:
-            a, b = torch.rand(rows, inner).to(dtype), torch.rand(inner, columns).to(dtype)
+        if dtype is torch.bfloat16 and not devices.computes_in_bf16(device.type):
+            continue
+        pairs = out[str(dtype).removeprefix("torch.")] = []
+        for rows, inner, columns in sides:
+            a = torch.rand(rows, inner, device=device).to(dtype)
+            b = torch.rand(inner, columns, device=device).to(dtype)
             together()
-            seconds = timed([partial(torch.mm, a, b)])
-            out[str(dtype).removeprefix("torch.")].append((2.0 * rows * inner * columns, seconds))
+            pairs.append((2.0 * rows * inner * columns, _seconds([partial(torch.mm, a, b)], device)))
     return out
 
 
-def memory(_rank: int) -> Pairs:
+def memory(device: torch.device) -> Pairs:
     """Seconds of adding two tensors into a third by bytes read and written."""
     out: Pairs = []
     for nbytes in _BYTES:
         n = max(1, nbytes // 12)
-        sets = [(torch.rand(n), torch.rand(n)) for _ in range(max(1, min(4, (48 << 20) // nbytes)))]
+        sets = [
+            (torch.rand(n, device=device), torch.rand(n, device=device)) for _ in range(max(1, min(4, _POOL // nbytes)))
+        ]
         together()
-        out.append((12.0 * n, timed([partial(torch.add, a, b) for a, b in sets])))
+        out.append((12.0 * n, _seconds([partial(torch.add, a, b) for a, b in sets], device)))
     return out
+
+
+def _seconds(calls: list[Callable[[], Any]], device: torch.device) -> float:
+    """Of one of these. On a device that runs late some are given at once, so that the host's part is hidden."""
+    if not devices.runs_late(device):
+        return timed(calls)
+
+    def some() -> None:
+        for index in range(_AT_ONCE):
+            calls[index % len(calls)]()
+        devices.synchronize(device)
+
+    return timed([some]) / _AT_ONCE
 
 
 def exact(_rank: int, calls: dict[str, Call]) -> dict[str, float]:
@@ -137,7 +159,7 @@ class PhaseTimes(Listener):
         self.waiting += perf_counter() - self._from
 
 
-def steps(_rank: int, step: Step, count: int = 14) -> tuple[dict[str, float], float]:
+def steps(_rank: int, step: Step, count: int = 10) -> tuple[dict[str, float], float]:
     """Seconds by phase without waits, and of a whole step: the lower quartile of some real steps."""
     model = step.build()
     shard(model, step.strategy)
@@ -162,11 +184,6 @@ def _quartile(values: list[float]) -> float:
 
 
 # --- a link to a device --------------------------------------------------------------------------------
-def link(source: Tensor, target: Tensor, synchronize: Callable[[], None]) -> float:
+def copy(source: Tensor, target: Tensor, device: torch.device) -> float:
     """Seconds of a copy."""
-
-    def once() -> None:
-        target.copy_(source, non_blocking=True)
-        synchronize()
-
-    return timed([once])
+    return _seconds([partial(target.copy_, source, non_blocking=True)], device)

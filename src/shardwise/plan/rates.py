@@ -100,6 +100,7 @@ class Rates:
         device, host: what computes.
         call: the host's seconds per operator that it calls: by phase, and by ``""`` for the others.
         fresh: seconds per byte that an operation writes to new memory, beyond its own, by phase.
+        excess: seconds per second of an operation alone, by phase.
         turn, begin: the host's seconds per turn to another unit, and per transfer that it begins, by phase.
         links: seconds by bytes: ``node`` between ranks of a node, ``network`` of a whole node, ``control``, and the
             words of :mod:`shardwise.events` for copies and disks.
@@ -120,6 +121,7 @@ class Rates:
     exact: Mapping[str, float] = field(default_factory=dict)
     begin: Mapping[str, float] = field(default_factory=dict)
     fresh: Mapping[str, float] = field(default_factory=dict)
+    excess: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -175,19 +177,22 @@ class Rates:
     def measured(cls, machine: Machine, found: Calibration) -> Rates:
         """From what was measured of a machine; from its figures where it was not."""
         rates = cls.of_sheet(machine)
-        device = Processor({k: Points.of(v) for k, v in found.products.items()}, Points.of(found.memory))
+        products = {**rates.device.products, **{k: Points.of(v) for k, v in found.products.items()}}
+        device = Processor(products, Points.of(found.memory))
         pairs = {"node": found.node, CONTROL: found.control, **found.links}
         links = {**rates.links, **{name: Points.of(measured) for name, measured in pairs.items() if measured}}
-        told = dict.fromkeys(("compute", "memory", "call"), MEASURED)
+        told = dict.fromkeys(("compute", "memory"), MEASURED) | ({"call": MEASURED} if found.call else {})
         told |= {"node": MEASURED} if found.node else {}
         told |= {"host link": MEASURED} if TO_HOST in found.links else {}
         told |= {"disk": MEASURED} if READ in found.links else {}
-        return replace(
-            rates, device=device, host=device if machine.is_cpu else rates.host, links=links,
-            call={"": 0.0, **found.call}, turn=found.turn, begin=found.begin, fresh=found.fresh, exact=found.exact,
-            steps={**rates.steps, "node": found.step}, beside={"node": Beside(*found.beside)},
-            sources={**rates.sources, **told},
-        )  # fmt: skip
+        rates = replace(rates, device=device, host=device if machine.is_cpu else rates.host, links=links)
+        if found.call:
+            rates = replace(rates, call={"": 0.0, **found.call}, turn=found.turn, begin=found.begin)
+        if found.node:
+            steps = {**rates.steps, "node": found.step}
+            rates = replace(rates, steps=steps, beside={"node": Beside(*found.beside)})
+        told = {**rates.sources, **told}
+        return replace(rates, fresh=found.fresh, excess=found.excess, exact=found.exact, sources=told)
 
     @classmethod
     def here(cls, ranks: int | None = None, *, device: str | None = None, threads: int | None = None) -> Rates:
@@ -198,7 +203,7 @@ class Rates:
             threads: of a rank on a CPU; by default what is usual.
         """
         machine = Machine.here(ranks, device=device)
-        found = Calibration.load(machine.per_node, threads or usual_threads(machine.per_node))
+        found = Calibration.load(machine.per_node, threads or usual_threads(machine.per_node), device=machine.kind)
         return cls.of_sheet(machine) if found is None else cls.measured(machine, found)
 
     # --- operations ------------------------------------------------------------------------------------
@@ -210,10 +215,12 @@ class Rates:
         return (self.host if op.device == "host" else self.device).seconds(op)
 
     def calling(self, phase: str, op: Operation) -> float:
-        """The host's seconds for one operation."""
+        """What one operation costs in a step beyond its time alone: the host's part above all."""
         found = self.call.get(phase)
         seconds = (self.call[""] if found is None else found) * weight(op)
-        return seconds + self.fresh[phase] * made(op) if phase in self.fresh else seconds
+        if phase in self.fresh:
+            seconds += self.fresh[phase] * made(op)
+        return seconds + self.excess[phase] * self.operation(op) if phase in self.excess else seconds
 
     def turning(self, phase: str) -> float:
         """The host's seconds for a turn to another unit."""
