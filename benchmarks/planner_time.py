@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -65,6 +66,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., torch.Tensor], in
     "gpt-large": (partial(gpt.make_model, LARGE), partial(gpt_loss, LARGE.vocab, 64), 1),
     "mlp": (partial(MLP, 512, 6), partial(mlp_loss, 512), 64),
 }
+REAL_TIME = (
+    "under real-time scheduling, so that other work on this machine does not count; there a message moves while its "
+    "rank waits for it, hardly beside computation"
+)
 ROWS = 4  # of a rank's step, in micro-batches; times 64 for the MLP
 SINGLE = [("ddp", 4), ("ddp", 2), ("ddp", 1), ("zero3,activation_checkpointing=true", 4)]
 SEVERAL = [
@@ -107,6 +112,11 @@ def ranks_of(values: list[float]) -> list[float]:
     return [float(order.index(i)) for i in range(len(values))]
 
 
+def _group(row: dict[str, Any]) -> tuple[str, int]:
+    """Steps that do the same work to the same numbers, and may be chosen between."""
+    return row["model"] + " in bf16" * ("bf16" in row["strategy"]), row["ranks"]
+
+
 def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean error, rank correlation, and what choosing by prediction costs, by group."""
     errors = [abs(r["predicted"] / r["measured"] - 1) for r in rows]
@@ -114,8 +124,8 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ranks_of([r["predicted"] for r in rows]), ranks_of([r["measured"] for r in rows])
     )
     regret = {}
-    for group in sorted({(r["model"], r["ranks"]) for r in rows}):
-        mine = [r for r in rows if (r["model"], r["ranks"]) == group]
+    for group in sorted({_group(r) for r in rows}):
+        mine = [r for r in rows if _group(r) == group]
         chosen = min(mine, key=lambda r: r["predicted"])
         regret[f"{group[0]}, {group[1]} ranks"] = chosen["measured"] / min(r["measured"] for r in mine) - 1
     return {
@@ -170,11 +180,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    result = head()
+    result: dict[str, Any] = head()
+    if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
+        result["notes"].append(REAL_TIME)
     cases = [case for case in CASES if args.only in ", ".join(map(str, case))]
     cache = args.out / ".calibration"
     begun = time.perf_counter()
-    found = {f.ranks: f for f in calibrate(2, threads=args.threads, folder=cache, say=print)}
+    found = {f.ranks: f for f in calibrate(2, threads=args.threads, folder=cache, told=print)}
     result["calibration_s"] = time.perf_counter() - begun
     begun = time.perf_counter()
     traces = {case: simulate(case.step).trace for case in cases}

@@ -13,7 +13,7 @@ from torch import nn
 import models
 from shardwise.errors import PlanError
 from shardwise.plan import ranks
-from shardwise.plan.calibrate import _solved, calibrate, exactly
+from shardwise.plan.calibrate import _solved, calibrate, exactly, rates_here
 from shardwise.plan.calibration import Calibration, path_of
 from shardwise.plan.calls import Slab
 from shardwise.plan.machine import MEASURED, Machine
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With what was measured of this machine, by one and by two ranks."""
     cache = tmp_path_factory.mktemp("cache") / "shardwise"
     said: list[str] = []
-    found = calibrate(2, threads=1, disk=cache.parent, folder=cache, say=said.append)
+    found = calibrate(2, threads=1, disk=cache.parent, folder=cache, told=said.append)
     assert [f.ranks for f in found] == [1, 2] and said[0] == "the disk" and "2 ranks" in said[-1]
     return cache
 
@@ -63,15 +63,17 @@ def test_everything_is_measured_and_kept(folder: Path) -> None:
 
 def test_plans_use_what_was_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent))
-    rates = Rates.here(2, device="cpu", threads=1)
+    machine = Machine.here(2, device="cpu")
+    rates = rates_here(machine, threads=1)
+    assert rates is not None
     assert rates.sources["compute"] == rates.sources["node"] == rates.sources["disk"] == MEASURED
     trace = simulate(step(2)).trace
     timing = predict(trace, rates)
     assert timing.seconds > 0 and timing.sources == rates.sources
     assert set(timing.phases) == {"", "forward", "backward", "end of backward", "step"}
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "nowhere"))
-    assert "datasheet" not in Rates.here(2, device="cpu").sources["compute"]
-    assert Rates.here(2, device="cpu").sources["compute"].startswith("assumed")
+    assert rates_here(machine, threads=1) is None
+    assert Rates.of_sheet(machine).sources["compute"].startswith("assumed")
 
 
 def test_operations_are_measured_as_they_are_and_once(folder: Path) -> None:

@@ -30,27 +30,27 @@ Say = Callable[[str], None]
 
 def calibrate(
     most: int | None = None, *, threads: int | None = None, disk: Path | None = None, folder: Path | None = None,
-    say: Say = lambda _: None,
+    told: Say = lambda _: None,
 ) -> list[Calibration]:  # fmt: skip
-    """Measure with one rank, two, ... up to ``most``, and keep what was found for :meth:`Rates.here`.
+    """Measure with one rank, two, ... up to ``most``, and keep what was found for :func:`rates_here`.
 
-    Takes about 15 seconds per number of ranks.
+    Takes about 20 seconds per number of ranks.
 
     Args:
         most: ranks; by default as many as there are cores, four at most.
         threads: of each rank; by default what is usual.
         disk: a folder on a disk that states may be sent to; it is written to, and left as it was.
         folder: where the figures are kept, in place of the user's cache.
-        say: is told what is measured now.
+        told: is told what is measured now.
 
     Raises:
         PlanError: a measurement failed.
     """
     most = most or max(1, min(_MAX_RANKS, os.cpu_count() or 1))
-    links = _disk(disk, say)
-    out = _accelerator(links, folder, say)
+    links = _disk(disk, told)
+    out = _accelerator(links, folder, told)
     for count in range(1, most + 1):
-        found = measure(count, threads or usual_threads(count), say)
+        found = measure(count, threads or usual_threads(count), told)
         found = replace(found, links={name: [(b, s * count) for b, s in pairs] for name, pairs in links.items()})
         before = Calibration.load(found.ranks, found.threads, folder)
         if before is not None:  # operations of models, which take long to measure
@@ -58,6 +58,18 @@ def calibrate(
         found.save(folder)
         out.append(found)
     return out
+
+
+def rates_here(machine: Machine, threads: int | None = None) -> Rates | None:
+    """Rates of the machine at hand as :func:`calibrate` measured them; ``None``: it did not.
+
+    Args:
+        machine: of :meth:`Machine.here`, with as many devices as are to be used.
+        threads: of a rank on a CPU; by default what is usual.
+    """
+    threads = threads or usual_threads(machine.per_node)
+    found = Calibration.load(machine.per_node, threads, device=machine.kind)
+    return None if found is None else Rates.measured(machine, found)
 
 
 def measure(count: int, threads: int, say: Say = lambda _: None) -> Calibration:

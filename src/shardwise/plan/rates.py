@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from shardwise.events import READ, TO_DEVICE, TO_HOST, UPDATE, WRITE
-from shardwise.plan.calibration import Calibration, usual_threads
+from shardwise.plan.calibration import Calibration
 from shardwise.plan.curves import Curve, Line, Points
 from shardwise.plan.machine import ASSUMED, MEASURED, Machine
 from shardwise.plan.trace import Operation
@@ -48,6 +48,11 @@ def weight(op: Operation) -> int:
 def made(op: Operation) -> int:
     """Bytes that it writes to memory of its own."""
     return 0 if op.name.endswith("_") else op.written
+
+
+def _updates(of: Mapping[str, float]) -> dict[str, float]:
+    """By phase; updates beside what follows, or in the backward, cost what they do in a step."""
+    return {**of, UPDATE: of["step"]} if "step" in of else dict(of)
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,7 @@ class Rates:
         told |= {"host link": MEASURED} if TO_HOST in found.links else {}
         told |= {"disk": MEASURED} if READ in found.links else {}
         rates = replace(rates, device=device, host=device if machine.is_cpu else rates.host, links=links)
+        found = replace(found, **{name: _updates(getattr(found, name)) for name in ("call", "fresh", "excess")})
         if found.call:
             rates = replace(rates, call={"": 0.0, **found.call}, turn=found.turn, begin=found.begin)
         if found.node:
@@ -193,18 +199,6 @@ class Rates:
             rates = replace(rates, steps=steps, beside={"node": Beside(*found.beside)})
         told = {**rates.sources, **told}
         return replace(rates, fresh=found.fresh, excess=found.excess, exact=found.exact, sources=told)
-
-    @classmethod
-    def here(cls, ranks: int | None = None, *, device: str | None = None, threads: int | None = None) -> Rates:
-        """Of the machine at hand: measured, if somebody did (``shardwise plan --calibrate``).
-
-        Args:
-            ranks, device: see :meth:`Machine.here`.
-            threads: of a rank on a CPU; by default what is usual.
-        """
-        machine = Machine.here(ranks, device=device)
-        found = Calibration.load(machine.per_node, threads or usual_threads(machine.per_node), device=machine.kind)
-        return cls.of_sheet(machine) if found is None else cls.measured(machine, found)
 
     # --- operations ------------------------------------------------------------------------------------
     def operation(self, op: Operation) -> float:
