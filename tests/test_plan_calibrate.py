@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +33,14 @@ def optimizers(params: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(params)]
 
 
-def step(world: int, strategy: str = "zero3") -> Step:
-    build = partial(models.make, d=32, odd=False)
+def step(world: int, strategy: str = "zero3", layers: int = 2) -> Step:
+    build = partial(models.make, d=32, odd=False, layers=layers)
     return Step(build, loss, optimizers, Strategy.parse(strategy), torch.device("cpu"), world, world, 1, 1.0)
+
+
+def few(world: int) -> list[Step]:
+    """What takes a moment. All of them are for the figures, of which there are none here."""
+    return [step(world, strategy) for strategy in ("ddp", "zero3,activation_checkpointing=true")]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With what was measured of this machine, by one and by two ranks."""
     cache = tmp_path_factory.mktemp("cache") / "shardwise"
     said: list[str] = []
-    found = calibrate(2, threads=1, disk=cache.parent, folder=cache, told=said.append)
+    found = calibrate(2, threads=1, disk=cache.parent, folder=cache, told=said.append, steps=few)
     assert [f.ranks for f in found] == [1, 2] and said[0] == "the disk" and "2 ranks" in said[-1]
     return cache
 
@@ -79,7 +85,8 @@ def test_plans_use_what_was_measured(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_operations_are_measured_as_they_are_and_once(folder: Path) -> None:
     before = Calibration.load(1, 1, folder)
     assert before is not None
-    trace = simulate(step(1, "ddp,activation_checkpointing=true")).trace
+    wide = step(1, "ddp,activation_checkpointing=true")
+    trace = simulate(replace(wide, build=partial(models.make, d=40, odd=False))).trace
     assert any(e.phase == RECOMPUTE for e in trace.entries)
     names = {key(op) for op in trace.calls}
     assert not names <= set(before.exact)

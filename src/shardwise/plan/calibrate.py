@@ -18,7 +18,7 @@ from shardwise.plan.calibration import Calibration, Pairs, usual_threads
 from shardwise.plan.calls import Call
 from shardwise.plan.machine import Machine
 from shardwise.plan.rates import Rates, key, made, weight
-from shardwise.plan.simulate import simulate
+from shardwise.plan.simulate import Step, simulate
 from shardwise.plan.trace import PHASE, RECOMPUTE, START, Trace
 from shardwise.tiers.probe import probe
 
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 def calibrate(
     most: int | None = None, *, threads: int | None = None, disk: Path | None = None, folder: Path | None = None,
-    told: Say = lambda _: None,
+    told: Say = lambda _: None, steps: Callable[[int], list[Step]] = probe_models.steps,
 ) -> list[Calibration]:  # fmt: skip
     """Measure with one rank, two, ... up to ``most``, and keep what was found for :func:`rates_here`.
 
@@ -42,6 +42,7 @@ def calibrate(
         disk: a folder on a disk that states may be sent to; it is written to, and left as it was.
         folder: where the figures are kept, in place of the user's cache.
         told: is told what is measured now.
+        steps: for a number of ranks, those that tell what the engine and Python cost.
 
     Raises:
         PlanError: a measurement failed.
@@ -50,7 +51,7 @@ def calibrate(
     links = _disk(disk, told)
     out = _accelerator(links, folder, told)
     for count in range(1, most + 1):
-        found = measure(count, threads or usual_threads(count), told)
+        found = measure(count, threads or usual_threads(count), steps(count), told)
         found = replace(found, links={name: [(b, s * count) for b, s in pairs] for name, pairs in links.items()})
         before = Calibration.load(found.ranks, found.threads, folder)
         if before is not None:  # operations of models, which take long to measure
@@ -72,9 +73,8 @@ def rates_here(machine: Machine, threads: int | None = None) -> Rates | None:
     return None if found is None else Rates.measured(machine, found)
 
 
-def measure(count: int, threads: int, say: Say = lambda _: None) -> Calibration:
+def measure(count: int, threads: int, steps: Sequence[Step], say: Say = lambda _: None) -> Calibration:
     """One number of ranks, without links to devices and disks."""
-    steps = probe_models.steps(count)
     say(f"{count} ranks: what the engine does in steps of two small models")
     traces = [simulate(step).trace for step in steps]
     say(f"{count} ranks: operations, messages and steps")

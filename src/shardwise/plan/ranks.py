@@ -13,7 +13,7 @@ from typing import Any
 
 from shardwise.errors import PlanError
 
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 300.0
 
 
 def run(ranks: int, threads: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -24,7 +24,7 @@ def run(ranks: int, threads: int, function: Callable[..., Any], *args: Any) -> l
         function: of a module. It and its arguments are pickled.
 
     Raises:
-        PlanError: a process failed, or had not ended after two minutes. The others are ended, too.
+        PlanError: a process failed, or had not ended after five minutes. The others are ended, too.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="shardwise-calibration-") as folder:

@@ -191,14 +191,14 @@ class Rates:
         told |= {"host link": MEASURED} if TO_HOST in found.links else {}
         told |= {"disk": MEASURED} if READ in found.links else {}
         rates = replace(rates, device=device, host=device if machine.is_cpu else rates.host, links=links)
-        found = replace(found, **{name: _updates(getattr(found, name)) for name in ("call", "fresh", "excess")})
         if found.call:
-            rates = replace(rates, call={"": 0.0, **found.call}, turn=found.turn, begin=found.begin)
+            rates = replace(rates, call={"": 0.0, **_updates(found.call)}, turn=found.turn, begin=found.begin)
         if found.node:
             steps = {**rates.steps, "node": found.step}
             rates = replace(rates, steps=steps, beside={"node": Beside(*found.beside)})
         told = {**rates.sources, **told}
-        return replace(rates, fresh=found.fresh, excess=found.excess, exact=found.exact, sources=told)
+        rates = replace(rates, fresh=_updates(found.fresh), excess=_updates(found.excess))
+        return replace(rates, exact=found.exact, sources=told)
 
     # --- operations ------------------------------------------------------------------------------------
     def operation(self, op: Operation) -> float:

@@ -17,6 +17,9 @@ from shardwise.tiers import Ledger
 
 CACHE = 24 << 20
 """Bytes that a cache of a CPU holds; what was touched longer ago comes from memory."""
+_TOUCH_NOTHING = (
+    "set_", "_unsafe_view", "resize_", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
+)  # fmt: skip
 _NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
@@ -120,10 +123,11 @@ class Recorder(LiveBytes, Listener):
         if found is None:
             count = flop_registry.get(func._overloadpacket)
             flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
-            read, written = sum(map(_touched, given)), sum(map(_touched, made))
-            name = func._schema.name
+            name, read, written = func._schema.name, 0, 0
+            if name.removeprefix("aten::") not in _TOUCH_NOTHING:
+                read, written = sum(map(_touched, given)), sum(map(_touched, made))
             found = self._known[key] = Operation(name, shapes, dtypes, rest, device, flops, read, written, cold)
-            if not any(hasattr(t, "bucket") for t in given):  # a handle has no memory to be like
+            if _can_be_made_again(args, kwargs):
                 self.calls[found] = Call.of(func, args, kwargs, [c == "1" for c in cold])
         return found
 
@@ -151,6 +155,11 @@ class Recorder(LiveBytes, Listener):
         if totals[1] > most[1]:
             segment.host_peak = live
         self._most = max(totals[0], most[0]), max(totals[1], most[1])
+
+
+def _can_be_made_again(args: Any, kwargs: Any) -> bool:
+    """Is it told by what its tensors look like? Not of handles, which have no memory, nor of storages."""
+    return not any(isinstance(x, torch.UntypedStorage) or hasattr(x, "bucket") for x in tree_iter((args, kwargs)))
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
