@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardwise.events import READ, TO_DEVICE, TO_HOST, UPDATE, WRITE
-from shardwise.plan.curves import Curve, Line
-from shardwise.plan.machine import ASSUMED, Machine
+from shardwise.plan.calibration import Calibration
+from shardwise.plan.curves import Curve, Line, Points
+from shardwise.plan.machine import ASSUMED, MEASURED, Machine
 from shardwise.plan.trace import Operation
 
 DERATED = {"matmul": 0.70, "fp32": 0.90, "attention": 0.50, "memory": 0.85, "link": 0.80, "host link": 0.85}
@@ -24,6 +25,7 @@ _COPY = 10e-6  # until a copy or a request has begun
 CONTROL = "control"  # the exchange that travels over gloo between hosts, whatever the devices
 HOST_WAYS = (CONTROL, TO_HOST, READ, WRITE)
 """What the host itself waits for; for the rest the device's stream does."""
+_FEW = 8  # tensors that an operation has that is on no list
 _LOW = ("bfloat16", "float16")
 
 
@@ -35,7 +37,22 @@ def short(dtype: str) -> str:
 def key(op: Operation) -> str:
     """What operations have in common that take equally long."""
     shapes = ",".join("x".join(map(str, shape)) for shape in op.shapes)
-    return f"{op.name}|{op.device}|{shapes}|{','.join(map(short, op.dtypes))}|{op.rest}"
+    return f"{op.name}|{op.device}|{shapes}|{','.join(map(short, op.dtypes))}|{op.rest}|{op.cold}"
+
+
+def weight(op: Operation) -> int:
+    """As how many operations the host's work for it counts: one on a list is prepared tensor by tensor."""
+    return 1 if len(op.shapes) <= _FEW else len(op.shapes)
+
+
+def made(op: Operation) -> int:
+    """Bytes that it writes to memory of its own."""
+    return 0 if op.name.endswith("_") else op.written
+
+
+def _updates(of: Mapping[str, float]) -> dict[str, float]:
+    """By phase; updates beside what follows, or in the backward, cost what they do in a step."""
+    return {**of, UPDATE: of["step"]} if "step" in of else dict(of)
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,9 @@ class Rates:
         machine: that they hold for.
         device, host: what computes.
         call: the host's seconds per operator that it calls: by phase, and by ``""`` for the others.
-        turn: the host's seconds per turn to another unit.
+        fresh: seconds per byte that an operation writes to new memory, beyond its own, by phase.
+        excess: seconds per second of an operation alone, by phase.
+        turn, begin: the host's seconds per turn to another unit, and per transfer that it begins, by phase.
         links: seconds by bytes: ``node`` between ranks of a node, ``network`` of a whole node, ``control``, and the
             words of :mod:`shardwise.events` for copies and disks.
         steps: seconds per rank in a group beyond the first, by ``node`` and ``network``.
@@ -100,11 +119,14 @@ class Rates:
     device: Processor
     host: Processor
     call: Mapping[str, float]
-    turn: float
+    turn: Mapping[str, float]
     links: Mapping[str, Curve]
     steps: Mapping[str, float]
     beside: Mapping[str, Beside] = field(default_factory=dict)
     exact: Mapping[str, float] = field(default_factory=dict)
+    begin: Mapping[str, float] = field(default_factory=dict)
+    fresh: Mapping[str, float] = field(default_factory=dict)
+    excess: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -154,7 +176,29 @@ class Rates:
             )
         }  # fmt: skip
         told["call"] = f"{ASSUMED}: {_CALL * 1e6:g} us per operator"
-        return cls(machine, device, host, {"": _CALL}, 0.0, links, steps, sources=told)
+        return cls(machine, device, host, {"": _CALL}, {}, links, steps, sources=told)
+
+    @classmethod
+    def measured(cls, machine: Machine, found: Calibration) -> Rates:
+        """From what was measured of a machine; from its figures where it was not."""
+        rates = cls.of_sheet(machine)
+        products = {**rates.device.products, **{k: Points.of(v) for k, v in found.products.items()}}
+        device = Processor(products, Points.of(found.memory))
+        pairs = {"node": found.node, CONTROL: found.control, **found.links}
+        links = {**rates.links, **{name: Points.of(measured) for name, measured in pairs.items() if measured}}
+        told = dict.fromkeys(("compute", "memory"), MEASURED) | ({"call": MEASURED} if found.call else {})
+        told |= {"node": MEASURED} if found.node else {}
+        told |= {"host link": MEASURED} if TO_HOST in found.links else {}
+        told |= {"disk": MEASURED} if READ in found.links else {}
+        rates = replace(rates, device=device, host=device if machine.is_cpu else rates.host, links=links)
+        if found.call:
+            rates = replace(rates, call={"": 0.0, **_updates(found.call)}, turn=found.turn, begin=found.begin)
+        if found.node:
+            steps = {**rates.steps, "node": found.step}
+            rates = replace(rates, steps=steps, beside={"node": Beside(*found.beside)})
+        told = {**rates.sources, **told}
+        rates = replace(rates, fresh=_updates(found.fresh), excess=_updates(found.excess))
+        return replace(rates, exact=found.exact, sources=told)
 
     # --- operations ------------------------------------------------------------------------------------
     def operation(self, op: Operation) -> float:
@@ -164,10 +208,21 @@ class Rates:
             return found
         return (self.host if op.device == "host" else self.device).seconds(op)
 
-    def calling(self, phase: str) -> float:
-        """The host's seconds for one operator."""
+    def calling(self, phase: str, op: Operation) -> float:
+        """What one operation costs in a step beyond its time alone: the host's part above all."""
         found = self.call.get(phase)
-        return self.call[""] if found is None else found
+        seconds = (self.call[""] if found is None else found) * weight(op)
+        if phase in self.fresh:
+            seconds += self.fresh[phase] * made(op)
+        return seconds + self.excess[phase] * self.operation(op) if phase in self.excess else seconds
+
+    def turning(self, phase: str) -> float:
+        """The host's seconds for a turn to another unit."""
+        return self.turn.get(phase, 0.0)
+
+    def beginning(self, phase: str) -> float:
+        """The host's seconds for beginning a transfer."""
+        return self.begin.get(phase, 0.0)
 
     # --- transfers -------------------------------------------------------------------------------------
     def resource(self, way: str, ranks: tuple[int, ...]) -> str:

@@ -11,9 +11,15 @@ from torch.utils.flop_counter import flop_registry
 
 from shardwise.events import Listener
 from shardwise.observe.live import Live, LiveBytes
-from shardwise.plan.trace import OP, PHASE, START, WAIT, Entry, Operation
+from shardwise.plan.calls import Call
+from shardwise.plan.trace import OP, PHASE, RECOMPUTE, START, WAIT, Entry, Operation
 from shardwise.tiers import Ledger
 
+CACHE = 24 << 20
+"""Bytes that a cache of a CPU holds; what was touched longer ago comes from memory."""
+_TOUCH_NOTHING = (
+    "set_", "_unsafe_view", "resize_", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
+)  # fmt: skip
 _NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
@@ -45,6 +51,7 @@ class Recorder(LiveBytes, Listener):
     Attributes:
         entries: see :class:`shardwise.plan.trace.Trace`.
         segments: in their order.
+        calls: see :class:`shardwise.plan.trace.Trace`.
     """
 
     def __init__(self, ledger: Ledger, device: torch.device, *, operations: bool = True) -> None:
@@ -56,6 +63,9 @@ class Recorder(LiveBytes, Listener):
         self._most = (-1, -1)
         self._after = ""
         self._known: dict[Any, Operation] = {}
+        self.calls: dict[Operation, Call] = {}
+        self._touched = 0  # bytes, by all operations so far
+        self._touched_at: dict[tuple[int, int], int] = {}
 
     # --- turns and transfers -----------------------------------------------------------------
     def phase(self, phase: str, unit: str) -> None:
@@ -83,27 +93,53 @@ class Recorder(LiveBytes, Listener):
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         self._after = func._schema.name
         super().saw(func, args, kwargs, out)
-        if self.operations and not func.is_view and func.namespace != "prim":  # questions of torch's own
-            self.entries.append(Entry(OP, *self._at, op=self._operation(func, args, kwargs, out)))
+        if self.operations and not func.is_view:
+            op = self._operation(func, args, kwargs, out)
+            if op is not None:
+                again = torch.is_grad_enabled() and torch._C._current_graph_task_id() >= 0
+                self.entries.append(Entry(OP, RECOMPUTE if again else self._at[0], self._at[1], op=op))
 
-    def _operation(self, func: Any, args: Any, kwargs: Any, out: Any) -> Operation:
+    def _operation(self, func: Any, args: Any, kwargs: Any, out: Any) -> Operation | None:
+        """``None``: a question of torch's own, about dtypes or devices, which tensors without values alone hear."""
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+        if func.namespace == "prim" or (not given and not made):
+            return None
         shapes = tuple(tuple(t.shape) for t in given)
         dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in given)
         rest = ", ".join(
             [repr(a) for a in args if not _has_tensor(a)]
             + [f"{k}={v!r}" for k, v in kwargs.items() if not _has_tensor(v)]
         )
-        made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+        strides = [t.stride() if t.layout is torch.strided and not t.is_contiguous() else () for t in given]
+        if any(strides):  # of transposed ones, above all: they are read at another rate
+            rest = f"{rest}; strides {strides}"
+        cold = "".join("01"[self._is_cold(t)] for t in given)
+        for t in (*given, *made):
+            self._touch(t)
         device = "host" if any(map(self.on_host, made[:1] or given[:1])) else "device"
-        key = func, shapes, dtypes, rest, device
+        key = func, shapes, dtypes, rest, device, cold
         found = self._known.get(key)
         if found is None:
             count = flop_registry.get(func._overloadpacket)
             flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
-            read, written = sum(map(_touched, given)), sum(map(_touched, made))
-            found = self._known[key] = Operation(func._schema.name, shapes, dtypes, rest, device, flops, read, written)
+            name, read, written = func._schema.name, 0, 0
+            if name.removeprefix("aten::") not in _TOUCH_NOTHING:
+                read, written = sum(map(_touched, given)), sum(map(_touched, made))
+            found = self._known[key] = Operation(name, shapes, dtypes, rest, device, flops, read, written, cold)
+            if _can_be_made_again(args, kwargs):
+                self.calls[found] = Call.of(func, args, kwargs, [c == "1" for c in cold])
         return found
+
+    # --- what a cache holds --------------------------------------------------------------------
+    def _is_cold(self, tensor: torch.Tensor) -> bool:
+        """Was so much touched since this was that a cache of a CPU has lost it?"""
+        last = self._touched_at.get(_place(tensor))
+        return last is None or self._touched - last > CACHE
+
+    def _touch(self, tensor: torch.Tensor) -> None:
+        self._touched += _touched(tensor)
+        self._touched_at[_place(tensor)] = self._touched
 
     # --- live bytes --------------------------------------------------------------------------
     def sample(self) -> None:
@@ -119,6 +155,18 @@ class Recorder(LiveBytes, Listener):
         if totals[1] > most[1]:
             segment.host_peak = live
         self._most = max(totals[0], most[0]), max(totals[1], most[1])
+
+
+def _can_be_made_again(args: Any, kwargs: Any) -> bool:
+    """Is it told by what its tensors look like? Not of handles, which have no memory, nor of storages."""
+    return not any(isinstance(x, torch.UntypedStorage) or hasattr(x, "bucket") for x in tree_iter((args, kwargs)))
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where its first element is."""
+    if tensor.layout is not torch.strided or hasattr(tensor, "bucket"):
+        return 0, 0
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _has_tensor(value: Any) -> bool:

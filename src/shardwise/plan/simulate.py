@@ -99,19 +99,19 @@ def simulate(step: Step) -> Simulated:
         for last in (False, True):
             recorder = Recorder(engine.ledger, step.device, operations=last)
             with listening(recorder), recorder:
-                _one(step, model, optimizers)
+                one_step(step, model, optimizers)
             segments += recorder.segments
         homes = {id(u.home): u.home for u in engine.units if u.home is not None}.values()
         disk = sum(home.disk.nbytes for home in homes if isinstance(home.disk, PlannedDisk))
         units = [unit.label for unit in engine.units]
         between = recorder.now()
-        trace = Trace(recorder.entries, step.world)
+        trace = Trace(recorder.entries, step.world, calls=recorder.calls)
         for unit in engine.units:
             unit.finish_transfers()
     return Simulated(trace, segments, disk, between, units, parameters, count, step.accumulation)
 
 
-def _one(step: Step, model: nn.Module, optimizers: list[Optimizer]) -> None:
+def one_step(step: Step, model: nn.Module, optimizers: list[Optimizer]) -> None:
     """A step as scripts write it. Where gradients stay whole, only the last micro-batch reduces them."""
     for micro in range(step.accumulation):
         waits = micro + 1 < step.accumulation and not step.strategy.split_grads

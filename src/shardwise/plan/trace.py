@@ -9,8 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardwise.plan.calls import Call
+
 OP, START, WAIT, PHASE = "op", "start", "wait", "phase"
 """Kinds of entries."""
+RECOMPUTE = "recompute"
+"""The phase of operations that checkpointing does again in a backward."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Operation:
         device: where it computes: ``device`` or ``host``.
         flops: floating-point operations, as ``torch.utils.flop_counter`` counts them (a multiply-add is two).
         read, written: bytes of its arguments and of its results; 0 for views.
+        cold: ``1`` for each tensor argument that nothing has touched for long, so that no cache has it, else ``0``.
     """
 
     name: str
@@ -34,6 +39,7 @@ class Operation:
     flops: int
     read: int
     written: int
+    cold: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,10 @@ class Trace:
         entries: in their order.
         world: ranks.
         facts: what else is known of the step: tokens, rows, parameters, ...
+        calls: how each operation was called, to make it again where it is measured.
     """
 
     entries: list[Entry]
     world: int
     facts: dict[str, Any] = field(default_factory=dict)
+    calls: dict[Operation, Call] = field(default_factory=dict)
