@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from shardwise.launchers import debug_launcher, notebook_launcher
     from shardwise.local_sgd import LocalSGD
     from shardwise.observe.memory import MemoryMeter, memory_meter
+    from shardwise.observe.recording import record
     from shardwise.observe.stats import Stats, expected, reset_stats, stats
     from shardwise.quantization.linear import QuantizedLinear
     from shardwise.quantization.others import as_plain_parameters
@@ -107,6 +108,7 @@ _HOME = {
     "notebook_launcher": "launchers",
     "quantize": "quantization.replacing",
     "quantize_checkpoint": "inference.to_int8",
+    "record": "observe.recording",
     "reset_stats": "observe.stats",
     "set_seed": "rng",
     "skip_first_batches": "data_loader",
@@ -168,6 +170,7 @@ __all__ = [
     "optimizer_state",
     "quantize",
     "quantize_checkpoint",
+    "record",
     "reset_stats",
     "set_seed",
     "skip_first_batches",

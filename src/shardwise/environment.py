@@ -10,6 +10,8 @@ A value given on the command line wins over the script's own, so that one script
     from ``--gradient-accumulation-steps``; a number of micro-batches.
 ``SHARDWISE_CPU``
     from ``--cpu``; ``1``. The launcher also hides CUDA devices from what does not read this.
+``SHARDWISE_RECORD``
+    from ``--record``; a folder in which every rank writes down what it does: see :func:`shardwise.record`.
 
 A script started by ``accelerate launch`` finds that launcher's precision and accumulation steps as well, where it
 says nothing itself. Its FSDP and DeepSpeed settings come in variables that are its own affair: they are refused
@@ -29,6 +31,7 @@ from shardwise.strategy import Strategy
 STRATEGY = "SHARDWISE_STRATEGY"
 MIXED_PRECISION = "SHARDWISE_MIXED_PRECISION"
 CPU = "SHARDWISE_CPU"
+RECORD = "SHARDWISE_RECORD"
 ACCUMULATION = "SHARDWISE_GRADIENT_ACCUMULATION_STEPS"
 PRECISIONS = ("no", "fp16", "bf16")
 _ACCELERATE_PRECISION = "ACCELERATE_MIXED_PRECISION"

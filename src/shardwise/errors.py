@@ -114,6 +114,10 @@ class TrackerError(ShardwiseError, ValueError):
     """A tracker that is unknown, incomplete, or used before it runs or after it ended."""
 
 
+class RecordError(ShardwiseError, ValueError):
+    """A record of a run that cannot be written, or that cannot be read."""
+
+
 class OffloadError(ShardwiseError, OSError):
     """Host memory or a disk that cannot take, or give back, what was put there. ``errno`` is the system's, if any."""
 

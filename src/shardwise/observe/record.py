@@ -1,0 +1,333 @@
+"""What a run does, written down as it goes: one file per rank, for ``shardwise report`` and ``shardwise compare``.
+
+A :class:`Recorder` hears what the engine does (:mod:`shardwise.events`) and notes when. A *step* goes from the end of
+one optimizer step to the end of the next, several optimizers that step one after the other being one; the first begins
+with its forward. It costs a microsecond or two per event; what that comes to is in ``docs/report.md``.
+
+The file
+--------
+``RUN_DIR/<run>-rank<00000>.jsonl``; ``<run>`` is the same for all ranks of a run. One JSON object per line, of these
+kinds. A line is in the file at most half a second after what it tells of, and is never changed; a killed run lacks its
+last line or two. Times are seconds since the record began, by this rank's own clock; bytes are bytes.
+
+``run`` (the first line)
+    ``format`` (1), ``run``, ``rank``, ``world``, ``time`` (when the record began, seconds since 1970), ``states``
+    (names, in the order of the lists of bytes below), ``device`` (``type``, ``name``, ``peak_flops``: of 16-bit
+    products by its data sheet, or null), ``threads``, ``torch`` and ``shardwise`` (versions).
+``model`` (one for each sharded model, when it is first seen)
+    ``name``, ``strategy``, ``parameters``, ``trainable`` (elements), ``units`` (names).
+``step``
+    ``step`` (its number, from 1), ``steps`` (how many the line stands for: 1, but in long runs 2, 4, ...; then it is
+    the last one's number, and numbers below are sums, means or maxima), ``start``, ``end``,
+    ``seconds`` (by phase: ``forward``, ``loss``: from a forward to its backward, ``backward``, ``recompute``, ``end of
+    backward``, ``step``, ``evaluation``: forwards without gradients and what is between them, ``outside``: what the
+    script does besides; together they are ``end`` - ``start``),
+    ``waits`` (by way: seconds of these in which this rank went no further),
+    ``sent`` (by way: bytes; ``gather``, ``reduce``, ... between ranks, ``to_host``, ``to_device``, ``read`` and
+    ``write``),
+    ``micro_batches``, ``rows``, ``tokens`` (null if unknown), ``loss`` (mean of those told, or null), ``values``
+    (numbers told with :meth:`Recorder.tell`; "NaN", "Infinity" and "-Infinity" are texts, in ``loss`` too),
+    ``live`` (bytes by state at the end), ``peak`` (the most by state at turns from phase to phase, and last of all
+    states together), ``allocated`` (the most bytes this process had of its device so far, by torch; null on a CPU),
+    ``resident`` (bytes of this process in the host's memory, or null), ``flops`` (of this rank; null if not counted),
+    ``counting`` (true: operations were counted in this step, which took longer for it).
+``timeline`` (of a few steps: the third to fifth, then every 100th and rarer)
+    ``step``, ``names`` (texts that the lists below refer to by number), ``phases`` (``[at, phase, unit]``), ``memory``
+    (``[at, bytes of each state...]``), ``transfers`` (``[began, waited for or null, way, name, bytes]``), ``waits``
+    (``[from, to, way, name, beside]``; ``beside`` is 1 in threads that work beside the one that computes),
+    ``left_out`` (moments that were too many). ``at`` etc. are whole microseconds.
+``end``
+    ``peak`` (the most bytes by state in the whole run, exact), ``peak_total`` (of all states together), ``recorder_s``
+    (seconds that the recorder itself took between steps). Missing: the run was killed.
+
+How much: less than 1 KB per step for the first 4,096; then lines stand for 2 steps, 4,096 lines later for 4. A timeline
+takes some 100 bytes for each message of its step.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from time import perf_counter
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from shardwise import device as devices
+from shardwise.engine.build import engines
+from shardwise.engine.engine import Engine
+from shardwise.events import Listener
+from shardwise.observe.digest import EVALUATION, OUTSIDE, PHASE, START, WAIT, WAITED, Moment, Sums, timeline
+from shardwise.observe.flops import FlopCount, something_is_compiled
+from shardwise.observe.record_file import FORMAT, RecordFile
+from shardwise.tiers import STATES, Ledger
+
+_AFTER = {EVALUATION: EVALUATION, "forward": "loss"}  # what a script does until the next pass, by the last one
+_COUNTED = 2  # the step whose operations are counted
+_IN_FULL = (3, 4, 5)  # steps with a timeline, besides every so-manieth
+_EVERY = 100
+_TIMELINES = 20  # then half as many
+_MOMENTS = 50_000  # of one step in its timeline; and that are held before they are summed up
+
+
+class Recorder(Listener):
+    """Writes down what this rank does, while it listens.
+
+    Args:
+        file: where to.
+        head: facts for the first line.
+        device: that the rank computes on.
+        flops: count the operations of the second step, which then takes longer.
+        every: a timeline of every so-manieth step, besides the third to fifth.
+
+    Cost: see the module; in ``recorder_s`` of the last line as far as it can be seen from inside.
+    """
+
+    def __init__(
+        self, file: RecordFile, head: Mapping[str, Any], device: torch.device, *, flops: bool = True,
+        every: int = _EVERY,
+    ) -> None:  # fmt: skip
+        self._file, self._device, self._late = file, device, devices.runs_late(device)
+        self._wanted, self._every = flops, every
+        self._zero = perf_counter()
+        self._moments: list[Moment] = []
+        self._sums = Sums(len(STATES))
+        self._at = OUTSIDE  # phase
+        self._pass = ""  # forward, evaluation, backward, step; empty between them
+        self._step, self._begun, self._end = 1, 0.0, 0.0
+        self._stepped = False  # its optimizer step is over
+        self._micro_batches = 0
+        self._rows: list[int | None] = []
+        self._tokens: list[int | None] = []
+        self._losses: list[Any] = []
+        self._values: dict[str, Any] = {}
+        self._given: tuple[int | None, int | None] | None = None  # to the forward that begins
+        self._known: WeakSet[Engine] = WeakSet()
+        self._ledgers: list[Ledger] = []
+        self._count: FlopCount | None = None
+        self._counting = False
+        self._counted: tuple[int, int] | None = None  # operations, and tokens or rows they were for
+        self._summed = 0  # moments of this step that are in the sums and not held any more
+        self._full = 0  # timelines
+        self._own = 0.0
+        self._closed = False
+        facts = {"type": device.type, "name": devices.name(device), "peak_flops": devices.peak_flops(device)}
+        first = {
+            "kind": "run", "format": FORMAT, **head, "time": time.time(), "states": list(STATES), "device": facts,
+            "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+        }  # fmt: skip
+        file.add(lambda: first)
+        file.flush()
+
+    # --- what the engine tells -----------------------------------------------------------------
+    def phase(self, phase: str, unit: str) -> None:
+        now = perf_counter()
+        if phase == "forward":
+            if not self._pass:
+                now = self._pass_begins(now)
+            elif self._pass == "step":  # a closure: the step goes on until nothing follows
+                self._pass, self._stepped, self._end = "forward", True, now
+                self._take_batch()
+            if self._pass != "forward":
+                phase = EVALUATION if self._pass == EVALUATION else "recompute"
+        elif not phase:
+            if self._pass == "step" or (self._stepped and self._pass != EVALUATION):
+                self._stepped, self._end = True, now
+            phase = _AFTER.get(self._pass, OUTSIDE)
+            self._pass = ""
+        elif phase == "step":
+            self._pass = "step"
+            self._stop_counting()
+        elif phase == "backward":
+            self._pass = "backward"
+        self._at = phase
+        ledgers = self._ledgers
+        live = tuple(ledgers[0].live.values()) if len(ledgers) == 1 else self._all_live()
+        self._moments.append((now, PHASE, phase, unit, live, threading.get_ident()))
+
+    def start(self, way: str, name: str, nbytes: int, ranks: tuple[int, ...] = ()) -> None:
+        self._moments.append((perf_counter(), START, way, name, nbytes, threading.get_ident()))
+
+    def wait(self, way: str, name: str) -> None:
+        self._moments.append((perf_counter(), WAIT, way, name, None, threading.get_ident()))
+
+    def waited(self, way: str, name: str) -> None:
+        self._moments.append((perf_counter(), WAITED, way, name, None, threading.get_ident()))
+
+    # --- what scripts and doors tell -------------------------------------------------------------
+    def tell(self, values: Mapping[str, Any] | None = None, *, loss: Any = None) -> None:
+        """Numbers that belong to the step under way, or to the one that has just ended.
+
+        Args:
+            values: names and numbers, or tensors of one element; anything else is passed over.
+            loss: of one micro-batch of this rank. Several are averaged.
+
+        Tensors are read when the line is written, half a second later at most: nothing is waited for here.
+        """
+        for name, value in (values or {}).items():
+            if isinstance(value, (bool, int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+                self._values[str(name)] = value.detach() if isinstance(value, torch.Tensor) else value
+        if loss is not None:
+            self._losses.append(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+
+    def given(self, rows: int | None, tokens: int | None) -> None:
+        """A model is about to be given a batch. Inside of another model's forward that is no batch."""
+        if not self._pass:
+            self._given = rows, tokens
+
+    def close(self) -> None:
+        """The last step, and the end. Further calls do nothing."""
+        if self._closed:
+            return
+        self._stop_counting()
+        if self._stepped:
+            self._end_step()
+        self._closed = True
+        ledgers = self._ledgers
+        last = {
+            "kind": "end", "time": round(perf_counter() - self._zero, 6),
+            "peak": [sum(one.peak[state] for one in ledgers) for state in STATES],
+            "peak_total": sum(one.peak_total for one in ledgers), "recorder_s": round(self._own, 6),
+        }  # fmt: skip
+        self._file.close(last)
+
+    # --- steps -------------------------------------------------------------------------------------
+    def _pass_begins(self, now: float) -> float:
+        """A model's forward begins, outside of any pass. Returns the time that counts for it."""
+        if not torch.is_grad_enabled():
+            self._pass = EVALUATION
+            if len(self._moments) > _MOMENTS:
+                self._sum_up()
+            return now
+        self._pass = "forward"
+        if self._stepped:
+            self._end_step()
+            self._own += perf_counter() - now
+            now = perf_counter()
+        if len(engines) != len(self._ledgers):
+            self._look()
+        if not self._begun:
+            self._begun = now
+            self._sums.restart(now)
+            self._moments.clear()
+        if len(self._moments) > _MOMENTS:
+            self._sum_up()
+        self._take_batch()
+        if self._wanted and self._step == _COUNTED and self._count is None and not something_is_compiled():
+            self._count, self._counting = FlopCount(), True
+            self._count.__enter__()
+        return now
+
+    def _take_batch(self) -> None:
+        self._micro_batches += 1
+        if self._given is not None:
+            self._rows.append(self._given[0])
+            self._tokens.append(self._given[1])
+            self._given = None
+
+    def _look(self) -> None:
+        """The models that there are now."""
+        self._ledgers = [engine.ledger for engine in engines]
+        for engine in engines - self._known:
+            self._known.add(engine)
+            parameters = list(engine.module.parameters())
+            line = {
+                "kind": "model", "name": type(engine.module).__name__, "strategy": str(engine.strategy),
+                "parameters": sum(map(_numel, parameters)),
+                "trainable": sum(_numel(p) for p in parameters if p.requires_grad),
+                "units": [unit.name for unit in engine.units],
+            }  # fmt: skip
+            self._file.add(partial(dict, line))
+
+    def _stop_counting(self) -> None:
+        if self._count is not None and self._counting:
+            self._counting = False
+            self._count.__exit__(None, None, None)
+            self._counted = self._count.total, _known_sum(self._tokens) or _known_sum(self._rows) or 0
+
+    def _sum_up(self) -> None:
+        """Rather than hold ever more: a step without end, of a script that only evaluates, has no timeline."""
+        moments, self._moments = self._moments, []
+        self._sums.take(moments)
+        self._summed += len(moments)
+
+    def _end_step(self) -> None:
+        """The step whose optimizer step is over is written down, and the next one begins where that ended."""
+        moments, rest = _cut(self._moments, self._end)
+        self._moments = rest
+        sums, step = self._sums, self._step
+        sums.take(moments)
+        sums.until(self._end)
+        tokens, rows = _known_sum(self._tokens), _known_sum(self._rows)
+        losses, values = self._losses, self._values
+        line = {
+            "kind": "step", "step": step, "steps": 1, "start": round(self._begun - self._zero, 6),
+            "end": round(self._end - self._zero, 6), "seconds": _rounded(sums.seconds), "waits": _rounded(sums.waits),
+            "sent": sums.sent, "micro_batches": self._micro_batches, "rows": rows, "tokens": tokens, "loss": losses,
+            "values": values, "live": list(sums.live), "peak": sums.peak,
+            "allocated": devices.peak_memory(self._device), "resident": _resident(),
+            "flops": self._flops(tokens, rows), "counting": step == _COUNTED and self._count is not None,
+        }  # fmt: skip
+        if not self._summed and self._in_full(step):
+            self._file.add(partial(timeline, step, moments, self._zero, _MOMENTS))
+        self._file.add_step(line)
+        sums.restart(self._end)
+        self._step, self._begun = step + 1, self._end
+        self._stepped, self._micro_batches, self._summed = False, 0, 0
+        self._rows, self._tokens, self._losses, self._values = [], [], [], {}
+        self._look()
+
+    def _flops(self, tokens: int | None, rows: int | None) -> int | None:
+        """Those that were counted, for as much as this step was given."""
+        if self._counted is None:
+            return None
+        flops, given = self._counted
+        return round(flops * (tokens or rows or given) / given) if given else flops
+
+    def _in_full(self, step: int) -> bool:
+        if step not in _IN_FULL and step % self._every:
+            return False
+        self._full += 1
+        if self._full % _TIMELINES == 0:
+            self._every *= 2
+        return True
+
+    def _all_live(self) -> tuple[int, ...]:
+        return tuple(sum(ledger.live[state] for ledger in self._ledgers) for state in STATES)
+
+
+def _cut(moments: list[Moment], end: float) -> tuple[list[Moment], list[Moment]]:
+    """Those up to a time, and the rest, which is short: what a script does between two steps."""
+    k = len(moments)
+    while k and moments[k - 1][0] > end:
+        k -= 1
+    return moments[:k], moments[k:]
+
+
+def _known_sum(numbers: Sequence[int | None]) -> int | None:
+    known = [n for n in numbers if n is not None]
+    return sum(known) if known and len(known) == len(numbers) else None
+
+
+def _rounded(table: Mapping[str, float]) -> dict[str, float]:
+    return {key: round(value, 6) for key, value in table.items()}
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    number = 1
+    for n in parameter.shape:
+        number *= n
+    return number
+
+
+def _resident() -> int | None:
+    """Bytes of this process in the host's memory, where the system says."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
