@@ -49,6 +49,7 @@ from shardwise.compat.dataclasses import (
     ProfileKwargs,
     ProjectConfiguration,
 )
+from shardwise.observe import recording
 from shardwise.state import AcceleratorState, GradientState
 from shardwise.stepping import Steps
 from shardwise.strategy import Strategy
@@ -86,6 +87,8 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
             ranks may run out of batches at different times: see :meth:`join_uneven_inputs`.
         scheduler_per_process: advance schedulers once per rank at every optimizer step, as Accelerate does. By
             default the learning rate does not depend on the number of ranks.
+        profile_dir: a folder in which every rank writes down what it does until :meth:`end_training`, for
+            ``shardwise report``; see :func:`shardwise.record`. The launcher's (``--record``) wins over this one.
 
     Two Accelerators share nothing but the process group.
 
@@ -93,6 +96,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         StrategyError: an unknown strategy or precision, two arguments that contradict each other, or something
             that is left out of this library.
         CommError: the ranks did not find each other.
+        RecordError: ``profile_dir`` cannot be written to, or another record is under way.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         strategy: str | Strategy | None = None,
         even_batches: bool | None = None,
         scheduler_per_process: bool = False,
+        profile_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         options.refuse_left_out(
             torch_tp_plugin=torch_tp_plugin,
@@ -152,6 +157,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
 
         self.device = torch.device("cpu") if cpu else default_device()
         init(self.device, timeout=self.strategy.timeout)
+        self._recording = recording.of_door(profile_dir)
 
         scaling: GradScalerKwargs | None = handlers.get(GradScalerKwargs)
         self.scaler = None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ProjectConfiguration,
     )
     from shardwise.data_loader import PreparedLoader
+    from shardwise.observe.recording import Recording
     from shardwise.optimizer import AcceleratedOptimizer
     from shardwise.scheduler import AcceleratedScheduler
     from shardwise.stepping import Steps
@@ -46,6 +47,7 @@ class Base(ProcessControl):
     step: int
 
     _steps: Steps
+    _recording: Recording | None
     _units: Any
     _param_init_fn: Any
     _compile: dict[str, Any] | None

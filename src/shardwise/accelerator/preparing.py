@@ -25,6 +25,7 @@ from shardwise.engine.mixed_precision import compute_in
 from shardwise.engine.move import move
 from shardwise.engine.optimizer import attach
 from shardwise.errors import DataError, UnitError
+from shardwise.observe import recording
 from shardwise.optimizer import AcceleratedOptimizer
 from shardwise.scheduler import AcceleratedScheduler
 from shardwise.strategy import Strategy
@@ -141,6 +142,8 @@ class Preparing(Base):
             if own:
                 shard(model, chosen, units=self._units, param_init_fn=self._param_init_fn)
                 engine = engine_of(model)
+        if engine is not None:
+            recording.from_environment(model)
         self._steps.models.append(model)
         if engine is not None and engine.strategy.param_dtype in HALVES:
             model.register_forward_hook(_outputs_in_fp32)

@@ -101,6 +101,8 @@ class Trackers(Base):
         if self.log_with:
             self._check_running("log")
         given = check_names(log_kwargs, "log_kwargs", self._names)
+        if self._recording is not None and isinstance(values, dict):
+            self._recording.tell(values)
         for tracker in self.trackers:
             tracker.log(values, step=step, **given.get(str(_name(tracker)), {}))
 
@@ -134,7 +136,7 @@ class Trackers(Base):
         return BlankTracker(name)
 
     def end_training(self) -> None:
-        """Finish all trackers, even if one of them raises, and wait for a save in the background.
+        """Finish all trackers, even if one of them raises, end the record, and wait for a save in the background.
 
         Raises:
             CheckpointError: that save failed.
@@ -145,6 +147,8 @@ class Trackers(Base):
                 self._phase = "ended"
                 _finish(self.trackers)
         finally:
+            if self._recording is not None and not self._recording.launched:
+                self._recording.close()
             checkpoint.wait_for_saves()
 
     @property

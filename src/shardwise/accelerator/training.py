@@ -138,6 +138,8 @@ class Training(Base):
 
         Cost: weights take an all-gather of 8 bytes per boundary; a weight on a GPU is waited for.
         """
+        if self._recording is not None:
+            self._recording.tell(loss=loss)
         self._steps.backward(loss, None if weight is None else float(weight), **kwargs)
 
     def clip_grad_norm_(

@@ -100,6 +100,10 @@ def launch(
         bool | None,
         typer.Option("--cpu/--no-cpu", help="Run on the CPU over gloo; other devices are hidden.", show_default="no"),
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write down there what every rank does, for 'shardwise report DIR'."),
+    ] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module name, as in python -m.")] = False,
     config: Annotated[
         Path | None,
@@ -121,7 +125,7 @@ def launch(
     wanted = flags.over(_from_file(config, no_config, flags))
     wanted.check()
     command = [*_target(script, module), *(args or [])]
-    extra = ranks_environment(wanted)
+    extra = {**ranks_environment(wanted), **_record_environment(record)}
     number = choose_nproc(wanted.nproc, wanted.cpu, devices=wanted.device_list())
     wanted = replace(wanted, nproc=number)
     wanted.check()  # once more: what was asked for must suit a number that was not, too
@@ -215,6 +219,19 @@ def ranks_environment(wanted: Settings) -> dict[str, str]:
             )
         out[shown_by] = ",".join(visible(wanted.device_list(), os.environ.get(shown_by)))
     return out
+
+
+def _record_environment(record: Path | None) -> dict[str, str]:
+    """Raises LaunchError if the folder cannot be there."""
+    if record is None:
+        return {}
+    try:
+        record.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(
+            f"--record {record}: {error.strerror or error}", fix="name a folder, which is made if it is not there"
+        ) from error
+    return {environment.RECORD: str(record.resolve())}
 
 
 def _restart_policy(wanted: Settings, variables: dict[str, str]) -> dict[str, Any]:

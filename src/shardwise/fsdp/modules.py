@@ -22,6 +22,7 @@ from shardwise.engine.select import UnitRule
 from shardwise.environment import strategy_from_environment
 from shardwise.errors import LeftOut, StrategyError, UnitError
 from shardwise.fsdp.arguments import entry_of, parameters_of, refuse_placement, strategy_of
+from shardwise.observe import recording
 from shardwise.strategy import Strategy
 from shardwise.trees import map_tensors
 
@@ -113,6 +114,7 @@ def shard(
 ) -> None:
     """Shard a module with exactly this strategy, and give it the methods of :class:`FSDPModule`."""
     build.shard(module, strategy, mesh, units, param_init_fn, ignored)
+    recording.from_environment(module)
     for name in _METHODS:
         if not hasattr(module, name):
             object.__setattr__(module, name, MethodType(getattr(FSDPModule, name), module))

@@ -52,7 +52,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -62,9 +62,11 @@ from shardwise.engine.build import engines
 from shardwise.engine.engine import Engine
 from shardwise.events import Listener
 from shardwise.observe.digest import EVALUATION, OUTSIDE, PHASE, START, WAIT, WAITED, Moment, Sums, timeline
-from shardwise.observe.flops import FlopCount, something_is_compiled
 from shardwise.observe.record_file import FORMAT, RecordFile
 from shardwise.tiers import STATES, Ledger
+
+if TYPE_CHECKING:
+    from shardwise.observe.flops import FlopCount
 
 _AFTER = {EVALUATION: EVALUATION, "forward": "loss"}  # what a script does until the next pass, by the last one
 _COUNTED = 2  # the step whose operations are counted
@@ -106,8 +108,10 @@ class Recorder(Listener):
         self._losses: list[Any] = []
         self._values: dict[str, Any] = {}
         self._given: tuple[int | None, int | None] | None = None  # to the forward that begins
+        self._others: WeakSet[Engine] = WeakSet(engines)  # models of before, which nobody named
         self._known: WeakSet[Engine] = WeakSet()
         self._ledgers: list[Ledger] = []
+        self._most = [0] * (len(STATES) + 1)
         self._count: FlopCount | None = None
         self._counting = False
         self._counted: tuple[int, int] | None = None  # operations, and tokens or rows they were for
@@ -169,15 +173,23 @@ class Recorder(Listener):
         Tensors are read when the line is written, half a second later at most: nothing is waited for here.
         """
         for name, value in (values or {}).items():
-            if isinstance(value, (bool, int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+            if _is_number(value):
                 self._values[str(name)] = value.detach() if isinstance(value, torch.Tensor) else value
-        if loss is not None:
+        if _is_number(loss):
             self._losses.append(loss.detach() if isinstance(loss, torch.Tensor) else loss)
 
+    @property
+    def awaits_batch(self) -> bool:
+        """Is no pass under way? What a model is called with now is a batch."""
+        return not self._pass
+
     def given(self, rows: int | None, tokens: int | None) -> None:
-        """A model is about to be given a batch. Inside of another model's forward that is no batch."""
-        if not self._pass:
-            self._given = rows, tokens
+        """A model is about to be given a batch, ``None`` where nobody can tell. Only while one is awaited."""
+        self._given = rows, tokens
+
+    def follow(self, engine: Engine) -> None:
+        """A model that was there before, and counts."""
+        self._others.discard(engine)
 
     def close(self) -> None:
         """The last step, and the end. Further calls do nothing."""
@@ -188,10 +200,11 @@ class Recorder(Listener):
             self._end_step()
         self._closed = True
         ledgers = self._ledgers
+        exact = [*(sum(one.peak[state] for one in ledgers) for state in STATES), sum(one.peak_total for one in ledgers)]
+        most = [max(pair) for pair in zip(exact, self._most, strict=True)]  # who reset the ledger's has seen more
         last = {
-            "kind": "end", "time": round(perf_counter() - self._zero, 6),
-            "peak": [sum(one.peak[state] for one in ledgers) for state in STATES],
-            "peak_total": sum(one.peak_total for one in ledgers), "recorder_s": round(self._own, 6),
+            "kind": "end", "time": round(perf_counter() - self._zero, 6), "peak": most[:-1], "peak_total": most[-1],
+            "recorder_s": round(self._own, 6),
         }  # fmt: skip
         self._file.close(last)
 
@@ -208,7 +221,7 @@ class Recorder(Listener):
             self._end_step()
             self._own += perf_counter() - now
             now = perf_counter()
-        if len(engines) != len(self._ledgers):
+        if len(engines) != len(self._ledgers) + len(self._others):
             self._look()
         if not self._begun:
             self._begun = now
@@ -217,9 +230,8 @@ class Recorder(Listener):
         if len(self._moments) > _MOMENTS:
             self._sum_up()
         self._take_batch()
-        if self._wanted and self._step == _COUNTED and self._count is None and not something_is_compiled():
-            self._count, self._counting = FlopCount(), True
-            self._count.__enter__()
+        if self._wanted and self._step == _COUNTED and self._count is None:
+            self._start_counting()
         return now
 
     def _take_batch(self) -> None:
@@ -231,8 +243,9 @@ class Recorder(Listener):
 
     def _look(self) -> None:
         """The models that there are now."""
-        self._ledgers = [engine.ledger for engine in engines]
-        for engine in engines - self._known:
+        mine = engines - self._others
+        self._ledgers = [engine.ledger for engine in mine]
+        for engine in mine - self._known:
             self._known.add(engine)
             parameters = list(engine.module.parameters())
             line = {
@@ -242,6 +255,13 @@ class Recorder(Listener):
                 "units": [unit.name for unit in engine.units],
             }  # fmt: skip
             self._file.add(partial(dict, line))
+
+    def _start_counting(self) -> None:
+        from shardwise.observe.flops import FlopCount, something_is_compiled
+
+        if not something_is_compiled():
+            self._count, self._counting = FlopCount(), True
+            self._count.__enter__()
 
     def _stop_counting(self) -> None:
         if self._count is not None and self._counting:
@@ -275,6 +295,7 @@ class Recorder(Listener):
         if not self._summed and self._in_full(step):
             self._file.add(partial(timeline, step, moments, self._zero, _MOMENTS))
         self._file.add_step(line)
+        self._most = [max(pair) for pair in zip(sums.peak, self._most, strict=True)]
         sums.restart(self._end)
         self._step, self._begun = step + 1, self._end
         self._stepped, self._micro_batches, self._summed = False, 0, 0
@@ -306,6 +327,10 @@ def _cut(moments: list[Moment], end: float) -> tuple[list[Moment], list[Moment]]
     while k and moments[k - 1][0] > end:
         k -= 1
     return moments[:k], moments[k:]
+
+
+def _is_number(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, (int, float))
 
 
 def _known_sum(numbers: Sequence[int | None]) -> int | None:

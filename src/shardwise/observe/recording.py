@@ -17,11 +17,10 @@ from torch import nn
 from shardwise import environment, events
 from shardwise.comm import World
 from shardwise.comm.world import default_device
+from shardwise.engine.hooks import engine_of
 from shardwise.engine.uncompiled import uncompiled
 from shardwise.errors import RecordError
 from shardwise.observe.inputs import rows_and_tokens
-from shardwise.observe.record import Recorder
-from shardwise.observe.record_file import RecordFile, file_of
 from shardwise.operations import from_first
 
 
@@ -31,9 +30,14 @@ class Recording:
     Attributes:
         folder: where its files are.
         run: the name that they begin with.
+        launched: by ``shardwise launch --record``: it lasts as long as the process.
+        recorder: what listens.
     """
 
     def __init__(self, folder: Path, device: torch.device, *, flops: bool, every: int, launched: bool) -> None:
+        from shardwise.observe.record import Recorder  # what nobody asked for is not imported
+        from shardwise.observe.record_file import RecordFile, file_of
+
         world = World.current()
         now = time.time()
         stamp = from_first(int(now) << 16 | int.from_bytes(os.urandom(2), "big"))  # the same on every rank
@@ -41,29 +45,28 @@ class Recording:
         self.run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(stamp >> 16))}-{stamp & 0xFFFF:04x}"
         head = {"run": self.run, "rank": world.rank, "world": world.size, "shardwise": _version()}
         file = RecordFile(file_of(folder, self.run, world.rank))
-        self._recorder = Recorder(file, head, device, flops=flops, every=every)
+        self.recorder = Recorder(file, head, device, flops=flops, every=every)
         self._open = ExitStack()
-        self._open.enter_context(events.listening(self._recorder))
+        self._open.enter_context(events.listening(self.recorder))
         atexit.register(self.close)
 
     def tell(self, values: Mapping[str, Any] | None = None, *, loss: Any = None) -> None:
         """Numbers of the step under way. See :meth:`shardwise.observe.record.Recorder.tell`."""
-        self._recorder.tell(values, loss=loss)
+        self.recorder.tell(values, loss=loss)
 
     def follow(self, module: nn.Module) -> None:
-        """Count what a sharded model is given."""
+        """Count a sharded model's memory, and what it is given."""
+        engine = engine_of(module)
+        if engine is not None:
+            self.recorder.follow(engine)
         hook = module.register_forward_pre_hook(_given, prepend=True, with_kwargs=True)
         self._open.callback(hook.remove)
-
-    def given(self, rows: int | None, tokens: int | None) -> None:
-        """What a model is about to be given."""
-        self._recorder.given(rows, tokens)
 
     def close(self) -> None:
         """End it. Further calls do nothing."""
         global _current
         self._open.close()
-        self._recorder.close()
+        self.recorder.close()
         atexit.unregister(self.close)
         if _current is self:
             _current = None
@@ -95,7 +98,7 @@ def record(model: nn.Module, folder: str | os.PathLike[str], *, flops: bool = Tr
     An ``Accelerator`` has ``profile_dir=`` for this, and tells losses and what is logged by itself.
 
     Args:
-        model: a sharded model; what it is given is counted. Others in this process are recorded as well.
+        model: a sharded model. Models that are sharded later are recorded as well.
         folder: made if it is not there. Each run has files of its own in it.
         flops: count the floating-point operations of the second step, which then takes longer. Not where code is
             compiled.
@@ -138,24 +141,36 @@ def current() -> Recording | None:
 
 
 def from_environment(module: nn.Module | None = None) -> Recording | None:
-    """The launcher's record (``SHARDWISE_RECORD``), begun at the first call, which is a collective.
+    """The launcher's record (``SHARDWISE_RECORD``), begun at the first call, which is then a collective.
 
     Args:
         module: a model that was sharded just now. Whatever record is under way follows it.
     """
+    if World.current().fake:  # a plan is no run
+        return None
     asked = os.environ.get(environment.RECORD)
-    if asked and _current is None and not World.current().fake:
+    if asked and _current is None:
         begin(asked, launched=True)
     if module is not None and _current is not None:
         _current.follow(module)
     return _current if _current is not None and _current.launched else None
 
 
+def of_door(folder: str | os.PathLike[str] | None) -> Recording | None:
+    """What an ``Accelerator`` records to: the launcher's, or its own, or none. A collective if there is one."""
+    found = from_environment()
+    if found is not None or folder is None:
+        return found
+    if _current is not None and _current.folder == Path(folder):  # several in one script
+        return _current
+    return begin(folder)
+
+
 @uncompiled
 def _given(module: nn.Module, args: Any, kwargs: Any) -> None:
     """A hook that copies of the module may have as well."""
-    if _current is not None and torch.is_grad_enabled():
-        _current.given(*rows_and_tokens(args, kwargs))
+    if _current is not None and _current.recorder.awaits_batch and torch.is_grad_enabled():
+        _current.recorder.given(*rows_and_tokens(args, kwargs))
 
 
 def _version() -> str:
