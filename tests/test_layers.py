@@ -25,7 +25,7 @@ FLOORS = [
     ["stepping", "optimizer", "scheduler"],
     ["fsdp"],
     ["inference"],
-    ["plan"],
+    ["plan", "report"],
     ["compat"],  # from here on: the door that looks like Accelerate's
     ["utils", "state", "tracking", "hooks", "big_modeling"],
     ["accelerator", "joining", "local_sgd"],

@@ -1,6 +1,6 @@
 """The ``shardwise`` command: ``launch`` starts a script on several ranks, ``config`` writes its settings down,
-``checkpoint`` looks into checkpoints, ``doctor`` tests this machine, ``generate`` runs a model, ``demo`` shows the
-whole library at work.
+``checkpoint`` looks into checkpoints, ``doctor`` tests this machine, ``generate`` runs a model, ``report`` shows what a
+recorded run did, ``demo`` shows the whole library at work.
 
 Importing this does not import torch: ``--help`` answers at once. Commands import what they need when they run.
 """
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli import checkpoint, config, demo, doctor, generate, launch, plan
+from shardwise.cli import checkpoint, config, demo, doctor, generate, launch, plan, report
 from shardwise.cli.console import say
 from shardwise.errors import ShardwiseError
 
@@ -30,6 +30,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
+app.command("report")(report.report)
 app.command("demo")(demo.demo)
 
 

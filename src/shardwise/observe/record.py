@@ -95,7 +95,7 @@ class Recorder(Listener):
     ) -> None:  # fmt: skip
         self._file, self._device, self._late = file, device, devices.runs_late(device)
         self._wanted, self._every = flops, every
-        self._zero = perf_counter()
+        self._zero, began = perf_counter(), time.time()
         self._moments: list[Moment] = []
         self._sums = Sums(len(STATES))
         self._at = OUTSIDE  # phase
@@ -121,7 +121,7 @@ class Recorder(Listener):
         self._closed = False
         facts = {"type": device.type, "name": devices.name(device), "peak_flops": devices.peak_flops(device)}
         first = {
-            "kind": "run", "format": FORMAT, **head, "time": time.time(), "states": list(STATES), "device": facts,
+            "kind": "run", "format": FORMAT, **head, "time": began, "states": list(STATES), "device": facts,
             "threads": torch.get_num_threads(), "torch": str(torch.__version__),
         }  # fmt: skip
         file.add(lambda: first)
