@@ -214,3 +214,29 @@ def test_a_copied_and_a_pickled_model_are_not_recorded(tmp_path):
         assert isinstance(other, LM)
     loss_of(other, batch(0, 0)).backward()
     assert pickle.dumps(list(model._forward_pre_hooks)) is not None
+
+
+def on_a_device(folder: str):
+    model = shardwise.fully_shard(make().to("sim"), strategy="zero3,offload_optimizer=cpu")
+    opt = adamw(model.parameters())
+    with shardwise.record(model, folder, every=1000) as recording:
+        for step in range(STEPS):
+            loss = loss_of(model, batch(step, rank()).to("sim"))
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            recording.tell(loss=loss)
+
+
+@pytest.mark.usefixtures("simulated_device")
+def test_a_device_that_runs_late_is_read_by_its_own_clock(tmp_path):
+    run(2, on_a_device, str(tmp_path), device="sim")
+    for one in read(tmp_path).ranks:
+        assert one.head["device"]["type"] == "sim"
+        assert [s["clock"] for s in one.steps] == ["host", "host", "device", "device", "device", "host", "host"]
+        assert all(isinstance(s["loss"], float) for s in one.steps)
+        for step, line in zip(one.steps[2:5], one.timelines, strict=True):
+            at = [phase[0] for phase in line["phases"]]
+            assert at == sorted(at) and {"to_host", "to_device"} <= {line["names"][t[2]] for t in line["transfers"]}
+            took = (at[-1] - at[0]) / 1e6
+            assert sum(step["seconds"].values()) == pytest.approx(took, rel=0.2, abs=0.05)

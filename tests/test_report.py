@@ -52,7 +52,7 @@ def write_run(
                  "sent": {"gather": 100, "reduce": 200}, "rows": 4, "tokens": 400,
                  "loss": 5.0 / step if step != 6 else "NaN", "values": {}, "live": [1000, 0],
                  "peak": [1000, 1000 + rank, 2000 + rank], "allocated": 5000,
-                 "resident": 9000, "flops": 10**10 if step > 1 else None, "counting": step == 2}
+                 "resident": 9000, "flops": 10**10 if step > 1 else None, "counting": step == 2, "clock": "host"}
             )  # fmt: skip
         if ends.get("ended", True):
             lines.append({"kind": "end", "time": 1.0, "peak": [1000, 1500], "peak_total": 2500, "recorder_s": 0.0})

@@ -225,6 +225,20 @@ class StreamsOfThisThread:
             yield
 
 
+def timed_mark(device: torch.device) -> torch.Event:
+    """An event behind all that the device was told so far, which will tell when that was done."""
+    event = torch.Event(device, enable_timing=True)
+    event.record(current_stream(device))
+    return event
+
+
+def seconds_between(one: torch.Event, other: torch.Event) -> float:
+    """From one :func:`timed_mark` to a later one. Waits on the host until both have come."""
+    one.synchronize()
+    other.synchronize()
+    return one.elapsed_time(other) / 1e3
+
+
 def synchronize(device: torch.device) -> None:
     """Wait on the host until the device has done all that it was told."""
     if device.type not in _WITHOUT_MODULE:

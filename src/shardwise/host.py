@@ -37,6 +37,15 @@ def memory() -> HostMemory | None:
     return HostMemory(free, total)
 
 
+def resident() -> int | None:
+    """Bytes of this process that are in memory now; ``None``: the system does not say. Costs 10 microseconds."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _table(path: Path) -> dict[str, int]:
     """Lines of a name and a number."""
     try:

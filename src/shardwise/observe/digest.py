@@ -6,7 +6,7 @@ Moments are tuples ``(time, kind, a, b, c, d)``; times are ``perf_counter``'s.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 PHASE, START, WAIT, WAITED = range(4)
@@ -118,6 +118,25 @@ def timeline(step: int, moments: Sequence[Moment], zero: float, most: int) -> di
     }  # fmt: skip
 
 
+def cut(moments: list[Moment], end: float) -> tuple[list[Moment], list[Moment]]:
+    """Those up to a time, and the rest, which is short: what a script does between two steps."""
+    k = len(moments)
+    while k and moments[k - 1][0] > end:
+        k -= 1
+    return moments[:k], moments[k:]
+
+
+def known_sum(numbers: Sequence[int | None]) -> int | None:
+    """``None`` where one is not known, or there are none."""
+    known = [n for n in numbers if n is not None]
+    return sum(known) if known and len(known) == len(numbers) else None
+
+
+def rounded(table: Mapping[str, float]) -> dict[str, float]:
+    """To microseconds."""
+    return {key: round(value, 6) for key, value in table.items()}
+
+
 _SUMMED = ("steps", "micro_batches", "rows", "tokens", "flops")
 
 
@@ -136,6 +155,7 @@ def merged(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "loss": finite(sum(losses) / len(losses)) if losses else None,
         "values": values,
         "peak": [max(row) for row in zip(*(line["peak"] for line in lines), strict=True)],
+        "clock": "device" if all(line["clock"] == "device" for line in lines) else "host",
         "counting": any(line["counting"] for line in lines),
         **{key: _sum([line[key] for line in lines]) for key in _SUMMED},
         **{key: _added([line[key] for line in lines]) for key in ("seconds", "waits", "sent")},

@@ -3,54 +3,16 @@
 A :class:`Recorder` hears what the engine does (:mod:`shardwise.events`) and notes when. A *step* goes from the end of
 one optimizer step to the end of the next, several optimizers that step one after the other being one; the first begins
 with its forward. It costs a microsecond or two per event; what that comes to is in ``docs/report.md``.
-
-The file
---------
-``RUN_DIR/<run>-rank<00000>.jsonl``; ``<run>`` is the same for all ranks of a run. One JSON object per line, of these
-kinds. A line is in the file at most half a second after what it tells of, and is never changed; a killed run lacks its
-last line or two. Times are seconds since the record began, by this rank's own clock; bytes are bytes.
-
-``run`` (the first line)
-    ``format`` (1), ``run``, ``rank``, ``world``, ``time`` (when the record began, seconds since 1970), ``states``
-    (names, in the order of the lists of bytes below), ``device`` (``type``, ``name``, ``peak_flops``: of 16-bit
-    products by its data sheet, or null), ``threads``, ``torch`` and ``shardwise`` (versions).
-``model`` (one for each sharded model, when it is first seen)
-    ``name``, ``strategy``, ``parameters``, ``trainable`` (elements), ``units`` (names).
-``step``
-    ``step`` (its number, from 1), ``steps`` (how many the line stands for: 1, but in long runs 2, 4, ...; then it is
-    the last one's number, and numbers below are sums, means or maxima), ``start``, ``end``,
-    ``seconds`` (by phase: ``forward``, ``loss``: from a forward to its backward, ``backward``, ``recompute``, ``end of
-    backward``, ``step``, ``evaluation``: forwards without gradients and what is between them, ``outside``: what the
-    script does besides; together they are ``end`` - ``start``),
-    ``waits`` (by way: seconds of these in which this rank went no further),
-    ``sent`` (by way: bytes; ``gather``, ``reduce``, ... between ranks, ``to_host``, ``to_device``, ``read`` and
-    ``write``),
-    ``micro_batches``, ``rows``, ``tokens`` (null if unknown), ``loss`` (mean of those told, or null), ``values``
-    (numbers told with :meth:`Recorder.tell`; "NaN", "Infinity" and "-Infinity" are texts, in ``loss`` too),
-    ``live`` (bytes by state at the end), ``peak`` (the most by state at turns from phase to phase, and last of all
-    states together), ``allocated`` (the most bytes this process had of its device so far, by torch; null on a CPU),
-    ``resident`` (bytes of this process in the host's memory, or null), ``flops`` (of this rank; null if not counted),
-    ``counting`` (true: operations were counted in this step, which took longer for it).
-``timeline`` (of a few steps: the third to fifth, then every 100th and rarer)
-    ``step``, ``names`` (texts that the lists below refer to by number), ``phases`` (``[at, phase, unit]``), ``memory``
-    (``[at, bytes of each state...]``), ``transfers`` (``[began, waited for or null, way, name, bytes]``), ``waits``
-    (``[from, to, way, name, beside]``; ``beside`` is 1 in threads that work beside the one that computes),
-    ``left_out`` (moments that were too many). ``at`` etc. are whole microseconds.
-``end``
-    ``peak`` (the most bytes by state in the whole run, exact), ``peak_total`` (of all states together), ``recorder_s``
-    (seconds that the recorder itself took between steps). Missing: the run was killed.
-
-How much: less than 1 KB per step for the first 4,096; then lines stand for 2 steps, 4,096 lines later for 4. A timeline
-takes some 100 bytes for each message of its step.
+The file is described in :mod:`shardwise.observe.record_file`.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
+from math import prod
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -58,10 +20,25 @@ from weakref import WeakSet
 import torch
 
 from shardwise import device as devices
+from shardwise import host
 from shardwise.engine.build import engines
 from shardwise.engine.engine import Engine
 from shardwise.events import Listener
-from shardwise.observe.digest import EVALUATION, OUTSIDE, PHASE, START, WAIT, WAITED, Moment, Sums, timeline
+from shardwise.observe.device_clock import DeviceClock
+from shardwise.observe.digest import (
+    EVALUATION,
+    OUTSIDE,
+    PHASE,
+    START,
+    WAIT,
+    WAITED,
+    Moment,
+    Sums,
+    cut,
+    known_sum,
+    rounded,
+    timeline,
+)
 from shardwise.observe.record_file import FORMAT, RecordFile
 from shardwise.tiers import STATES, Ledger
 
@@ -116,7 +93,9 @@ class Recorder(Listener):
         self._counting = False
         self._counted: tuple[int, int] | None = None  # operations, and tokens or rows they were for
         self._summed = 0  # moments of this step that are in the sums and not held any more
-        self._full = 0  # timelines
+        self._timelines = 0
+        self._full = False  # this step has one
+        self._clock: DeviceClock | None = None  # of this step, where the device has one of its own
         self._own = 0.0
         self._closed = False
         facts = {"type": device.type, "name": devices.name(device), "peak_flops": devices.peak_flops(device)}
@@ -151,16 +130,21 @@ class Recorder(Listener):
         self._at = phase
         ledgers = self._ledgers
         live = tuple(ledgers[0].live.values()) if len(ledgers) == 1 else self._all_live()
-        self._moments.append((now, PHASE, phase, unit, live, threading.get_ident()))
+        self._note((now, PHASE, phase, unit, live, threading.get_ident()))
 
     def start(self, way: str, name: str, nbytes: int, ranks: tuple[int, ...] = ()) -> None:
-        self._moments.append((perf_counter(), START, way, name, nbytes, threading.get_ident()))
+        self._note((perf_counter(), START, way, name, nbytes, threading.get_ident()))
 
     def wait(self, way: str, name: str) -> None:
-        self._moments.append((perf_counter(), WAIT, way, name, None, threading.get_ident()))
+        self._note((perf_counter(), WAIT, way, name, None, threading.get_ident()))
 
     def waited(self, way: str, name: str) -> None:
-        self._moments.append((perf_counter(), WAITED, way, name, None, threading.get_ident()))
+        self._note((perf_counter(), WAITED, way, name, None, threading.get_ident()))
+
+    def _note(self, moment: Moment) -> None:
+        self._moments.append(moment)
+        if self._clock is not None:
+            self._clock.note(moment)
 
     # --- what scripts and doors tell -------------------------------------------------------------
     def tell(self, values: Mapping[str, Any] | None = None, *, loss: Any = None) -> None:
@@ -196,9 +180,9 @@ class Recorder(Listener):
         if self._closed:
             return
         self._stop_counting()
+        self._closed = True
         if self._stepped:
             self._end_step()
-        self._closed = True
         ledgers = self._ledgers
         exact = [*(sum(one.peak[state] for one in ledgers) for state in STATES), sum(one.peak_total for one in ledgers)]
         most = [max(pair) for pair in zip(exact, self._most, strict=True)]  # who reset the ledger's has seen more
@@ -250,8 +234,8 @@ class Recorder(Listener):
             parameters = list(engine.module.parameters())
             line = {
                 "kind": "model", "name": type(engine.module).__name__, "strategy": str(engine.strategy),
-                "parameters": sum(map(_numel, parameters)),
-                "trainable": sum(_numel(p) for p in parameters if p.requires_grad),
+                "parameters": sum(prod(p.shape) for p in parameters),
+                "trainable": sum(prod(p.shape) for p in parameters if p.requires_grad),
                 "units": [unit.name for unit in engine.units],
             }  # fmt: skip
             self._file.add(partial(dict, line))
@@ -267,7 +251,7 @@ class Recorder(Listener):
         if self._count is not None and self._counting:
             self._counting = False
             self._count.__exit__(None, None, None)
-            self._counted = self._count.total, _known_sum(self._tokens) or _known_sum(self._rows) or 0
+            self._counted = self._count.total, known_sum(self._tokens) or known_sum(self._rows) or 0
 
     def _sum_up(self) -> None:
         """Rather than hold ever more: a step without end, of a script that only evaluates, has no timeline."""
@@ -277,23 +261,27 @@ class Recorder(Listener):
 
     def _end_step(self) -> None:
         """The step whose optimizer step is over is written down, and the next one begins where that ended."""
-        moments, rest = _cut(self._moments, self._end)
+        moments, rest = cut(self._moments, self._end)
         self._moments = rest
         sums, step = self._sums, self._step
         sums.take(moments)
         sums.until(self._end)
-        tokens, rows = _known_sum(self._tokens), _known_sum(self._rows)
+        tokens, rows = known_sum(self._tokens), known_sum(self._rows)
         losses, values = self._losses, self._values
         line = {
             "kind": "step", "step": step, "steps": 1, "start": round(self._begun - self._zero, 6),
-            "end": round(self._end - self._zero, 6), "seconds": _rounded(sums.seconds), "waits": _rounded(sums.waits),
+            "end": round(self._end - self._zero, 6), "seconds": rounded(sums.seconds), "waits": rounded(sums.waits),
             "sent": sums.sent, "micro_batches": self._micro_batches, "rows": rows, "tokens": tokens, "loss": losses,
             "values": values, "live": list(sums.live), "peak": sums.peak,
-            "allocated": devices.peak_memory(self._device), "resident": _resident(),
+            "allocated": devices.peak_memory(self._device), "resident": host.resident(),
             "flops": self._flops(tokens, rows), "counting": step == _COUNTED and self._count is not None,
+            "clock": "host", "later": dict,
         }  # fmt: skip
-        if not self._summed and self._in_full(step):
-            self._file.add(partial(timeline, step, moments, self._zero, _MOMENTS))
+        clock, self._clock = self._clock, None
+        if self._full and not self._summed:
+            self._file.add(partial(_timeline_of, clock, step, moments, self._zero))
+            if clock is not None:
+                line["later"] = partial(clock.sums, moments, len(STATES))
         self._file.add_step(line)
         self._most = [max(pair) for pair in zip(sums.peak, self._most, strict=True)]
         sums.restart(self._end)
@@ -301,6 +289,9 @@ class Recorder(Listener):
         self._stepped, self._micro_batches, self._summed = False, 0, 0
         self._rows, self._tokens, self._losses, self._values = [], [], [], {}
         self._look()
+        self._full = self._in_full(step + 1)
+        if self._full and self._late and not self._closed:
+            self._clock = DeviceClock(self._device)
 
     def _flops(self, tokens: int | None, rows: int | None) -> int | None:
         """Those that were counted, for as much as this step was given."""
@@ -312,8 +303,8 @@ class Recorder(Listener):
     def _in_full(self, step: int) -> bool:
         if step not in _IN_FULL and step % self._every:
             return False
-        self._full += 1
-        if self._full % _TIMELINES == 0:
+        self._timelines += 1
+        if self._timelines % _TIMELINES == 0:
             self._every *= 2
         return True
 
@@ -321,38 +312,9 @@ class Recorder(Listener):
         return tuple(sum(ledger.live[state] for ledger in self._ledgers) for state in STATES)
 
 
-def _cut(moments: list[Moment], end: float) -> tuple[list[Moment], list[Moment]]:
-    """Those up to a time, and the rest, which is short: what a script does between two steps."""
-    k = len(moments)
-    while k and moments[k - 1][0] > end:
-        k -= 1
-    return moments[:k], moments[k:]
+def _timeline_of(clock: DeviceClock | None, step: int, moments: list[Moment], zero: float) -> dict[str, Any]:
+    return timeline(step, moments if clock is None else clock.read(moments), zero, _MOMENTS)
 
 
 def _is_number(value: Any) -> bool:
     return value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, (int, float))
-
-
-def _known_sum(numbers: Sequence[int | None]) -> int | None:
-    known = [n for n in numbers if n is not None]
-    return sum(known) if known and len(known) == len(numbers) else None
-
-
-def _rounded(table: Mapping[str, float]) -> dict[str, float]:
-    return {key: round(value, 6) for key, value in table.items()}
-
-
-def _numel(parameter: torch.Tensor) -> int:
-    number = 1
-    for n in parameter.shape:
-        number *= n
-    return number
-
-
-def _resident() -> int | None:
-    """Bytes of this process in the host's memory, where the system says."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return None

@@ -1,4 +1,45 @@
-"""The file that a rank writes while it is recorded: lines of JSON, readable after a kill at any moment."""
+"""The file that a rank writes while it is recorded: lines of JSON, readable after a kill at any moment.
+
+``RUN_DIR/<run>-rank<00000>.jsonl``; ``<run>`` is the same for all ranks of a run. One JSON object per line, of these
+kinds. A line is in the file at most half a second after what it tells of, and is never changed; a killed run lacks its
+last line or two. Times are seconds since the record began, by this rank's own clock; bytes are bytes.
+
+``run`` (the first line)
+    ``format`` (1), ``run``, ``rank``, ``world``, ``time`` (when the record began, seconds since 1970), ``states``
+    (names, in the order of the lists of bytes below), ``device`` (``type``, ``name``, ``peak_flops``: of 16-bit
+    products by its data sheet, or null), ``threads``, ``torch`` and ``shardwise`` (versions).
+``model`` (one for each sharded model, when it is first seen)
+    ``name``, ``strategy``, ``parameters``, ``trainable`` (elements), ``units`` (names).
+``step``
+    ``step`` (its number, from 1), ``steps`` (how many the line stands for: 1, but in long runs 2, 4, ...; then it is
+    the last one's number, and numbers below are sums, means or maxima), ``start``, ``end``,
+    ``seconds`` (by phase: ``forward``, ``loss``: from a forward to its backward, ``backward``, ``recompute``, ``end of
+    backward``, ``step``, ``evaluation``: forwards without gradients and what is between them, ``outside``: what the
+    script does besides; together they are ``end`` - ``start``),
+    ``waits`` (by way: seconds of these in which this rank went no further),
+    ``sent`` (by way: bytes; ``gather``, ``reduce``, ... between ranks, ``to_host``, ``to_device``, ``read`` and
+    ``write``),
+    ``micro_batches``, ``rows``, ``tokens`` (null if unknown), ``loss`` (mean of those told, or null), ``values``
+    (numbers told with ``tell``; "NaN", "Infinity" and "-Infinity" are texts, in ``loss`` too),
+    ``live`` (bytes by state at the end), ``peak`` (the most by state at turns from phase to phase, and last of all
+    states together), ``allocated`` (the most bytes this process had of its device so far, by torch; null on a CPU),
+    ``resident`` (bytes of this process in the host's memory, or null), ``flops`` (of this rank; null if not counted),
+    ``counting`` (true: operations were counted in this step, which took longer for it),
+    ``clock`` (``device``: ``seconds`` and ``waits`` are by the clock of a device that runs late, from the moment on at
+    which the first forward found it idle; so it is in steps with a timeline. ``host``: they say when such a device was
+    told. Always ``host`` on a CPU, where both are one).
+``timeline`` (of a few steps: the third to fifth, then every 100th and rarer)
+    ``step``, ``names`` (texts that the lists below refer to by number), ``phases`` (``[at, phase, unit]``), ``memory``
+    (``[at, bytes of each state...]``), ``transfers`` (``[began, waited for or null, way, name, bytes]``), ``waits``
+    (``[from, to, way, name, beside]``; ``beside`` is 1 in threads that work beside the one that computes),
+    ``left_out`` (moments that were too many). ``at`` etc. are whole microseconds, by the clock of the step's line.
+``end``
+    ``peak`` (the most bytes by state in the whole run, exact), ``peak_total`` (of all states together), ``recorder_s``
+    (seconds that the recorder itself took between steps). Missing: the run was killed.
+
+How much: less than 1 KB per step for the first 4,096; then lines stand for 2 steps, 4,096 lines later for 4. A timeline
+takes some 100 bytes for each message of its step.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +102,8 @@ class RecordFile:
             self.flush()
 
     def add_step(self, line: dict[str, Any]) -> None:
-        """One more step; in long runs a line stands for several. Its losses and values may be tensors."""
+        """One more step; in long runs a line stands for several. Its losses and values may be tensors,
+        and ``later`` gives what is to be known when the line is written."""
         self._steps.append(line)
         if len(self._steps) >= self._per_line:
             self._end_line()
@@ -103,6 +145,7 @@ class RecordFile:
 def _line_of(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One line of some steps, for which the losses and values that were told are read."""
     for step in steps:
+        step |= step.pop("later")()
         losses = [float(loss) for loss in step["loss"]]
         step["loss"] = finite(sum(losses) / len(losses)) if losses else None
         step["values"] = {key: finite(float(value)) for key, value in step["values"].items()}

@@ -114,7 +114,9 @@ def number(value: Any) -> float | None:
 def _rank_facts(one: RankRecord) -> RankFacts:
     lines = one.measured()
     count = sum(line["steps"] for line in lines)
-    waits, phases = _totals(lines, "waits", count), _totals(lines, "seconds", count)
+    told = [line for line in lines if line["clock"] == "device"] or lines  # of a device that runs late, what it did
+    parts = sum(line["steps"] for line in told)
+    waits, phases = _totals(told, "waits", parts), _totals(told, "seconds", parts)
     phases.pop("evaluation", None)
     step_s = sum(seconds_of(line) * line["steps"] for line in lines) / count
     network = sum(s for way, s in waits.items() if way not in STAGES)
