@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import shardwise
-from models import loss_of, make
+from models import forget_compiled, loss_of, make
 from shardwise import events
 from shardwise.observe.digest import PHASE, START, WAIT, WAITED, Sums, timeline
 from shardwise.observe.record import Recorder
@@ -190,6 +190,7 @@ def test_operations_are_counted_in_the_second_step_and_numbers_stay_the_same(tmp
     """Against torch's own counter, in a plain model."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    forget_compiled()
     plain = make(odd=False)
     ids = torch.randint(0, 31, (2, 6))
     with FlopCounterMode(display=False) as oracle:
