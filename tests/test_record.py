@@ -235,3 +235,17 @@ def test_what_cannot_be_recorded_is_one_error_and_a_full_disk_is_none(tmp_path):
     with pytest.warns(RuntimeWarning, match="not recorded any more"):
         told.close()
     assert len(lines(path)) == 1
+
+
+def test_what_is_only_planned_is_no_part_of_a_record():
+    heard: list[str] = []
+
+    class Hears(events.Listener):
+        def phase(self, phase: str, unit: str) -> None:
+            heard.append(phase)
+
+    with events.listening(Hears()):
+        with events.listening(events.Listener(), alone=True):
+            events.phase("forward", "a plan")
+        events.phase("backward", "a run")
+    assert heard == ["backward"] and not events.listeners

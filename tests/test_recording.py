@@ -185,7 +185,7 @@ def test_what_cannot_be_read_is_one_error(tmp_path):
     says("there is no such folder")
     folder.mkdir()
     says("there is no record in it")
-    head = {"kind": "run", "format": 1, "run": "a", "rank": 0, "world": 2, "states": ["parameters"]}
+    head = {"kind": "run", "format": 1, "run": "a", "rank": 0, "world": 2, "states": [], "time": 0.0, "device": {}}
     path = folder / "a-rank00000.jsonl"
     path.write_text(json.dumps(head)[:20])
     says("cut before the end of its first line")
@@ -196,7 +196,9 @@ def test_what_cannot_be_read_is_one_error(tmp_path):
     assert found.missing == [1] and found.ranks[0].cut
     path.write_text(json.dumps(head) + '\n{"kind": "step", "st\n{"kind":"end"}\n')
     says("line 2 is damaged")
-    path.write_text(json.dumps({"kind": "step"}) + "\n")
+    path.write_text(json.dumps(head) + '\n{"kind": "step", "step": 1}\n')
+    says("line 2 is damaged")
+    path.write_text(json.dumps({"kind": "end"}) + "\n")
     says("cut before")
     path.write_text(json.dumps(head) + "\n")
     (folder / "b-rank00000.jsonl").write_text(json.dumps({**head, "run": "b"}) + "\n")
