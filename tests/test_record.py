@@ -249,3 +249,16 @@ def test_what_is_only_planned_is_no_part_of_a_record():
             events.phase("forward", "a plan")
         events.phase("backward", "a run")
     assert heard == ["backward"] and not events.listeners
+
+
+def test_an_event_costs_microseconds(tmp_path):
+    """Of CPU time, writing included: half a one is usual, so that this fails for other orders of magnitude only."""
+    told, _ = recorder(tmp_path, flops=False, every=1)
+    best, steps = float("inf"), 50
+    for _ in range(5):
+        start = time.thread_time()
+        for _ in range(steps):
+            one_step(told, micro_batches=5)
+        best = min(best, (time.thread_time() - start) / (steps * (5 * 7 + 2)))
+    told.close()
+    assert best < 50e-6
