@@ -147,6 +147,4 @@ def resnet(batch: int = 2) -> Made:
     return ResNet(), torch.randn(batch, 3, 64, 64), loss
 
 
-MODELS: dict[str, Callable[[int], Made]] = {
-    f.__name__: f for f in (gpt, tied, llama, vit, t5, moe, resnet)
-}
+MODELS: dict[str, Callable[[int], Made]] = {f.__name__: f for f in (gpt, tied, llama, vit, t5, moe, resnet)}

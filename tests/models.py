@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -63,6 +64,13 @@ def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def forget_compiled() -> None:
+    """As if this process, in which other tests ran, had compiled nothing."""
+    compiler = sys.modules.get("torch._dynamo.utils")
+    if compiler is not None:
+        compiler.counters.clear()
 
 
 def world() -> int:

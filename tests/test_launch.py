@@ -378,7 +378,7 @@ def test_named_devices_reach_the_ranks_as_what_this_process_sees(
 
 
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
-    names = ("launch", "config", "doctor", "demo", "generate", "checkpoint")
+    names = ("launch", "config", "doctor", "demo", "generate", "checkpoint", "report")
     commands = [["--help"], *([name, "--help"] for name in names)]
     commands += [["checkpoint", name, "--help"] for name in ("inspect", "verify", "export", "diff")]
     text = (

@@ -25,7 +25,8 @@ SIZES = {
 }  # fmt: skip
 # Architectures by their usual configuration, one for each kind of arrangement; the shipped ones come on top.
 KINDS = [
-    "gpt_neo", "falcon", "gemma3_text", "cohere2", "deepseek_v3", "llama4_text", "bart", "deberta-v2", "convnext", "swin",
+    "gpt_neo", "falcon", "gemma3_text", "cohere2", "deepseek_v3", "llama4_text", "bart", "deberta-v2", "convnext",
+    "swin",
 ]  # fmt: skip
 
 

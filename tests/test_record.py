@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import shardwise
-from models import loss_of, make
+from models import forget_compiled, loss_of, make
 from shardwise import events
 from shardwise.observe.digest import PHASE, START, WAIT, WAITED, Sums, timeline
 from shardwise.observe.record import Recorder
@@ -190,6 +190,7 @@ def test_operations_are_counted_in_the_second_step_and_numbers_stay_the_same(tmp
     """Against torch's own counter, in a plain model."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    forget_compiled()
     plain = make(odd=False)
     ids = torch.randint(0, 31, (2, 6))
     with FlopCounterMode(display=False) as oracle:
@@ -234,3 +235,30 @@ def test_what_cannot_be_recorded_is_one_error_and_a_full_disk_is_none(tmp_path):
     with pytest.warns(RuntimeWarning, match="not recorded any more"):
         told.close()
     assert len(lines(path)) == 1
+
+
+def test_what_is_only_planned_is_no_part_of_a_record():
+    heard: list[str] = []
+
+    class Hears(events.Listener):
+        def phase(self, phase: str, unit: str) -> None:
+            heard.append(phase)
+
+    with events.listening(Hears()):
+        with events.listening(events.Listener(), alone=True):
+            events.phase("forward", "a plan")
+        events.phase("backward", "a run")
+    assert heard == ["backward"] and not events.listeners
+
+
+def test_an_event_costs_microseconds(tmp_path):
+    """Of CPU time, writing included: half a one is usual, so that this fails for other orders of magnitude only."""
+    told, _ = recorder(tmp_path, flops=False, every=1)
+    best, steps = float("inf"), 50
+    for _ in range(5):
+        start = time.thread_time()
+        for _ in range(steps):
+            one_step(told, micro_batches=5)
+        best = min(best, (time.thread_time() - start) / (steps * (5 * 7 + 2)))
+    told.close()
+    assert best < 50e-6

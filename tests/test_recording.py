@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import processes
 import shardwise
-from models import LM, adamw, assert_same, batch, loss_of, make, rank, train, whole
+from models import LM, adamw, assert_same, batch, forget_compiled, loss_of, make, rank, train, whole
 from ranks import run
 from shardwise import Accelerator, events
 from shardwise.errors import RecordError
@@ -27,6 +27,7 @@ def sent_so_far() -> dict[str, int]:
 
 def recorded(strategy: str, folder: str):
     """What ``train`` does, recorded; and what this rank's counters say of each step."""
+    forget_compiled()
     model = make()
     shardwise.fully_shard(model, strategy=strategy)
     other = shardwise.fully_shard(make(), strategy=strategy)  # which is no part of it
@@ -184,7 +185,7 @@ def test_what_cannot_be_read_is_one_error(tmp_path):
     says("there is no such folder")
     folder.mkdir()
     says("there is no record in it")
-    head = {"kind": "run", "format": 1, "run": "a", "rank": 0, "world": 2, "states": ["parameters"]}
+    head = {"kind": "run", "format": 1, "run": "a", "rank": 0, "world": 2, "states": [], "time": 0.0, "device": {}}
     path = folder / "a-rank00000.jsonl"
     path.write_text(json.dumps(head)[:20])
     says("cut before the end of its first line")
@@ -195,13 +196,28 @@ def test_what_cannot_be_read_is_one_error(tmp_path):
     assert found.missing == [1] and found.ranks[0].cut
     path.write_text(json.dumps(head) + '\n{"kind": "step", "st\n{"kind":"end"}\n')
     says("line 2 is damaged")
-    path.write_text(json.dumps({"kind": "step"}) + "\n")
+    path.write_text(json.dumps(head) + '\n{"kind": "step", "step": 1}\n')
+    says("line 2 is damaged")
+    path.write_text(json.dumps({"kind": "end"}) + "\n")
     says("cut before")
     path.write_text(json.dumps(head) + "\n")
     (folder / "b-rank00000.jsonl").write_text(json.dumps({**head, "run": "b"}) + "\n")
     says("it holds 2 runs: a, b")
     says("no run in it begins with 'c'", "c")
     assert read(folder, "b").run == "b"
+
+
+def test_compiled_code_stays_compiled(tmp_path):
+    """To count its operations would be to run it as it is written."""
+    model = shardwise.fully_shard(make(), strategy="ddp")
+    optimizer = adamw(model.parameters())
+    compiled = torch.compile(loss_of, backend="eager")
+    with shardwise.record(model, tmp_path):
+        for step in range(3):
+            compiled(model, batch(step, 0)).backward()
+            optimizer.step()
+    forget_compiled()
+    assert [(s["flops"], s["counting"]) for s in read(tmp_path).ranks[0].steps] == [(None, False)] * 3
 
 
 def test_a_copied_and_a_pickled_model_are_not_recorded(tmp_path):

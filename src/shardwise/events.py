@@ -58,13 +58,21 @@ listeners: list[Listener] = []
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """A block in which ``listener`` hears of what this process does."""
+def listening(listener: Listener, *, alone: bool = False) -> Iterator[None]:
+    """A block in which ``listener`` hears of what this process does.
+
+    Args:
+        alone: the others do not: it is a plan, and they want to hear of what is done.
+    """
+    others = listeners[:] if alone else []
+    for other in others:
+        listeners.remove(other)
     listeners.append(listener)
     try:
         yield
     finally:
         listeners.remove(listener)
+        listeners[:0] = others
 
 
 def phase(phase: str, unit: str) -> None:

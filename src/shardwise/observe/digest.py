@@ -137,6 +137,41 @@ def rounded(table: Mapping[str, float]) -> dict[str, float]:
     return {key: round(value, 6) for key, value in table.items()}
 
 
+def scaled(counted: tuple[int, int] | None, tokens: int | None, rows: int | None) -> int | None:
+    """Operations of a step.
+
+    Args:
+        counted: those of another step, and the tokens or rows that it was given.
+        tokens, rows: that this one was given.
+    """
+    if counted is None:
+        return None
+    flops, given = counted
+    return round(flops * (tokens or rows or given) / given) if given else flops
+
+
+class InFull:
+    """Which steps have a timeline: the third to fifth, every so-manieth, and fewer the more there are.
+
+    Args:
+        every: how manieth at first.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every, self._so_far = every, 0
+
+    def chosen(self, step: int) -> bool:
+        """Is it one? Asked once for each, in their order."""
+        if step not in _IN_FULL and step % self._every:
+            return False
+        self._so_far += 1
+        if self._so_far % _TIMELINES == 0:
+            self._every *= 2
+        return True
+
+
+_IN_FULL = (3, 4, 5)
+_TIMELINES = 20  # then half as many
 _SUMMED = ("steps", "micro_batches", "rows", "tokens", "flops")
 
 

@@ -32,11 +32,13 @@ from shardwise.observe.digest import (
     START,
     WAIT,
     WAITED,
+    InFull,
     Moment,
     Sums,
     cut,
     known_sum,
     rounded,
+    scaled,
     timeline,
 )
 from shardwise.observe.record_file import FORMAT, RecordFile
@@ -48,9 +50,7 @@ if TYPE_CHECKING:
 
 _AFTER = {EVALUATION: EVALUATION, "forward": "loss"}  # what a script does until the next pass, by the last one
 _COUNTED = 2  # the step whose operations are counted
-_IN_FULL = (3, 4, 5)  # steps with a timeline, besides every so-manieth
 _EVERY = 100
-_TIMELINES = 20  # then half as many
 _MOMENTS = 50_000  # of one step in its timeline; and that are held before they are summed up
 
 
@@ -63,8 +63,6 @@ class Recorder(Listener):
         device: that the rank computes on.
         flops: count the operations of the second step, which then takes longer.
         every: a timeline of every so-manieth step, besides the third to fifth.
-
-    Cost: see the module; in ``recorder_s`` of the last line as far as it can be seen from inside.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class Recorder(Listener):
         every: int = _EVERY,
     ) -> None:  # fmt: skip
         self._file, self._device, self._late = file, device, devices.runs_late(device)
-        self._wanted, self._every = flops, every
+        self._wanted, self._in_full = flops, InFull(every)
         self._zero, began = perf_counter(), time.time()
         self._moments: list[Moment] = []
         self._sums = Sums(len(STATES))
@@ -94,7 +92,6 @@ class Recorder(Listener):
         self._counting = False
         self._counted: tuple[int, int] | None = None  # operations, and tokens or rows they were for
         self._summed = 0  # moments of this step that are in the sums and not held any more
-        self._timelines = 0
         self._full = False  # this step has one
         self._clock: DeviceClock | None = None  # of this step, where the device has one of its own
         self._own = 0.0
@@ -104,8 +101,7 @@ class Recorder(Listener):
             "kind": "run", "format": FORMAT, **head, "time": began, "states": list(STATES), "device": facts,
             "threads": torch.get_num_threads(), "torch": str(torch.__version__),
         }  # fmt: skip
-        file.add(lambda: first)
-        file.flush()
+        file.begin(first)
 
     # --- what the engine tells -----------------------------------------------------------------
     def phase(self, phase: str, unit: str) -> None:
@@ -239,9 +235,11 @@ class Recorder(Listener):
 
     def _look(self) -> None:
         """The models that there are now."""
-        mine = engines - self._others
+        mine = [engine for engine in engines - self._others if not engine.world.fake]  # a plan's are no run's
         self._ledgers = [engine.ledger for engine in mine]
-        for engine in mine - self._known:
+        for engine in mine:
+            if engine in self._known:
+                continue
             self._known.add(engine)
             parameters = list(engine.module.parameters())
             line = {
@@ -286,12 +284,13 @@ class Recorder(Listener):
             "sent": sums.sent, "micro_batches": self._micro_batches, "rows": rows, "tokens": tokens, "loss": losses,
             "values": values, "live": list(sums.live), "peak": sums.peak,
             "allocated": devices.peak_memory(self._device), "resident": host.resident(),
-            "flops": self._flops(tokens, rows), "counting": step == _COUNTED and self._count is not None,
+            "flops": scaled(self._counted, tokens, rows), "counting": step == _COUNTED and self._count is not None,
             "clock": "host", "later": dict,
         }  # fmt: skip
         clock, self._clock = self._clock, None
         if self._full and not self._summed:
-            self._file.add(partial(_timeline_of, clock, step, moments, self._zero))
+            read = partial(list, moments) if clock is None else partial(clock.read, moments)
+            self._file.add(lambda: timeline(step, read(), self._zero, _MOMENTS))
             if clock is not None:
                 line["later"] = partial(clock.sums, moments, len(STATES))
         self._file.add_step(line)
@@ -301,31 +300,12 @@ class Recorder(Listener):
         self._stepped, self._micro_batches, self._summed = False, 0, 0
         self._rows, self._tokens, self._losses, self._values = [], [], [], {}
         self._look()
-        self._full = self._in_full(step + 1)
+        self._full = self._in_full.chosen(step + 1)
         if self._full and self._late and not self._closed:
             self._clock = DeviceClock(self._device)
 
-    def _flops(self, tokens: int | None, rows: int | None) -> int | None:
-        """Those that were counted, for as much as this step was given."""
-        if self._counted is None:
-            return None
-        flops, given = self._counted
-        return round(flops * (tokens or rows or given) / given) if given else flops
-
-    def _in_full(self, step: int) -> bool:
-        if step not in _IN_FULL and step % self._every:
-            return False
-        self._timelines += 1
-        if self._timelines % _TIMELINES == 0:
-            self._every *= 2
-        return True
-
     def _all_live(self) -> tuple[int, ...]:
         return tuple(sum(ledger.live[state] for ledger in self._ledgers) for state in STATES)
-
-
-def _timeline_of(clock: DeviceClock | None, step: int, moments: list[Moment], zero: float) -> dict[str, Any]:
-    return timeline(step, moments if clock is None else clock.read(moments), zero, _MOMENTS)
 
 
 def _is_number(value: Any) -> bool:

@@ -101,6 +101,11 @@ class RecordFile:
         if perf_counter() - self._written > _OFTEN:
             self.flush()
 
+    def begin(self, line: dict[str, Any]) -> None:
+        """The first line, at once."""
+        self.add(lambda: line)
+        self.flush()
+
     def add_step(self, line: dict[str, Any]) -> None:
         """One more step; in long runs a line stands for several. Its losses and values may be tensors,
         and ``later`` gives what is to be known when the line is written."""

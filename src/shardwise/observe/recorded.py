@@ -13,6 +13,13 @@ from shardwise.observe.record_file import FORMAT
 _FIX = "name the folder that 'shardwise launch --record' or profile_dir= was given"
 
 
+_NEEDED = {
+    "run": ("run", "rank", "world", "time", "states", "device"),
+    "step": ("step", "steps", "start", "end", "seconds", "waits", "sent", "peak", "loss", "flops", "counting", "clock"),
+    "timeline": ("step", "names", "phases", "memory", "transfers", "waits"),
+}
+
+
 @dataclass
 class RankRecord:
     """What one rank wrote: lines as they are in its file, by their kind.
@@ -117,19 +124,20 @@ def _read_rank(path: Path) -> RankRecord:
             line = json.loads(text)
         except ValueError:
             line = None
-        if not isinstance(line, dict) or "kind" not in line:
+        known = isinstance(line, dict) and "kind" in line
+        if known and number == 1 and line.get("format", FORMAT) != FORMAT:
+            raise RecordError(
+                f"it is of format {line['format']}, and this version reads {FORMAT}",
+                where=str(path),
+                fix="read it with the version that wrote it",
+            )
+        if not known or any(key not in line for key in _NEEDED.get(line["kind"], ())):
             raise RecordError(
                 f"line {number} is damaged", where=str(path), fix="leave this rank out: move its file away"
             )
         lines.append(line)
     if not lines or lines[0]["kind"] != "run":
         raise RecordError("it is cut before the end of its first line", where=str(path), fix="move it away")
-    if lines[0].get("format") != FORMAT:
-        raise RecordError(
-            f"it is of format {lines[0].get('format')}, and this version reads {FORMAT}",
-            where=str(path),
-            fix="read it with the version that wrote it",
-        )
     kinds: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         kinds.setdefault(line["kind"], []).append(line)

@@ -161,7 +161,7 @@ def from_environment(module: nn.Module | None = None) -> Recording | None:
 def of_door(folder: str | os.PathLike[str] | None) -> Recording | None:
     """What an ``Accelerator`` records to: the launcher's, or its own, or none. A collective if there is one."""
     found = from_environment()
-    if found is not None or folder is None:
+    if found is not None or folder is None or World.current().fake:
         return found
     if _current is not None and _current.folder == Path(folder):  # several in one script
         return _current

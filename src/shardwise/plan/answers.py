@@ -42,8 +42,11 @@ def _head(out: Console, asked: Asked, training: Training, machine: Machine) -> N
 
 def _foot(out: Console, plan: Plan) -> None:
     times = "; ".join(sorted({f"{name}: {source}" for name, source in plan.rates.sources.items()}))
-    out.print(f"\n[dim]Bytes and operations: counted in the engine's own step. Times: {times}. 'device' is what is "
-              "needed at most, with what is not torch's. rows: of a micro-batch, times micro-batches per step.[/dim]")  # fmt: skip
+    counted = "Bytes and operations: counted in the engine's own step"
+    told = (
+        "'device' is what is needed at most, with what is not torch's. rows: of a micro-batch, x micro-batches per step"
+    )
+    out.print(f"\n[dim]{counted}. Times: {times}. {told}.[/dim]")
 
 
 def which(asked: Asked, out: Console, told: Told, *, every: bool = False) -> dict[str, Any]:
@@ -110,10 +113,8 @@ def why(asked: Asked, text: str, out: Console, told: Told) -> dict[str, Any]:
     elif best.strategy == other.strategy:
         answer = f"{short(wanted)} is the one to use. {verdict(plan)}"
     elif not other.fits:
-        answer = (
-            f"{short(wanted)} does not fit: with micro-batches of {other.rows} it needs {format_bytes(over(other))} more "
-            f"of the {other.lacks}. {verdict(plan)}"
-        )
+        lacks = f"it needs {format_bytes(over(other))} more of the {other.lacks}"
+        answer = f"{short(wanted)} does not fit: with micro-batches of {other.rows} {lacks}. {verdict(plan)}"
     else:
         answer = _slower(best, other)
     out.print(f"[bold]{answer}[/bold]\n")

@@ -103,7 +103,9 @@ def search(
     def one(strategy: Strategy) -> Prediction:
         return _best_rows(training, machine, strategy, rates, rows, each_rank)
 
-    for group in groups if not every else [[strategy for group in groups for strategy in group]]:
+    if every:
+        groups = [[strategy for group in groups for strategy in group]]
+    for group in groups:
         left: dict[Strategy, int] = {}
         for strategy in group:
             needs = least(strategy, machine, subject.parameters, subject.trainable, training.optimizer)

@@ -98,7 +98,7 @@ def simulate(step: Step) -> Simulated:
         segments: list[Segment] = []
         for last in (False, True):
             recorder = Recorder(engine.ledger, step.device, operations=last)
-            with listening(recorder), recorder:
+            with listening(recorder, alone=True), recorder:
                 one_step(step, model, optimizers)
             segments += recorder.segments
         homes = {id(u.home): u.home for u in engine.units if u.home is not None}.values()

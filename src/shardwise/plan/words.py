@@ -114,10 +114,9 @@ def next_better(plan: Plan) -> str:
     found = near.found
     assert found is not None
     gain = "" if best is None else f" would be {near.speed / plan.rows[0].speed - 1:.0%} faster, and"
-    return (
-        f"{short(near.strategy)} with micro-batches of {found.rows}{gain} needs {format_bytes(over(found))} more of the "
-        f"{found.lacks} ({format_bytes(found.needs[1])} of {format_bytes(found.capacity)})."
-    )
+    lacks = f"needs {format_bytes(over(found))} more of the {found.lacks}"
+    sizes = f"{format_bytes(found.needs[1])} of {format_bytes(found.capacity)}"
+    return f"{short(near.strategy)} with micro-batches of {found.rows}{gain} {lacks} ({sizes})."
 
 
 def breakdown(found: Prediction) -> Table:

@@ -16,7 +16,6 @@ STAGES = (TO_HOST, TO_DEVICE, READ, WRITE, UPDATE)
 """Ways that are no messages between ranks."""
 MEASURED, COUNTED, DATASHEET = "measured", "counted", "datasheet"
 _EVEN = 0.03  # ranks whose work differs by less are equally fast
-_KILLED = "killed, or still running"
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,7 @@ def _notes(run: RunRecord, stepped: Sequence[RankRecord]) -> list[str]:
     if none := [one.rank for one in run.ranks if not one.steps]:
         out.append(f"Ranks {_list(none)} finished no step.")
     if cut := [one.rank for one in run.ranks if one.end is None]:
-        out.append(f"The records of ranks {_list(cut)} have no end: {_KILLED}.")
+        out.append(f"The records of ranks {_list(cut)} have no end: killed, or still running.")
     if any(line["counting"] for one in stepped for line in one.steps):
         out.append(
             "Floating-point operations were counted in step 2; it and the first are left out of times and rates."
