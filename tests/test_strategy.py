@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.errors import NotAvailableYet, ShardwiseError, StrategyError
+from shardwise.errors import ShardwiseError, StrategyError
 from shardwise.strategy import PRESETS, Strategy
 
 
@@ -43,11 +43,6 @@ def test_mistakes_name_themselves(text):
         Strategy.parse(text)
     assert isinstance(error.value, ShardwiseError) and isinstance(error.value, ValueError)
     assert len(str(error.value)) > 20
-
-
-def test_a_strategy_that_is_chosen_for_you_is_not_there_yet():
-    with pytest.raises(NotAvailableYet, match="planner"):
-        Strategy.parse("auto")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

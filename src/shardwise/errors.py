@@ -31,10 +31,6 @@ class StrategyError(ShardwiseError, ValueError):
     """A strategy, or a combination of its keys, that does not exist."""
 
 
-class NotAvailableYet(ShardwiseError, NotImplementedError):
-    """A row of the strategy table that this version parses but cannot serve."""
-
-
 class UnitError(ShardwiseError, ValueError):
     """A module that cannot be sharded the way it was asked for."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
-from shardwise.errors import NotAvailableYet, StrategyError
+from shardwise.errors import StrategyError
 
 
 class Row(NamedTuple):
@@ -29,6 +29,8 @@ PRESETS: dict[str, Row] = {
     "zero3": Row(True, True, True, "ZeRO-3, FSDP FULL_SHARD, fully_shard"),
     "hsdp": Row(True, True, True, "hybrid FSDP, MiCS, ZeRO++ hpZ"),
 }
+AUTO = "auto"
+"""In the place of a preset: the planner chooses."""
 DTYPES = ("fp32", "bf16", "fp16")
 HOMES = ("device", "cpu", "nvme")
 LAYOUTS = ("element", "tensor")
@@ -42,7 +44,8 @@ class Strategy:
     ``Strategy.parse("zero2,offload_optimizer=cpu")`` are the three ways to write one.
 
     Args:
-        preset: a row of the table: ``ddp``, ``zero1``, ``zero2``, ``zero3`` or ``hsdp``.
+        preset: a row of the table: ``ddp``, ``zero1``, ``zero2``, ``zero3`` or ``hsdp``. ``auto``: the planner chooses
+            one when the model is known, with homes and checkpointing; other keys stay as they are given.
         offload_params, offload_grads, offload_optimizer: the home of each state: ``device``, ``cpu``
             or (not for gradients) ``nvme``.
         shard_size: ranks that share one copy of the states. Only ``hsdp`` may set it; by default
@@ -114,12 +117,7 @@ class Strategy:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.preset == "auto":
-            raise NotAvailableYet(
-                "strategy 'auto' needs the planner, which is not part of this version",
-                fix=f"name one of {', '.join(PRESETS)}",
-            )
-        _choose("preset", self.preset, tuple(PRESETS))
+        _choose("preset", self.preset, (*PRESETS, AUTO))
         for key in ("offload_params", "offload_grads", "offload_optimizer"):
             homes = HOMES if key != "offload_grads" else HOMES[:2]
             _choose(key, getattr(self, key), homes)
@@ -166,16 +164,35 @@ class Strategy:
 
     # --- the table -------------------------------------------------------------------------
     @property
+    def row(self) -> Row:
+        """Its row of the table.
+
+        Raises:
+            StrategyError: of ``auto``, which has none before the planner has chosen.
+        """
+        if self.is_auto:
+            raise StrategyError(
+                "strategy 'auto' has no row of the table before it knows the model",
+                fix="shard with fully_shard or Accelerator.prepare, which ask the planner, or name a preset",
+            )
+        return PRESETS[self.preset]
+
+    @property
+    def is_auto(self) -> bool:
+        """Is it the planner's to choose?"""
+        return self.preset == AUTO
+
+    @property
     def split_params(self) -> bool:
-        return PRESETS[self.preset].params
+        return self.row.params
 
     @property
     def split_grads(self) -> bool:
-        return PRESETS[self.preset].grads
+        return self.row.grads
 
     @property
     def split_optimizer(self) -> bool:
-        return PRESETS[self.preset].optimizer
+        return self.row.optimizer
 
     @classmethod
     def parse(cls, text: str | Strategy | None) -> Strategy:
@@ -228,7 +245,9 @@ class Strategy:
 
     def explain(self) -> str:
         """The table row in words, with what it costs per step (Ψ = parameter elements, N = ranks)."""
-        row = PRESETS[self.preset]
+        if self.is_auto:
+            return "auto: the planner chooses when the model is known; see 'shardwise plan'"
+        row = self.row
         over = "the ranks of a shard group, and repeated across groups" if self.preset == "hsdp" else "all ranks"
         lines = [f"{self.preset} (known elsewhere as: {row.known_as})"]
         for state, split, key in (

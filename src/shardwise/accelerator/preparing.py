@@ -70,9 +70,10 @@ class Preparing(Base):
             )
         optimizers = [_inner(o) for o in args if isinstance(o, Optimizer)]
         done: dict[int, Any] = {}
+        loaders = [item for item in args if isinstance(item, DataLoader)]
         for item, place in zip(args, places, strict=True):
             if isinstance(item, nn.Module):
-                done[id(item)] = self._prepare_model(item, place, optimizers, strategy)
+                done[id(item)] = self._prepare_model(item, place, optimizers, strategy, loaders)
         for item, place in zip(args, places, strict=True):
             if isinstance(item, Optimizer):
                 done[id(item)] = self.prepare_optimizer(item, device_placement=place)
@@ -105,7 +106,7 @@ class Preparing(Base):
             UnitError: see :meth:`prepare`.
         """
         chosen = self.strategy if strategy is None else self._in_precision(Strategy.parse(strategy))
-        if evaluation_mode and not chosen.split_params and engine_of(model) is None:
+        if evaluation_mode and engine_of(model) is None and (chosen.is_auto or not chosen.split_params):
             self._check_device_map(model)
             if self.device_placement if device_placement is None else device_placement:
                 move(model, self.device)
@@ -122,6 +123,7 @@ class Preparing(Base):
         placement: bool | None,
         optimizers: Sequence[Optimizer],
         strategy: str | Strategy | None,
+        loaders: Sequence[DataLoader[Any]] = (),
     ) -> nn.Module:
         engine = engine_of(model)
         if engine is not None and strategy is not None:
@@ -137,6 +139,11 @@ class Preparing(Base):
             if self.device_placement if placement is None else placement:
                 move(model, self.device)
             chosen = self.strategy if strategy is None else self._in_precision(Strategy.parse(strategy))
+            if chosen.is_auto:
+                from shardwise.plan import auto, given  # which take a while to import
+
+                example = next((b for loader in loaders if (b := given.batch_of(loader)) is not None), None)
+                chosen = auto.choose(model, chosen, self.device, example, holding)
             if any(needs_whole_tensors(o) for o in holding):
                 chosen = chosen.replace(layout="tensor")
             if own:

@@ -226,6 +226,11 @@ def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]], chosen
         raise UnitError(f"the parameters are on several devices: {', '.join(sorted(devices))}", fix="move them to one")
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module that is not sharded will compute: where its values are, or where this rank computes."""
+    return _device(list(module.named_parameters()))
+
+
 def _device(params: Sequence[tuple[str, nn.Parameter]]) -> torch.device:
     """Where the model computes: where its values are; if it has none yet, where this rank computes."""
     found = next((p.device for _, p in params if not p.is_meta), None)

@@ -45,6 +45,7 @@ def fully_shard(
     offload_policy: Any = None,
     ignored_params: Iterable[nn.Parameter] | None = None,
     dp_mesh_dims: Any = None,
+    example: Any = None,
 ) -> M:
     """Shard a module in place, so that it trains under ``strategy`` on all ranks.
 
@@ -56,8 +57,8 @@ def fully_shard(
         module: on its device, or built under ``torch.device("meta")``: what is there gets memory and values unit by
             unit, on the device of the other parameters, or on this rank's. The whole model is then never in memory,
             unless a module sets again what many modules inside it hold. A list: each of them is sharded.
-        strategy: a preset, its string form or a :class:`Strategy`; ``zero3`` by default. What
-            ``shardwise launch --strategy`` says wins over it.
+        strategy: a preset, its string form or a :class:`Strategy`; ``zero3`` by default,
+            ``auto`` asks the planner. What ``shardwise launch --strategy`` says wins over it.
         mesh: a 1-D mesh of all ranks, or a 2-D (replicate, shard) one for ``hsdp``. By default all ranks.
         units: which subtrees are gathered together: a module class or several, a class name, a predicate
             ``(name, module) -> bool``, or ``None`` for repeated blocks and what else is large. Submodules on
@@ -70,6 +71,8 @@ def fully_shard(
         offload_policy: torch's ``CPUOffloadPolicy``: all states live on the host.
         ignored_params: parameters that stay as they are on each rank: neither sharded, nor sent, nor reduced.
         shard_placement_fn, dp_mesh_dims: refused if they ask for something.
+        example: with ``auto``, inputs of one forward: keyword arguments, positional ones, or one tensor. Only their
+            shapes are looked at. Without them activations are not counted.
 
     Returns:
         The same module, or modules. It has the methods of :class:`FSDPModule`.
@@ -77,7 +80,8 @@ def fully_shard(
     Raises:
         UnitError: the module is sharded already, has DTensor parameters, parameters that share memory, or meta tensors
             that nothing gives values, or ``units`` matches nothing.
-        StrategyError, NotAvailableYet: see :class:`Strategy`.
+        StrategyError: see :class:`Strategy`.
+        PlanError: with ``auto``, nothing fits.
 
     Cost: sends the parameters once, from rank 0. ``shardwise.expected(module)`` says what is live and sent later.
     """
@@ -99,7 +103,12 @@ def fully_shard(
     for one in modules:
         refuse_placement(shard_placement_fn, one.parameters(), _WHERE)
     for one in modules:
-        shard(one, strategy_from_environment(chosen), mesh, units, param_init_fn, ignored)
+        wanted = strategy_from_environment(chosen)
+        if wanted.is_auto:
+            from shardwise.plan import auto  # which takes a while to import
+
+            wanted = auto.choose(one, wanted, build.device_of(one), example)
+        shard(one, wanted, mesh, units, param_init_fn, ignored)
         if output_dtype is not None:
             one.register_forward_hook(_OutputIn(output_dtype))
     return module

@@ -1,0 +1,200 @@
+"""``strategy="auto"``: the planner chooses, for the model and the machine at hand."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from shardwise import device as devices
+from shardwise import host
+from shardwise.comm import World, init
+from shardwise.errors import PlanError, ShardwiseError
+from shardwise.operations import broadcast_object_list
+from shardwise.placement import Where
+from shardwise.plan.candidates import candidates, least, why_not
+from shardwise.plan.given import subject_of
+from shardwise.plan.machine import Machine
+from shardwise.plan.optimizers import OPTIMIZERS
+from shardwise.plan.prediction import Training
+from shardwise.plan.rates import Rates
+from shardwise.plan.search import search
+from shardwise.plan.words import next_better, verdict
+from shardwise.sizes import format_bytes
+from shardwise.strategy import Strategy
+
+_SPARE = 0.5
+"""Of a device: what model states may take where nobody knows what activations will."""
+_CHOSEN = ("preset", "shard_size", "offload_params", "offload_grads", "offload_optimizer", "activation_checkpointing",
+           "activation_offload")  # fmt: skip
+_PATIENCE_S = 600.0
+
+
+def choose(
+    module: nn.Module,
+    asked: Strategy,
+    device: torch.device,
+    example: Any = None,
+    optimizers: Sequence[Optimizer] = (),
+) -> Strategy:
+    """The strategy to use for a model on this machine. A collective: rank 0 plans, and all ranks take its answer.
+
+    Args:
+        module: not sharded; is not changed.
+        asked: ``auto``, with keys that are kept: ``auto,param_dtype=bf16``.
+        device: where it will compute.
+        example: inputs of one forward, see :func:`~shardwise.plan.given.subject_of`. Without them the choice is by
+            model states alone, which may take half of a device.
+        optimizers: what will update it; AdamW if nobody knows yet.
+
+    Raises:
+        PlanError: nothing fits; with the nearest. On every rank.
+
+    Cost: some seconds to a minute on rank 0, in a process of its own.
+    """
+    world = init(device)
+    answer: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            answer = [_planned(module, asked, device, example, optimizers, world)]
+        except ShardwiseError as error:
+            answer = [error]
+    if world.size > 1:
+        broadcast_object_list(answer)
+    found = answer[0]
+    if isinstance(found, ShardwiseError):
+        raise found
+    strategy, why = found
+    if world.rank == 0:
+        print(f"shardwise: strategy auto: {why}", file=sys.stderr, flush=True)
+    return Strategy.parse(strategy)
+
+
+def _planned(
+    module: nn.Module,
+    asked: Strategy,
+    device: torch.device,
+    example: Any,
+    optimizers: Sequence[Optimizer],
+    world: World,
+) -> tuple[str, str]:
+    machine = _machine(module, device, world)
+    name = _name(optimizers)
+    if example is None:
+        return _by_states(module, asked, machine, name)
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return _search(module, asked, machine, name, example)
+    # A process of its own: the planned device is registered with torch for good, and this one has real work to do.
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_in_child, args=(theirs, module, asked, machine, name, example), daemon=False)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(_PATIENCE_S):
+            raise PlanError(f"no plan was made in {_PATIENCE_S:g} s", fix="name a strategy")
+        found = ours.recv()
+    except EOFError:
+        raise PlanError("the process that planned ended", fix="name a strategy, or try 'shardwise plan'") from None
+    finally:
+        if process.is_alive():
+            process.terminate()
+        process.join()
+    if isinstance(found, ShardwiseError):
+        raise found
+    return found
+
+
+def _in_child(pipe: Connection, *args: Any) -> None:
+    torch.set_num_threads(1)
+    World._current = None  # the parent's ranks are not ours
+    try:
+        pipe.send(_search(*args))
+    except ShardwiseError as error:
+        pipe.send(error)
+
+
+def _search(module: nn.Module, asked: Strategy, machine: Machine, optimizer: str, example: Any) -> tuple[str, str]:
+    subject = subject_of(module, example)
+    training = Training(subject, optimizer)
+    # On a device without kernels there is nothing that autocast could choose among.
+    plain = asked if machine.is_cpu else asked.replace(autocast=None)
+    rates = Rates.of_sheet(machine)
+    rows: list[Strategy] = []
+    plan = None
+    for group in candidates(machine, optimizer, None):
+        rows += [_with(plain, row) for row in group]
+        plan = search(training, machine, rates, rows=subject.batch, strategies=rows)
+        if plan.best is not None:
+            break
+    assert plan is not None
+    if plan.best is None:
+        raise PlanError(f"{verdict(plan)} {_table(plan)}", fix="a smaller batch, or more devices: see 'shardwise plan'")
+    more = next_better(plan)
+    return str(_with(asked, plan.best.strategy)), f"{verdict(plan)}{' ' + more if more else ''}"
+
+
+def _table(plan: Any) -> str:
+    rows = [row for row in plan.rows if row.found is not None][:6]
+    return "; ".join(f"{row.strategy} needs {format_bytes(row.found.needs[1])}" for row in rows)
+
+
+def _by_states(module: nn.Module, asked: Strategy, machine: Machine, optimizer: str) -> tuple[str, str]:
+    """Without inputs: the simplest whose states leave half of a device for the rest."""
+    parameters = sum(p.numel() for p in module.parameters())
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    part = replace(machine, memory=int(machine.memory * _SPARE))
+    smallest = ""
+    for group in candidates(machine, optimizer, None):
+        for row in group:
+            needs = least(row, machine, parameters, trainable, optimizer)
+            if not why_not(needs, part):
+                share = needs[Where.DEVICE] / machine.memory
+                chosen = _with(asked, row)
+                why = f"use {chosen}: its model states take {share:.0%} of a device. No example inputs were given, so "
+                return str(chosen), why + f"activations are not counted, and {1 - _SPARE:.0%} is left for them."
+            smallest = why_not(needs, part)
+    raise PlanError(f"nothing fits: {smallest}", fix="more devices, or more host memory: see 'shardwise plan'")
+
+
+def _with(asked: Strategy, row: Strategy) -> Strategy:
+    """A row of the search, with the keys that the script gave."""
+    given = {
+        f.name: getattr(asked, f.name)
+        for f in fields(Strategy)
+        if f.name != "preset" and getattr(asked, f.name) != f.default
+    }
+    layout = {"layout": row.layout} if row.layout != "element" else {}
+    return Strategy(**{**{key: getattr(row, key) for key in _CHOSEN}, **layout, **given})
+
+
+def _machine(module: nn.Module, device: torch.device, world: World) -> Machine:
+    """The one at hand, with what is free on it: what this model takes now, it will not when it is sharded."""
+    local = min(world.local_size, world.size)
+    machine = Machine.here(local, device=None if device.type != "cpu" else "cpu")
+    own = sum(p.numel() * p.element_size() for p in module.parameters() if p.device.type == device.type)
+    told = devices.memory(device) if device.type != "cpu" else None
+    free = host.memory()
+    if told is not None:
+        memory = min(told[1], told[0] + own)
+    else:
+        memory = machine.memory if free is None else min(machine.memory, free.free // local + own)
+    return replace(machine, memory=memory, nodes=max(1, world.size // local))
+
+
+def _name(optimizers: Sequence[Optimizer]) -> str:
+    """What the planner calls an optimizer."""
+    for optimizer in optimizers:
+        name = type(optimizer).__name__.lower()
+        if isinstance(optimizer, SGD) and any(group.get("momentum") for group in optimizer.param_groups):
+            return "momentum"
+        if name in OPTIMIZERS:
+            return name
+    return "adamw"

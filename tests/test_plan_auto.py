@@ -1,0 +1,123 @@
+"""``strategy="auto"``: the planner chooses on the machine at hand, and every rank takes its answer."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import shardwise
+from models import batch, loss_of, make, rank
+from ranks import run
+from shardwise import host
+from shardwise.engine.build import require_engine
+from shardwise.errors import PlanError, StrategyError
+from shardwise.host import HostMemory
+from shardwise.strategy import Strategy
+
+SIZES = {"d": 32, "layers": 7, "vocab": 64}
+
+
+def chosen(**given):
+    model = shardwise.fully_shard(make(**SIZES), strategy="auto", **given)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for step in range(2):
+        loss = loss_of(model, batch(step, rank(), vocab=64))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    return str(require_engine(model).strategy), losses
+
+
+def with_example():
+    return chosen(example=batch(0, rank(), vocab=64)[:, :-1])
+
+
+def explicit(strategy):
+    model = shardwise.fully_shard(make(**SIZES), strategy=strategy)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for step in range(2):
+        loss = loss_of(model, batch(step, rank(), vocab=64))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("function", [with_example, chosen])
+def test_all_ranks_choose_alike_and_train_as_if_it_had_been_named(function):
+    found = run(2, function)
+    strategies = {strategy for strategy, _ in found}
+    assert len(strategies) == 1
+    named = run(2, explicit, strategies.pop())
+    assert [losses for _, losses in found] == named
+
+
+def little_memory(total):
+    with mock.patch.object(host, "memory", return_value=HostMemory(total, total)):
+        return shardwise.fully_shard(make(**SIZES), strategy="auto", example=batch(0, rank(), vocab=64)[:, :-1])
+
+
+def refused(total):
+    with pytest.raises(PlanError, match=r"Nothing fits.*Nearest is"):
+        little_memory(total)
+
+
+def squeezed(total):
+    return str(require_engine(little_memory(total)).strategy)
+
+
+def test_where_nothing_fits_every_rank_hears_what_comes_nearest():
+    run(2, refused, 200_000)
+
+
+def test_with_less_memory_it_shards_more():
+    states = 16 * sum(p.numel() for p in make(**SIZES).parameters())
+    assert not run(2, squeezed, 1 << 33)[0].startswith("zero3,activation")
+    tight = run(2, squeezed, round(2 * 0.97 * states))
+    assert tight[0] == tight[1] and tight[0].startswith("zero3")
+
+
+def prepared():
+    torch.manual_seed(0)
+    accelerator = shardwise.Accelerator(strategy="auto", cpu=True)
+    model = make(**SIZES)
+    data = TensorDataset(torch.randint(0, 64, (8, 5)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=2))
+    seen = 0
+    for (ids,) in loader:
+        accelerator.backward(model(ids).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += len(ids)
+    return str(require_engine(model).strategy), seen
+
+
+def test_the_accelerator_plans_with_what_its_loader_gives():
+    (first, seen), (second, _) = run(2, prepared)
+    assert first == second and not Strategy.parse(first).is_auto
+    assert seen == 4
+
+
+def test_other_keys_stay():
+    kept = run(1, with_keys)[0]
+    assert "param_dtype=bf16" in kept and "timeout=60" in kept
+
+
+def with_keys():
+    model = shardwise.fully_shard(make(**SIZES), strategy="auto,param_dtype=bf16,timeout=60")
+    return str(require_engine(model).strategy)
+
+
+def test_auto_has_no_row_before_it_is_chosen():
+    auto = Strategy.parse("auto,param_dtype=bf16")
+    assert str(auto) == "auto,param_dtype=bf16" and "planner" in auto.explain()
+    with pytest.raises(StrategyError, match="before it knows the model"):
+        _ = auto.split_params
