@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from shardwise.comm.world import default_device
+from shardwise.device import accelerator
 from shardwise.errors import PlanError
 from shardwise.plan.kernels import as_on
 from shardwise.plan.planned_device import move, use_planned_device
 from shardwise.plan.shapes import SHIPPED
 from shardwise.plan.shorten import shorten
 from shardwise.plan.subject import resolve
+from shardwise.utils import clear_device_cache
 
 # Elements, as the model cards have them, in thousands of millions.
 SIZES = {
@@ -130,6 +133,12 @@ def test_moving_keeps_ties_layouts_and_buffers():
     assert moved is model and model.blocks[0].linear.weight is model.blocks[1].linear.weight
     assert model.blocks[0].linear.weight.dtype == torch.bfloat16 and model.scale.device.type == "planned"
     assert model.pair[0].weight.stride() == (1, 8) and not model.pair[0].weight.requires_grad
+
+
+def test_a_plan_leaves_this_process_its_device():
+    use_planned_device()
+    assert accelerator() != "planned" and default_device().type != "planned"
+    clear_device_cache()
 
 
 def test_adapters_are_what_trains():

@@ -33,11 +33,22 @@ _WITHOUT_MODULE = ("cpu", "meta")
 
 
 # --- which there are --------------------------------------------------------------------------------
+_kept: list[str | None] = []  # the accelerator, once torch names a device type in its place that is none
+
+
+def keep_accelerator() -> None:
+    """What is the accelerator stays it, though torch gets another device type now: one for tensors without values."""
+    if not _kept:
+        _kept.append(accelerator())
+
+
 def accelerator() -> str | None:
     """The type of accelerator that this process can use (``cuda``, ``xpu``, ``mps``, ...), if there is one.
 
     Asks without starting it where torch can: see ``torch.accelerator.is_available``.
     """
+    if _kept:
+        return _kept[0]
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None else found.type
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 
+from shardwise.device import keep_accelerator
 from shardwise.errors import PlanError
 
 NAME = "planned"
@@ -40,6 +41,7 @@ def use_planned_device() -> torch.device:
     if taken not in ("privateuseone", NAME):
         raise PlanError(f"this process uses the device type '{taken}', and torch has room for one such type", fix=fix)
     if taken != NAME:
+        keep_accelerator()
         try:
             setup(NAME, backend_module=_Module())
         except RuntimeError as error:
