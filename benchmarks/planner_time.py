@@ -141,6 +141,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     from plot import FAINT, INK, OURS
 
@@ -159,11 +160,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     high = 1.25e3 * max(max(r["measured"], r["predicted"]) for r in result["rows"])
     axis.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle=":")
     axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    ticks = [t for t in (10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000) if low <= t <= high]
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(FixedLocator(ticks))
+        side.set_major_formatter(ScalarFormatter())
+        side.set_minor_locator(NullLocator())
     axis.set_xlabel("measured, ms per step")
     axis.set_ylabel("predicted, ms per step")
     told = result["verdict"]
     axis.set_title(
-        f"{len(result['rows'])} steps on a CPU: mean error {told['mean_error']:.1%}, rank correlation "
+        f"{len(result['rows'])} steps on a CPU: mean error {told['mean_error']:.1%},\nrank correlation "
         f"{told['rank_correlation']:.2f}, worst regret {told['worst_regret']:.1%}",
         loc="left", fontsize=8.5, fontweight="bold",
     )  # fmt: skip
