@@ -27,37 +27,32 @@ class JoinedReduction:
     When it is made, everything has been copied: whoever gave it may let it go, and then :meth:`start` it.
 
     Args:
-        tensors: what is sent, 1-D: shard by shard, and in each of them ``n`` elements of each buffer, with an ``n`` of
+        packed: what is sent: shard by shard, and in each of them ``n`` elements of each buffer, with an ``n`` of
             its own.
-        scale: by which everything is multiplied on its way.
+        free: called when it is not needed any more.
     """
 
-    __slots__ = ("_memory", "_outs", "_packed", "_reduction", "_total", "mesh", "op")
+    __slots__ = ("_free", "_memory", "_outs", "_packed", "_reduction", "_summed", "_total", "mesh", "op")
 
-    def __init__(self, mesh: Mesh, tensors: Sequence[torch.Tensor], op: Op, memory: Memory, scale: float = 1.0) -> None:
-        self.mesh, self.op, self._memory = mesh, op, memory
-        first, numel = tensors[0], sum([tensor.numel() for tensor in tensors])
-        packed = memory.empty(numel, first.dtype, first.device, "gather_buffers")
-        torch.cat(list(tensors), out=packed)
-        if scale != 1.0:
-            packed.mul_(scale)
-        self._packed = [packed]
+    def __init__(self, mesh: Mesh, packed: torch.Tensor, op: Op, memory: Memory, free: Callable[[], None]) -> None:
+        self.mesh, self.op, self._memory, self._free = mesh, op, memory, free
+        self._packed: torch.Tensor | None = packed
+        self._summed: torch.Tensor | None = None  # memory for sums in another dtype
         self._reduction: Reduction | None = None
 
     def start(self, outs: Sequence[torch.Tensor]) -> None:
         """Send what was copied.
 
         Args:
-            outs: ``(copies * n,)`` each: the held shards. All have one dtype.
+            outs: ``(copies, n)`` each: the held shards. All have one dtype.
         """
-        packed, copies, dtype = self._packed[0], len(self.mesh.held), outs[0].dtype
+        packed, copies, dtype = self._packed, len(self.mesh.held), outs[0].dtype
+        assert packed is not None
         n = packed.numel() // self.mesh.parts
         total: torch.Tensor = packed[self.mesh.held.start * n : self.mesh.held.stop * n]
         if dtype != packed.dtype:
-            total = self._memory.empty(copies * n, dtype, packed.device, "gather_buffers")
-            self._packed.append(total)
-        self._total = total.view(copies, n)
-        self._outs = [out.view(copies, -1) for out in outs]
+            total = self._summed = self._memory.empty(copies * n, dtype, packed.device, "gather_buffers")
+        self._total, self._outs = total.view(copies, n), list(outs)
         self._reduction = self.mesh.reduce(packed, total, self.op, self._memory)
 
     def advance(self) -> None:
@@ -73,9 +68,11 @@ class JoinedReduction:
         self._reduction = None
         with torch.no_grad():
             torch._foreach_copy_(self._outs, self._total.split([out.shape[1] for out in self._outs], dim=1))
-        for tensor in self._packed:
-            self._memory.drop(tensor, "gather_buffers")
-        del self._outs, self._total, self._packed
+        if self._summed is not None:
+            self._memory.drop(self._summed, "gather_buffers")
+        del self._outs, self._total, self._summed
+        self._packed = None
+        self._free()
 
 
 def gather_joined(

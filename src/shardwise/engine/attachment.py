@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
-from operator import is_
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from shardwise.engine.bucket import Bucket
 from shardwise.engine.deferred_update import DeferredStep
 from shardwise.engine.failure import Failure, require_valid
 from shardwise.engine.offload import CallDepth, OptimizerShard
-from shardwise.engine.unit import Unit, unit_of
+from shardwise.engine.unit import Unit, are_here, begin_change, end_change, unit_of
 from shardwise.errors import OptimizerError
+
+_VERSION = attrgetter("_version")
 
 
 class Phase(Enum):
@@ -48,6 +51,7 @@ class Attachment:
         shards: by ``id`` of the bucket.
         hooks: ids of the hooks before and after its own step.
         bare: ``state_dict()`` leaves what is on a disk there.
+        all_given: all pieces have gradients, in the step under way.
         counted: pieces whose state is in the ledger.
         counted_entries: of ``optimizer.state``, when the ledger was told last.
     """
@@ -67,7 +71,7 @@ class Attachment:
         self.remote: set[int] = set()
         self.deferred: DeferredStep | None = None
         self._before_update: list[int] = []
-        self._entries = -1  # of ``optimizer.state``, then
+        self.all_given = False
         self._updating: list[Unit] = []
         self.shards: dict[int, OptimizerShard] = {}
         self.hooks = (-1, -1)
@@ -92,10 +96,10 @@ class Attachment:
     @property
     def known(self) -> _Known:
         """Where its parameters are. Looked up again when the groups hold others, or more of them were sharded."""
-        groups: list[list[Any]] = self.originals
-        if self.phase is Phase.PARAMETERS:
-            groups = [group["params"] for group in self.optimizer.param_groups]
         found = self._known
+        if self.phase is not Phase.PARAMETERS and found is not None:
+            return found  # what it was when they were exchanged
+        groups = [group["params"] for group in self.optimizer.param_groups]
         if found is None or not found.holds(groups):
             found = self._known = _Known(groups)
         return found
@@ -110,13 +114,15 @@ class Attachment:
 
     def finish_updates(self) -> None:
         """Wait for updates that were asked for, and for what the script wrote to reach the master values."""
-        units = self.units
-        for engine in {id(unit.upward): unit.upward for unit in units}.values():
+        known = self.known
+        for engine in {id(unit.upward): unit.upward for unit in known.units}.values():
             engine.recover()
-            engine.check()
-        for unit in self.known.moving:
-            if unit.apart or unit.updating or unit.failure is not None:
-                unit.reconcile()
+            if known.moving:  # what is settled is updated wherever it is
+                engine.check()
+        if known.apart or not are_here(known.moving):
+            for unit in known.moving:
+                if unit.apart or unit.updating or unit.failure is not None:
+                    unit.reconcile()
 
     def exchange(self, *, grads: bool = False, loading: bool = False) -> None:
         """Parameters out, pieces in.
@@ -146,10 +152,12 @@ class Attachment:
 
     def _give_grads(self, known: _Known) -> None:
         """Give pieces their gradients. Most have them: those of the step before, in the same memory."""
-        for bucket in known.buckets:
+        shown = known.shown()
+        self.all_given = known.are_given(shown)
+        if self.all_given:
+            return
+        for bucket in known.listened:
             plan, grads = bucket.placement, bucket.grads
-            if plan.settled:
-                continue
             found = grads.all_for_step()
             if grads.given is found:
                 continue
@@ -162,6 +170,7 @@ class Attachment:
             grads.given = found if stays else None
             if not stays:
                 self._lent.append(bucket)
+        known.note_given()
 
     def restore(self) -> None:
         """Pieces out, parameters in."""
@@ -193,18 +202,23 @@ class Attachment:
         self.phase = Phase.UPDATING
         name, units = type(self.optimizer).__name__, self.units
         self._updating = units
-        entries = len(self.optimizer.state)
-        if entries != self._entries or not self._written or not deferred_update.is_plain(self.optimizer):
-            self._entries, self._written = entries, self._changing()
-        self._before_update = [t._version for t in self._written]
+        self._written = self._changing()
+        self._before_update = list(map(_VERSION, self._written))
         self.failure = Failure.of_update(name, _where(units), look=self.look)
-        for unit in units:
-            unit.failure = self.failure
+        begin_change(units, self.failure)
 
     def _changing(self) -> list[torch.Tensor]:
-        """What the optimizer's own step writes to: pieces, and their state."""
+        """What the optimizer's own step writes to: pieces, and their state.
+
+        Torch's own optimizers write first to the first piece of a kind that has a gradient, or to its state: as long
+        as that is as it was, all are.
+        """
         state, out = self.optimizer.state, []
-        for piece in (p for group in self.optimizer.param_groups for p in group["params"]):
+        pieces: Iterable[torch.Tensor] = (p for group in self.optimizer.param_groups for p in group["params"])
+        if deferred_update.is_plain(self.optimizer) and not self.known.with_home:
+            of_kind = (next((p for p in kind if p.grad is not None), None) for kind in self.known.kinds)
+            pieces = [p for p in of_kind if p is not None]
+        for piece in pieces:
             out.append(piece)
             mine = dict.get(state, piece)  # not through what refuses parameters
             if mine:
@@ -215,7 +229,7 @@ class Attachment:
         """Since an update began, has something been written to, or replaced?"""
         now = self._changing()
         same = len(now) == len(self._written) and all(map(is_, now, self._written))
-        return not same or [t._version for t in now] != self._before_update
+        return not same or list(map(_VERSION, now)) != self._before_update
 
     def interrupted(self, error: BaseException) -> None:
         """A call ended in an exception: mend the groups. If an update had begun to change something, it has failed."""
@@ -243,8 +257,7 @@ class Attachment:
         """It has ended without an exception, or before it changed anything."""
         if self.phase is Phase.UPDATING:
             self.phase, self.failure = Phase.PIECES, None
-            for unit in self._updating:
-                unit.failure = None
+            end_change(self._updating)
             self._updating = []
 
     def fail(self, error: BaseException, where: str = "") -> Failure:
@@ -268,7 +281,11 @@ class _Known:
     Attributes:
         places: per group and parameter, its bucket and index there; ``None``: it is not sharded.
         pieces: per group, what this rank holds of them, and of which bucket it is; ``held``: without that.
-        units, buckets: theirs; units in the order of their model. ``moving``: units that are not settled.
+        units, buckets: theirs; units in the order of their model. ``moving``: units that are not settled;
+            ``listened``: buckets that are not; ``changes``: both.
+        apart: values of some unit are another tensor than the master values.
+        kinds: what this rank holds, by group, dtype and device.
+        given: what :meth:`shown` returned when pieces got gradients to keep; empty: some did not.
         with_home: some of them are updated at a home of their own.
     """
 
@@ -287,9 +304,25 @@ class _Known:
                 self.pieces[-1] += [(piece, bucket) for piece in bucket.piece_params[index]]
                 buckets[id(bucket)] = bucket
         self.held = [[piece for piece, _ in pieces] for pieces in self.pieces]
+        kinds: dict[Any, list[torch.Tensor]] = {}
+        for k, pieces in enumerate(self.held):
+            for piece in pieces:
+                kinds.setdefault((k, piece.dtype, piece.device), []).append(piece)
+        self.kinds = list(kinds.values())
         self.units = units_of(p for params in self._params for p in params)
         self.moving = [unit for unit in self.units if not unit.settled]
+        self.apart = any(unit.apart for unit in self.moving)
         self.buckets = list(buckets.values())
+        self.listened = [b for b in self.buckets if not b.placement.settled]
+        self._shown = [p for b in self.listened for p in b.params]
+        self.given: list[Any] = []
+        self._moving_params = [
+            (place, p)
+            for params, places in zip(self._params, self.places, strict=True)
+            for p, place in zip(params, places, strict=True)
+            if place is not None and not place[0].placement.settled
+        ]
+        self.changes = [(u, mine) for u in self.moving if (mine := [b for b in u.buckets if id(b) in buckets])]
         self.with_home = any(b.home is not None for b in self.buckets)
         self._loose = [
             p
@@ -298,14 +331,31 @@ class _Known:
             if place is None
         ]
 
-    def with_gradients(self) -> set[int]:
-        """Buckets (by ``id``) of which a parameter in the groups has a gradient."""
-        return {
-            id(place[0])
-            for params, places in zip(self._params, self.places, strict=True)
-            for p, place in zip(params, places, strict=True)
-            if place is not None and p.grad is not None
-        }
+    def shown(self) -> list[Any]:
+        """What ``p.grad`` shows of each parameter of the buckets that are not settled."""
+        with torch._C.DisableTorchFunctionSubclass():  # of parameters that are released
+            return [p.grad for p in self._shown]
+
+    def are_given(self, shown: Sequence[Any]) -> bool:
+        """Is that what pieces have got to keep, and is it reduced once more?"""
+        return (
+            len(shown) == len(self.given)
+            and all(map(is_, shown, self.given))
+            and all(b.grads.are_given for b in self.listened)
+        )
+
+    def note_given(self) -> None:
+        """Pieces have got their gradients. Of those that they keep, remember which these are."""
+        self.given = self.shown() if all(b.grads.are_given for b in self.listened) else []
+
+    def with_gradients(self) -> list[tuple[Unit, list[Bucket]]]:
+        """Units and buckets that are not settled, of which a parameter in the groups has a gradient."""
+        with torch._C.DisableTorchFunctionSubclass():
+            there = list(map(is_not, [p.grad for _, p in self._moving_params], repeat(None)))
+        if all(there):
+            return self.changes
+        found = {id(b) for (b, _), _ in compress(self._moving_params, there)}
+        return [(unit, some) for unit, all_ in self.changes if (some := [b for b in all_ if id(b) in found])]
 
     def holds(self, groups: Sequence[Sequence[Any]]) -> bool:
         """Is this about these groups, and still so?"""

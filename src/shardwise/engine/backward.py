@@ -2,7 +2,7 @@
 
 ::
 
-    unit i:           wait gather(i) · start gather(i-1) · compute, gradients copied as they arrive
+    unit i:           wait gather(i) · start gather(i-1) · compute, gradients copied as they arrive, or left in p.grad
     unit i-1 begins:  release(i) · finish reduce(i+1) · start reduce(i)
     the end:          reduce what is left · control exchange · show gradients in p.grad
 
@@ -23,6 +23,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import repeat
+from operator import is_, is_not
 from typing import Any
 
 import torch
@@ -34,16 +36,20 @@ from shardwise.comm import joined
 from shardwise.comm.faults import Tracker
 from shardwise.comm.mesh import Mesh
 from shardwise.comm.stats import Op
+from shardwise.engine.batch import Batch
 from shardwise.engine.commands import Command
 from shardwise.engine.control import Agreed, Exchange
 from shardwise.engine.forward import Forward
+from shardwise.engine.grad_states import GradState
+from shardwise.engine.gradients import Gradients
 from shardwise.engine.gradmask import mask
 from shardwise.engine.in_backward import InBackward
-from shardwise.engine.joined import LOOK_AHEAD, Reduces
+from shardwise.engine.joined import LOOK_AHEAD, Reduces, by_bytes
+from shardwise.engine.listening import Listening
 from shardwise.engine.own_gradients import OwnGradients
 from shardwise.engine.passes import Call, Passes, UnitOrder
 from shardwise.engine.residency import Pin
-from shardwise.engine.unit import Slot, Unit, Upward
+from shardwise.engine.unit import Slot, Unit, Upward, are_here
 from shardwise.errors import UnitError
 
 _IN_FLIGHT = 1  # messages of reduces under way while the next unit computes; each holds its gradients twice
@@ -61,12 +67,15 @@ class _Run:
         next: position in the common order of reduces.
         launched: units whose turn to be reduced has come.
         waiting: of them, those that go with the next message; ``waiting_bytes``: of gradients.
-        in_flight: messages that were sent and not finished, by their units.
+        in_flight: messages that were sent and not finished: their units, and what was taken in batches.
         arrived: parameters (by ``id``) that got a gradient here, or whose gradient waits here for its reduce.
         had: parameters (by ``id``) that had a gradient before. ``p.grad`` shows it all the time: a script that catches
             an exception may clear it before autograd has let go of the backward.
         hidden: of them, those that autograd is about to give another one, with what ``p.grad`` showed.
         keep_graph: ``create_graph=True``: a second backward needs the values.
+        begun: ``had`` is known. ``leaves``: there was no gradient, and no unit's values go: what arrives is left in
+            ``p.grad`` until its message goes.
+        batches: messages of gradients that were taken from there; ``apart``: units that were launched otherwise.
     """
 
     def __init__(self, units: Sequence[Unit], keep_graph: bool) -> None:
@@ -79,11 +88,14 @@ class _Run:
         self.launched: list[Unit] = []
         self.waiting: list[Unit] = []
         self.waiting_bytes = 0
-        self.in_flight: deque[list[Unit]] = deque()
+        self.in_flight: deque[tuple[list[Unit], list[Batch]]] = deque()
         self.arrived: set[int] = set()
         self.had: set[int] = set()
         self.hidden: dict[int, torch.Tensor] = {}
         self.keep_graph = keep_graph
+        self.begun = self.leaves = False
+        self.batches: list[Batch] = []
+        self.apart: list[Unit] = []
 
 
 class Backward:
@@ -106,6 +118,8 @@ class Backward:
         count: backwards that have begun.
         order: units (by index) expected to be reduced, in the common order.
         in_backward: updates units as soon as their gradients are reduced; ``None``: ``step()`` does.
+        listening: whose backwards are noticed one by one; ``None``: nobody's yet.
+        alert: see :class:`~shardwise.engine.unit.Listener`.
     """
 
     def __init__(
@@ -124,8 +138,12 @@ class Backward:
         self.units: list[Unit] = []
         self.moving: list[Unit] = []
         self._own: list[OwnGradients] = []
-        self._counted = 0  # bytes of those, when the ledger was told last
-        self._params: list[int] = []  # of those, by ``id``
+        self._own_params: list[nn.Parameter] = []
+        self._counted: list[bool] = []  # which of those had one when the ledger was told last
+        self._params: list[int] = []  # of those that move, by ``id``
+        self._grads: list[Gradients] = []  # theirs
+        self._all: list[nn.Parameter] = []
+        self.listening: Listening | None = None
         self.sync, self.local = True, False
         self.count = 0
         self.order: list[int] = []
@@ -133,6 +151,7 @@ class Backward:
         self.in_backward: InBackward | None = None
         self._reduces = Reduces()
         self._run: _Run | None = None
+        self.alert = True
         self._lost = False  # the last backward ended in an exception
         self._token: weakref.ref[Any] | None = None
 
@@ -141,12 +160,39 @@ class Backward:
         self.units = list(units)
         self.moving = [unit for unit in self.units if not unit.settled]
         self._own = [b.grads for u in self.units for b in u.buckets if isinstance(b.grads, OwnGradients)]
+        self._own_params = [p for grads in self._own for p in grads.bucket.params]
         self._params = [key for unit in self.moving for key in unit.places]
         small = [b for unit in self.moving for b in unit.buckets if b.wire_bytes < joined.JOINED_BYTES]
         for b in small:
             b.grads.packed = self.mesh.parts > 1 and len(small) > 1
+        self._grads = [b.grads for unit in self.moving for b in unit.buckets]
+        self._all = [p for grads in self._grads for p in grads.bucket.params]
         # Until a backward has shown better: the reverse of registration, with parents after their children.
         self.order = self.default_order()
+        for unit in self.units:
+            unit.listener = self
+            for slot in unit.slots:
+                if not slot.bucket.placement.settled and slot not in unit.unwatched:
+                    self._tell(slot)  # of a child that was sharded before
+            self.watch(unit)
+
+    def listen(self, hear: Callable[[Unit], None]) -> None:
+        """The units' modules know them: from here on, those run that have to be noticed.
+
+        Args:
+            hear: puts the hooks on the module of a unit.
+        """
+        self.listening = Listening(hear)
+        in_order = [self.units[i] for i in self.order]
+        alone = self.in_backward is not None or any(unit.released for unit in self.units)
+        messages = [[unit] for unit in in_order] if alone else by_bytes(in_order, lambda unit: unit.wire_bytes)
+        others = [u for u in self.units if (not u.settled and u not in in_order) or u.module is self.forward.root]
+        self.listening.choose(messages, others, self.forward.root)
+
+    def listen_as(self, of: Backward) -> None:
+        """As the original of this model does."""
+        if of.listening is not None:
+            self.listen(of.listening.hear_one)
 
     def default_order(self) -> list[int]:
         depth = {u.index: (u.name.count(".") + 1 if u.name else 0) for u in self.units}
@@ -160,13 +206,27 @@ class Backward:
             return
         for slot in unit.unwatched:
             if slot.param.requires_grad:
-                # By weak references: the collector cannot look into autograd, and a dropped model would never go.
-                me, of = weakref.ref(self), weakref.ref(slot)
-                slot.param.register_hook(partial(_before_arrival, me, of))
-                slot.param.register_post_accumulate_grad_hook(partial(_arrival, me, of))
+                slot.watch()
+                self._tell(slot)
         unit.unwatched = [slot for slot in unit.unwatched if not slot.param.requires_grad]
 
-    def _arrived(self, slot: Slot) -> None:
+    def _tell(self, slot: Slot) -> None:
+        """Gradients that are not packed from where autograd made them are taken as they arrive."""
+        if self.in_backward is not None or not slot.bucket.grads.packed:
+            slot.tell()
+
+    def expect(self, slot: Slot) -> None:
+        """Autograd is about to add a gradient to what ``p.grad`` shows: that has to be hidden meanwhile."""
+        if self._run is None or self._lost:
+            self.begin()
+        run = self._run
+        if run is not None and run.had and slot.param.grad is not None:
+            run.hidden[id(slot.param)] = slot.param.grad
+            slot.param.grad = None
+            slot.tell()
+
+    def arrived(self, slot: Slot) -> None:
+        """It has come: take it, and show what ``p.grad`` showed."""
         run, param = self._run, slot.param
         grad = param.grad
         param.grad = run.hidden.pop(id(param), None) if run is not None and run.hidden else None
@@ -174,18 +234,23 @@ class Backward:
             return
         if self.in_backward is not None:
             self.in_backward.refuse_more(slot.unit, slot.bucket.names[slot.index])
-        if grad.is_sparse:
-            raise UnitError(
-                f"parameter '{slot.bucket.names[slot.index]}' has a sparse gradient, which has no flat layout",
-                where=f"unit {slot.unit.label}",
-                fix="build the embedding with sparse=False",
-            )
         run.arrived.add(id(param))
-        if run.keep_graph:
-            with torch.no_grad():
-                slot.bucket.grads.arrive(slot.index, grad.detach())
-        else:
-            slot.bucket.grads.arrive(slot.index, grad)
+        slot.bucket.grads.take_one(slot.index, grad, detach=run.keep_graph)
+
+    def _collect(self, run: _Run, unit: Unit) -> None:
+        """Take what autograd has left in ``p.grad``, of gradients that are packed from where they are."""
+        for b in unit.buckets:
+            if b.grads.packed:
+                run.arrived.update(b.grads.collect_own(run.had, detach=run.keep_graph))
+
+    def _collect_all(self, run: _Run) -> bool:
+        """What autograd has left anywhere. Was there any?"""
+        with torch._C.DisableTorchFunctionSubclass():  # of parameters that are released
+            if not run.had and all(map(is_, [p.grad for p in self._all], repeat(None))):
+                return False
+        for unit in self.moving:
+            self._collect(run, unit)
+        return True
 
     # --- the beginning ---------------------------------------------------------------------------------
     def begin(self) -> None:
@@ -215,21 +280,33 @@ class Backward:
 
     def start(self, keep_graph: bool = False) -> None:
         """Nothing has arrived yet and nothing is launched."""
-        for unit in self.moving:
-            if unit.updating or unit.failure is not None:
-                unit.finish_update()
+        for unit in self._unsettled():
+            unit.finish_update()
         self.passes.backward = True
         self.count += 1
         run = self._run = _Run(self.units, keep_graph)
         if self.in_backward is not None:
             self.in_backward.begin(self.units)
-        for unit in self.moving:
-            for b in unit.buckets:
-                had = b.grads.read_flags()
-                if any(had):
-                    run.had.update(id(p) for p, was in zip(b.params, had, strict=True) if was)
-                if b.grads.states.any_waits:  # what no_sync() has kept on this rank is reduced with what arrives now
-                    run.arrived.update(id(p) for i, p in enumerate(b.params) if b.grads.states.waits(i))
+        with torch._C.DisableTorchFunctionSubclass():  # of parameters that are released
+            if all(map(is_, [p.grad for p in self._all], repeat(None))):
+                for grads in self._grads:
+                    grads.forget_zeroed()
+                run.begun, self.alert = True, False
+                run.leaves = not self.forward.going and self.in_backward is None
+                return
+        for grads in self._grads:
+            had = grads.read_flags()
+            if any(had):
+                run.had.update(id(p) for p, was in zip(grads.bucket.params, had, strict=True) if was)
+            if grads.states.any_waits:  # what no_sync() has kept on this rank is reduced with what arrives now
+                run.arrived.update(id(p) for i, p in enumerate(grads.bucket.params) if grads.states.waits(i))
+        run.begun, self.alert = True, bool(run.had)
+
+    def _unsettled(self) -> list[Unit]:
+        """Units that an update may be changing, or one has failed to change."""
+        if are_here(self.moving):
+            return []
+        return [unit for unit in self.moving if unit.updating or unit.failure is not None]
 
     # --- unit by unit ------------------------------------------------------------------------------------
     def enter(self, unit: Unit, call: Call | None, number: int | None = None) -> None:
@@ -244,7 +321,7 @@ class Backward:
         if call is not None:
             self._see_over(run, call, number)
         self._launch_next(run)
-        self.tracker.phase, self.tracker.unit = "backward", unit.label
+        self.tracker.phase, self.tracker.unit = "backward", self._label(unit)
         if events.listeners:
             events.phase("backward", unit.label)
         if unit.index not in run.entered or not unit.here:
@@ -257,6 +334,9 @@ class Backward:
                 unit.residence.pin(Pin.BACKWARD)
         if call is not None and call not in run.open:
             run.open.append(call)
+
+    def _label(self, unit: Unit) -> str:
+        return unit.label if self.listening is None else self.listening.label(unit)
 
     def bring(self, unit: Unit, call: Call | None) -> None:
         """Something that autograd saved of ``unit``'s values is needed now.
@@ -290,8 +370,12 @@ class Backward:
                 self._is_done(run, call.unit)
 
     def _is_done(self, run: _Run, unit: Unit) -> None:
+        if not run.leaves:
+            self._collect(run, unit)
         unit.release()
         run.done[unit.index] = None
+        silent = () if self.listening is None else self.listening.silent.get(unit.index, ())
+        run.done.update(dict.fromkeys([other.index for other in silent]))
 
     def _launch_next(self, run: _Run) -> None:
         """Start the reduces of units that are done, in the common order."""
@@ -318,12 +402,21 @@ class Backward:
         """Start the reduces that wait, and finish those before."""
         if not run.waiting:
             return
+        units, run.waiting, run.waiting_bytes = run.waiting, [], 0
         with torch.no_grad():
             while len(run.in_flight) >= _IN_FLIGHT:
-                self._finish(run.in_flight.popleft())
-            self._reduces.start(run.waiting)
-        run.in_flight.append(run.waiting)
-        run.waiting, run.waiting_bytes = [], 0
+                self._finish(*run.in_flight.popleft())
+            batches = self._reduces.take(units) if run.leaves else None
+            if batches is not None:
+                run.batches += batches
+                for batch in batches:
+                    run.arrived.update(batch.ids)
+            else:
+                for unit in units:
+                    self._collect(run, unit)
+                run.apart += units
+                self._reduces.start(units)
+        run.in_flight.append((units, batches or []))
 
     def follow_launch(self, unit: Unit) -> None:
         """On a rank without data: the others start the reduce of ``unit``."""
@@ -331,8 +424,13 @@ class Backward:
         self._run.next += 1  # the order is the same on all ranks
         self.launch(unit)
 
-    def _finish(self, units: Sequence[Unit]) -> None:
-        for unit in units:
+    def _finish(self, units: Sequence[Unit], batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            if batch.split:
+                batch.finish()
+            else:
+                batch.advance()
+        for unit in () if batches else units:
             for b in unit.buckets:
                 if b.grads.split or self.in_backward is not None:
                     b.grads.finish_reduce()
@@ -354,6 +452,8 @@ class Backward:
         if events.listeners:
             events.phase("end of backward", self.tracker.unit)
         try:
+            if self.moving and (not run.leaves or not (self.sync or gather_log is not None)):
+                self._collect_all(run)
             if self.sync or gather_log is not None:
                 log = self.forward.gather_log if gather_log is None else gather_log
                 with torch.no_grad(), self.upward.announce(Command.BACKWARD_ENDS, log):
@@ -371,7 +471,7 @@ class Backward:
                     unit.release()
             self._run = None
         finally:
-            self._lost = self._run is not None
+            self._lost, self.alert = self._run is not None, True
             self.passes.backward = False
             self.tracker.phase = self.tracker.unit = ""
             if events.listeners:
@@ -384,32 +484,42 @@ class Backward:
 
     def count_gradients(self) -> None:
         """Tell the ledger of gradients that autograd keeps by itself."""
-        nbytes = sum([p.grad.nbytes for grads in self._own for p in grads.bucket.params if p.grad is not None])
-        watched = bool(self._own) and self._own[0].bucket.ledger.observer is not None
-        if nbytes != self._counted or watched:
-            self._counted = nbytes
+        if not self._own:
+            return
+        there = list(map(is_not, [p.grad for p in self._own_params], repeat(None)))
+        if there != self._counted or self._own[0].bucket.ledger.observer is not None:
+            self._counted = there
             for grads in self._own:
                 grads.count()
 
     def _reduce_rest(self, run: _Run, log: int) -> Agreed:
+        if not self.moving:
+            return Agreed(set(), set(), [])
         # 1. What was reduced last time, on any rank, is reduced now, with zeros where nothing arrived.
         for index in self.order[run.next :]:
             self.launch(self.units[index])
         run.next = len(self.order)
         self._send(run)
+        more = self._collect_all(run) if run.leaves else True  # not reduced last time, or come behind its message
         launched = {u.index for u in run.launched}
         # 2. Which parameters got a gradient, and where more arrived after their unit's reduce?
-        late = [u.index for u in self.moving if any(b.grads.states.any_waits for b in u.buckets)]
+        late: list[int] = []
+        if more or run.apart:
+            late = [u.index for u in self.moving if any(b.grads.states.any_waits for b in u.buckets)]
         group = None if self.mesh.world.fake else self.mesh.control
         exchange = Exchange(self._params, len(self.units), run.arrived, late, run.done, log, group, self._control)
         transfer = exchange.start()
-        for unit in run.launched:
+        for batch in run.batches:
+            batch.finish()
+        for unit in run.apart:
             for b in unit.buckets:
                 b.grads.finish_reduce()
         run.in_flight.clear()
         agreed = exchange.finish(transfer, self._leader())
         # 3. What nobody expected: units used for the first time, or a second arrival in one backward.
-        wanted = {u.index for u in self.moving if not agreed.used.isdisjoint(u.places)}
+        wanted = {u.index for u in self.moving}
+        if len(agreed.used) < len(self._params):
+            wanted = {u.index for u in self.moving if not agreed.used.isdisjoint(u.places)}
         unexpected = [self.units[i] for i in sorted(agreed.again | (wanted - launched))]
         for unit in unexpected:
             self.launch(unit)
@@ -421,6 +531,8 @@ class Backward:
             for unit in self.moving:
                 self.in_backward.update(unit, agreed.used, final=True)
         self.order = [i for i in agreed.order if i in wanted]
+        if self.listening is not None and (late_ones := agreed.again & launched):
+            self.listening.hear(self.units[i] for i in sorted(late_ones))
         self.forward.gather_log = 0
         return agreed
 
@@ -431,6 +543,14 @@ class Backward:
                 b.grads.keep()
 
     def _show(self, used: set[int]) -> None:
+        if not self.moving:
+            return
+        if len(used) == len(self._params) and all(g.states.all_are(GradState.REDUCED) for g in self._grads):
+            with torch._C.DisableTorchFunctionSubclass():  # of parameters that are released
+                for grads in self._grads:
+                    for p, grad in zip(grads.bucket.params, grads.shown_all, strict=True):
+                        p.grad = grad
+            return
         for unit in self.moving:
             if used.issuperset(unit.places):
                 for b in unit.buckets:
@@ -449,11 +569,12 @@ class Backward:
         run = self._run
         if run is None or self._lost:
             return
-        self._lost, self.passes.backward = True, False
+        self._lost, self.passes.backward, self.alert = True, False, True
         with torch.no_grad():
-            for unit in self.moving:
-                for b in unit.buckets:
-                    b.grads.forget()
+            for grads in self._grads:
+                if grads.packed and run.begun:
+                    grads.forget_own(run.had)
+                grads.forget()
             for slot in (slot for unit in self.moving for slot in unit.slots if id(slot.param) in run.had):
                 if id(slot.param) in run.hidden:
                     slot.param.grad = run.hidden.pop(id(slot.param))
@@ -473,7 +594,7 @@ class Backward:
             UnitError: some units were updated in it already.
         """
         self.lost()
-        self._run, self._lost = None, False
+        self._run, self._lost, self.alert = None, False, True
         with torch.no_grad(), self.upward.announce(Command.ABANDON):
             for unit in self.moving:
                 for b in unit.buckets:
@@ -503,22 +624,3 @@ def _lost(backward: weakref.ref[Backward], _token: object) -> None:
     found = backward()
     if found is not None:
         found.lost()
-
-
-def _before_arrival(backward: weakref.ref[Backward], slot: weakref.ref[Slot], _grad: torch.Tensor) -> None:
-    """Autograd is about to add a gradient to what ``p.grad`` shows: that has to be hidden meanwhile."""
-    found = backward()
-    if found is None:
-        return
-    if found._run is None or found._lost:
-        found.begin()
-    run, of = found._run, slot()
-    if run is not None and run.had and of is not None and of.param.grad is not None:
-        run.hidden[id(of.param)] = of.param.grad
-        of.param.grad = None
-
-
-def _arrival(backward: weakref.ref[Backward], slot: weakref.ref[Slot], _param: nn.Parameter) -> None:
-    found, of = backward(), slot()
-    if found is not None and of is not None:
-        found._arrived(of)

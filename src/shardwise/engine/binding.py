@@ -68,14 +68,13 @@ def binding_of(module: nn.Module) -> Binding | None:
     return vars(module).get(_BINDING)
 
 
-def bind(unit: Unit, forward: Forward, backward: Backward) -> bool:
-    """Have a unit's module drive it. Is it the first time?"""
+def bind(unit: Unit, forward: Forward, backward: Backward) -> None:
+    """Have a unit's module know it."""
     old = binding_of(unit.module)
     if old is not None:  # the parent's engine has taken over the unit
         old.unit, old.forward, old.backward = unit, forward, backward
-        return False
-    object.__setattr__(unit.module, _BINDING, Binding(unit, forward, backward))
-    return True
+    else:
+        object.__setattr__(unit.module, _BINDING, Binding(unit, forward, backward))
 
 
 def owned_by(module: nn.Module) -> Owned:

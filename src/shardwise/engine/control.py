@@ -92,7 +92,10 @@ class Exchange:
             transfer.wait()
             width = len(self.row)
             rows = [bytes(self.all[k : k + width]) for k in range(0, len(self.all), width)]
-        used = {p for row in rows for p in compress(self.params, row)}
+        all_ = b"\1" * n
+        used = set(self.params)
+        if not any(row.startswith(all_) for row in rows):
+            used = {p for row in rows for p in compress(self.params, row)}
         again = {i for row in rows for i, late in enumerate(row[n:m_end]) if late}
         logs = [row[order_end:] for row in rows]
         if len(set(logs)) > 1:

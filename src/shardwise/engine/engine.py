@@ -192,8 +192,9 @@ class Engine:
             if not self.runs_alone or torch.is_grad_enabled():
                 self.check()
             for unit in self.backward.moving:
-                unit.reconcile_values()
-                if not unit.updating:  # an update that is under way may be reading gradients on another stream
+                if unit.apart:
+                    unit.reconcile_values()
+                if unit.splits and not unit.updating:  # an update may be reading gradients on another stream
                     for b in unit.buckets:
                         b.grads.free_zeroed()
         self.forward.begin()
@@ -335,6 +336,7 @@ class Engine:
         new.take_over([unit.copied(of, new.ledger, new) for unit in self.units])
         for old, unit in zip(self.units, new.units, strict=True):
             copy_bindings(old, unit, new.forward, new.backward, memo)
+        new.backward.listen_as(self.backward)
         new.installed = [Installed(of(hook.module), hook.key) for hook in self.installed]
         new.runs_alone = self.runs_alone
         if self.integrity is not None:

@@ -71,6 +71,7 @@ class FlatParameters:
         pieces: per parameter, its parts in the held shards; ``piece_params`` are views of ``master`` at them, and
             the optimizer's parameters; ``piece_starts`` where each begins in ``master``, in the same order.
         offsets: index and offset in bytes of each parameter that has elements.
+        gathers_after_step: values that stay follow the master values by a copy or a gather after each step.
         wire_bytes: of its gradients, whole, as they cross the wire.
         share: factor that makes a sum over ranks the mean.
         place: among all buckets, in the order in which they were made, equal on all ranks; a copy has its original's.
@@ -103,7 +104,9 @@ class FlatParameters:
         self.share = 1.0 / mesh.parts
         self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
         self.placement = self._place(strategy, home)
-        self.home = home if self.placement.steps_apart else None
+        plan = self.placement
+        self.gathers_after_step = not plan.released and (not plan.aliased or plan.split_state)
+        self.home = home if plan.steps_apart else None
         self.dtype: torch.dtype = getattr(torch, self.placement.values.dtype)
         self.reduce_dtype: torch.dtype = getattr(torch, self.placement.wire_dtype)
         self.wire_bytes = self.layout.numel * self.reduce_dtype.itemsize
@@ -356,12 +359,6 @@ class FlatParameters:
                     self.attach(i, p)
             self.note()
         return self.flat.release()
-
-    @property
-    def gathers_after_step(self) -> bool:
-        """Do values that stay follow the master values by a copy or a gather after each step?"""
-        plan = self.placement
-        return not plan.released and (not plan.aliased or plan.split_state)
 
     # --- master values and what follows them -------------------------------------------------------------
     def follow_master(self, low: torch.Tensor | None = None) -> list[Transfer]:

@@ -138,6 +138,8 @@ class Forward:
         Backward begins with the last one and gathers the one before it ahead, so keeping both costs nothing.
         Before the first forward has shown its order, that of registration is as good a guess as any.
         """
+        if not self.going:
+            return
         order = self.training.last or self.units
         below = [u for u in order if u.module is not self.root]
         self.stay_gathered = [u for u in self.units if u.module is self.root] + below[-2:]

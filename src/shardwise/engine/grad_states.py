@@ -73,6 +73,14 @@ class GradStates:
         self.to(index, _G.ADDING if now in (_G.REDUCED, _G.ADDING) else _G.LOCAL)
         return now in (_G.NONE, _G.REDUCED)
 
+    def all_arrived(self) -> None:
+        """One of each arrived, and there was none."""
+        self.states = [_G.LOCAL] * len(self.states)
+
+    def all_came(self) -> None:
+        """Each is reduced, and there was none."""
+        self.states = [_G.REDUCED] * len(self.states)
+
     def waits(self, index: int) -> bool:
         """Does something of it wait for a reduce?"""
         return self.states[index] in (_G.LOCAL, _G.ADDING)

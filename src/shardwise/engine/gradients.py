@@ -15,8 +15,9 @@ reduced or not, is the backward's to know, not the gradient's.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from operator import is_
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from operator import attrgetter, is_
 
 import torch
 from torch import nn
@@ -26,10 +27,12 @@ from shardwise.comm.reduction import Reduction
 from shardwise.engine.flat import FlatParameters
 from shardwise.engine.grad_states import GradState, GradStates
 from shardwise.engine.scalings import Scaling, Scalings, Unasked
-from shardwise.errors import GradientError
+from shardwise.errors import GradientError, UnitError
 from shardwise.tiers.aligned import padded
 from shardwise.tiers.home import BufferLease
 from shardwise.tiers.link import Copy
+
+_IS_SPARSE = attrgetter("is_sparse")
 
 Handle = Callable[["Gradients", int], torch.Tensor]
 """Makes what ``p.grad`` shows of a gradient that this rank does not hold whole."""
@@ -153,26 +156,36 @@ class Gradients:
             Per parameter: was there a gradient before this backward?
         """
         params = self.bucket.params
-        grads = [p.grad for p in params]
+        with torch._C.DisableTorchFunctionSubclass():  # of parameters that are released
+            grads = [p.grad for p in params]
         shown = [grad is not None for grad in grads]
         if not any(shown):
-            self.states.zeroed()
-        else:
-            for i, there in enumerate(shown):
-                if there:
-                    self._require_present(i)
-            for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
-                if grad is None:
-                    self.states.to(i, GradState.NONE)
-                elif not self.is_shown(i, grad):
-                    self.adopt(i, grad)
-                    self.show(i, p)
+            self.forget_zeroed()
+            return shown
+        for i, there in enumerate(shown):
+            if there:
+                self._require_present(i)
+        for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
+            if grad is None:
+                self.states.to(i, GradState.NONE)
+            elif not self.is_shown(i, grad):
+                self.adopt(i, grad)
+                self.show(i, p)
         if self.raw is not None and not self.states.any_waits:
             self._close(self.raw)
             self.raw, self._places = None, []
-        self.free_zeroed()
         self._waited = [self.states.waits(i) for i in range(len(shown))] if self.states.any_waits else []
         return shown
+
+    def forget_zeroed(self) -> None:
+        """Before a backward: the script has zeroed all of them."""
+        self.states.zeroed()
+        self._waited = []
+        if self.raw is not None:
+            self._close(self.raw)
+            self.raw, self._places = None, []
+        if self.split and self.reduced is not None:
+            self.free_zeroed()
 
     def free_zeroed(self) -> None:
         """Free reduced gradients that are split, if the script has zeroed all of them and keeps no handle of one.
@@ -214,6 +227,56 @@ class Gradients:
     def _close(self, raw: torch.Tensor) -> None:
         if raw is not self.reduced:
             self.bucket.ledger.drop(raw, "gather_buffers")
+
+    def collect_own(self, had: set[int], *, detach: bool) -> Iterable[int]:
+        """Take gradients that autograd has left in ``p.grad``.
+
+        Args:
+            had: parameters (by ``id``) that showed one before the backward: not of these.
+            detach: they have a graph of their own.
+
+        Returns:
+            The parameters (by ``id``) that there was one of.
+        """
+        params = self.bucket.params
+        with torch._C.DisableTorchFunctionSubclass():  # of parameters that are released
+            found = [p.grad for p in params]
+            if all(map(is_, found, repeat(None))):
+                return ()
+            if had:
+                found = [None if id(p) in had else grad for p, grad in zip(params, found, strict=True)]
+            for p, grad in zip(params, found, strict=True):
+                if grad is not None:
+                    p.grad = None
+        if not had and not detach and self.raw is None and not self.arrived and self.states.all_are(GradState.NONE):
+            grads = [grad for grad in found if grad is not None]
+            if len(grads) == len(params) and not any(map(_IS_SPARSE, grads)):
+                self.states.all_arrived()
+                self.arrived = dict(enumerate(grads))
+                self.bucket.ledger.adopt_all(grads, "gather_buffers")
+                return map(id, params)
+        for i, grad in enumerate(found):
+            if grad is not None:
+                self.take_one(i, grad, detach=detach)
+        return [id(p) for p, grad in zip(params, found, strict=True) if grad is not None]
+
+    def take_one(self, index: int, grad: torch.Tensor, *, detach: bool) -> None:
+        """:meth:`arrive`, of what autograd has put into ``p.grad``.
+
+        Raises:
+            UnitError: it is sparse.
+        """
+        if grad.is_sparse:
+            raise UnitError(
+                f"parameter '{self.bucket.names[index]}' has a sparse gradient, which has no flat layout",
+                where=f"unit {self.bucket.label}",
+                fix="build the embedding with sparse=False",
+            )
+        if not detach:
+            self.arrive(index, grad)
+            return
+        with torch.no_grad():
+            self.arrive(index, grad.detach())
 
     def arrive(self, index: int, grad: torch.Tensor) -> None:
         """Take one gradient as autograd hands it over."""
@@ -260,9 +323,8 @@ class Gradients:
 
     def _drop_arrived(self) -> None:
         if self.arrived:
-            nbytes = sum([grad.nbytes for grad in self.arrived.values()])
+            self.bucket.ledger.disown_all(list(self.arrived.values()), "gather_buffers")
             self.arrived.clear()
-            self.bucket.ledger.add("gather_buffers", -nbytes, host=self.bucket.device.type == "cpu")
 
     def _in_place(self, index: int) -> bool:
         """Is what arrives added to what is reduced already?"""
@@ -289,12 +351,7 @@ class Gradients:
     @property
     def are_loose(self) -> bool:
         """Do the gradients of all parameters lie as autograd made them, to be packed from there?"""
-        b = self.bucket
-        return (
-            self.raw is None
-            and len(self.arrived) == len(b.params)
-            and all(grad.dtype is b.reduce_dtype for grad in self.arrived.values())
-        )
+        return self.raw is None and len(self.arrived) == len(self.bucket.params)
 
     def loose(self) -> list[torch.Tensor]:
         """The gradients of all parameters as autograd made them, not yet divided by the number of ranks."""
@@ -331,6 +388,18 @@ class Gradients:
             return self._merge
         return self.held()
 
+    @property
+    def stays(self) -> bool:
+        """Is what is reduced straight away in its place, and stays there? Whatever there was before is zeroed."""
+        b = self.bucket
+        return (
+            self.packed
+            and not self.on_host
+            and not b.placement.grads_cross
+            and b.placement.trainable
+            and b.home is None
+        )
+
     def reduce_with(self, reduction: JoinedReduction) -> torch.Tensor:
         """What arrived is a part of this reduce, which has copied what it is to send.
 
@@ -349,6 +418,14 @@ class Gradients:
         if self.reduction is not None:
             self.reduction.advance()
             self._close_reducing()
+
+    def have_come(self) -> None:
+        """A reduce of all of them has ended, which found none in their places."""
+        if self.arrived or self.raw is not None:  # meanwhile
+            self.finish_reduce()
+        else:
+            self.reduction = None
+            self.states.all_came()
 
     def finish_reduce(self) -> None:
         """Wait for the reduce and add its result to what was already there."""
@@ -450,6 +527,17 @@ class Gradients:
         self.raw, self._places = None, []
         self.states.reduced()
 
+    def forget_own(self, had: set[int]) -> None:
+        """Take those that autograd has left in ``p.grad`` in a backward that failed away.
+
+        Args:
+            had: parameters (by ``id``) that showed one before.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            for p in self.bucket.params:
+                if p.grad is not None and id(p) not in had:
+                    p.grad = None
+
     def forget(self) -> None:
         """Drop gradients that arrived in a backward that failed. Reduced ones of earlier backwards stay.
 
@@ -485,13 +573,18 @@ class Gradients:
                 self._unreduced = [self._handle(self, i) for i in range(len(self.bucket.params))]
             param.grad = self._unreduced[index]
             return
+        param.grad = self.shown_all[index]
+
+    @property
+    def shown_all(self) -> list[torch.Tensor]:
+        """What ``p.grad`` shows of gradients that are reduced, or spent."""
         if self._shown is None:
-            if self.shows_handles or self.states[index] is GradState.SPENT:
+            if self.shows_handles or GradState.SPENT in self.states.states:
                 self._shown = [self._handle(self, i) for i in range(len(self.bucket.params))]
             else:
                 self.open()
                 self._shown = list(self._whole)
-        param.grad = self._shown[index]
+        return self._shown
 
     def show_all(self) -> None:
         """:meth:`show` of all parameters."""
@@ -526,6 +619,11 @@ class Gradients:
         self.scalings.forget(index)
         for (lo, hi), piece in zip(self.bucket.ranges(index), self.pieces(index), strict=True):
             piece.copy_(grad.detach().reshape(-1)[lo:hi].view(piece.shape))
+
+    @property
+    def are_given(self) -> bool:
+        """Have pieces got gradients to keep, those that are reduced now, and as this bucket makes them?"""
+        return self.given is self._pieces and self.states.all_are(GradState.REDUCED)
 
     def all_for_step(self) -> Sequence[list[torch.Tensor] | None]:
         """:meth:`for_step` of all parameters; the same object as long as they are in the same memory."""

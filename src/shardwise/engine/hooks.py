@@ -13,7 +13,9 @@ from torch import nn
 
 from shardwise.engine.binding import Installed, bind, binding_of
 from shardwise.engine.engine import Engine
+from shardwise.engine.forward import Forward
 from shardwise.engine.uncompiled import uncompiled
+from shardwise.engine.unit import Unit
 from shardwise.events import failing
 
 ENGINE = "_shardwise_engine"
@@ -24,10 +26,16 @@ def install(engine: Engine) -> None:
     handle = engine.module.register_forward_pre_hook(_root_enters, prepend=True)
     engine.installed.append(Installed(engine.module, handle.id))
     for unit in engine.units:
-        first = bind(unit, engine.forward, engine.backward)
-        if first and (not unit.settled or unit.module is engine.module):  # the root's show when a pass begins
-            unit.module.register_forward_pre_hook(_enter, with_kwargs=True)
-            unit.module.register_forward_hook(_leave, always_call=True)
+        bind(unit, engine.forward, engine.backward)
+    engine.backward.listen(hear)
+
+
+def hear(unit: Unit) -> None:
+    """Have the unit's module drive the engine when it runs."""
+    if not unit.heard:
+        unit.heard = True
+        unit.module.register_forward_pre_hook(_enter, with_kwargs=True)
+        unit.module.register_forward_hook(_leave, always_call=True)
 
 
 def set_engine(module: nn.Module, engine: Engine) -> None:
@@ -64,7 +72,19 @@ def _leave(module: nn.Module, args: Any, output: Any) -> Any:
     bound = binding_of(module)
     assert bound is not None
     # Called with nothing, and inside of an exception's way up: the module's forward raised.
-    failed = output is None and sys.exc_info()[1] is not None
-    if failed:
-        failing(sys.exc_info()[1])
-    return bound.forward.leave(bound.unit, output, failed=failed)
+    error = sys.exc_info()[1] if output is None else None
+    if error is not None:
+        _say_where(bound.forward, error)
+        failing(error)
+    return bound.forward.leave(bound.unit, output, failed=error is not None)
+
+
+def _say_where(forward: Forward, error: BaseException) -> None:
+    """Units whose forwards nobody notices are found on the way that an exception took."""
+    at = error.__traceback__
+    while at is not None:
+        module = at.tb_frame.f_locals.get("self")
+        bound = binding_of(module) if isinstance(module, nn.Module) else None
+        if bound is not None and bound.forward is forward:
+            forward.tracker.unit = bound.unit.label
+        at = at.tb_next

@@ -6,13 +6,15 @@ What goes into one message is decided by the order of units and by their sizes, 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from shardwise.comm import joined
 from shardwise.comm.joined import JoinedReduction, gather_joined
 from shardwise.comm.stats import Op
+from shardwise.engine.batch import Batch
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.commands import Command
 from shardwise.engine.packing import Packing
@@ -20,7 +22,7 @@ from shardwise.engine.unit import Unit, values_change
 from shardwise.tiers.transfer import Transfer
 
 LOOK_AHEAD = 64  # units that one message may bring
-_PACKINGS = 256  # kept; a model whose order changes all the time makes new ones
+_KEPT = 256  # messages that are remembered; a model whose order changes all the time makes new ones
 
 T = TypeVar("T")
 
@@ -58,34 +60,75 @@ class Reduces:
 
     def __init__(self) -> None:
         self._packings: dict[tuple[int, ...], Packing] = {}  # by the buckets that a message is of, by ``id``
+        self._batches: dict[tuple[int, ...], list[Batch] | None] = {}  # by units, by ``id``
+
+    def take(self, units: Sequence[Unit]) -> list[Batch] | None:
+        """Start reduces of units whose gradients are in ``p.grad``, and of which there were none before.
+
+        Returns:
+            What is under way; ``None``: some of them have no gradient here, or take another way. Nothing has happened.
+        """
+        key = tuple(map(id, units))
+        if key not in self._batches:
+            _make_room(self._batches)
+            self._batches[key] = self._batches_of(units)
+        batches = self._batches[key]
+        if batches is None or not all(batch.look() for batch in batches):
+            return None
+        for batch in batches:
+            batch.start()
+        return batches
+
+    def _batches_of(self, units: Sequence[Unit]) -> list[Batch] | None:
+        buckets = [b for unit in units for b in unit.buckets]
+        kinds = _by_kind(buckets, _kind)
+        if not all(b.grads.stays for b in buckets) or any(len(mine) == 1 for mine in kinds):
+            return None
+        return [Batch(mine, self._packing(mine), _named("reduce", mine)) for mine in kinds]
 
     def start(self, units: Iterable[Unit]) -> None:
+        """Start reduces of what units have taken."""
         todo = [b for unit in units for b in unit.buckets if b.trains and not b.grads.are_summed()]
-        for buckets in _by_kind(todo, lambda b: (b.reduce_dtype, b.master_dtype, b.device, id(b.mesh))):
+        for buckets in _by_kind(todo, _kind):
             first = buckets[0]
             if len(buckets) == 1:
                 first.grads.launch_reduce()
                 continue
-            loose = all(b.grads.are_loose for b in buckets)
-            if loose:
-                tensors = self._packing(buckets).ordered([grad for b in buckets for grad in b.grads.loose()])
+            packing = self._packing(buckets)
+            if all(b.grads.are_loose for b in buckets) and packing.idle:
+                packed = packing.pack([grad for b in buckets for grad in b.grads.loose()], first.share)
+                free = packing.free
             else:
                 raws = [b.grads.take().chunk(first.mesh.parts) for b in buckets]
                 tensors = [part for shard in zip(*raws, strict=True) for part in shard]
                 del raws
-            scale = first.share if loose else 1.0
-            together = JoinedReduction(first.mesh, tensors, _named("reduce", buckets), first.ledger, scale)
-            del tensors
-            together.start([b.grads.reduce_with(together) for b in buckets])
+                numel = sum([tensor.numel() for tensor in tensors])
+                packed = first.ledger.empty(numel, first.reduce_dtype, first.device, "gather_buffers")
+                torch.cat(tensors, out=packed)
+                del tensors
+                free = partial(first.ledger.drop, packed, "gather_buffers")
+            together = JoinedReduction(first.mesh, packed, _named("reduce", buckets), first.ledger, free)
+            copies = len(first.mesh.held)
+            together.start([b.grads.reduce_with(together).view(copies, -1) for b in buckets])
 
     def _packing(self, buckets: Sequence[Bucket]) -> Packing:
-        key = tuple([id(b) for b in buckets])
+        key = tuple(map(id, buckets))
         found = self._packings.get(key)
         if found is None:
-            if len(self._packings) >= _PACKINGS:
-                self._packings.clear()
-            found = self._packings[key] = Packing([b.layout for b in buckets])
+            _make_room(self._packings)
+            first = buckets[0]
+            layouts = [b.layout for b in buckets]
+            found = self._packings[key] = Packing(layouts, first.reduce_dtype, first.device, first.ledger)
         return found
+
+
+def _kind(b: Bucket) -> Hashable:
+    return b.reduce_dtype, b.master_dtype, b.device, id(b.mesh)
+
+
+def _make_room(table: dict[Any, Any]) -> None:
+    if len(table) >= _KEPT:
+        table.clear()
 
 
 # --- gathers -----------------------------------------------------------------------------------------------
@@ -125,11 +168,13 @@ def publish(changed: Sequence[tuple[Unit, Sequence[Bucket]]]) -> None:
     What is all in one message is waited for: that takes less time than guarding the parameters would.
     """
     coming: dict[int, Transfer] = {}
-    follow = []
     values_change([unit for unit, _ in changed])
-    for unit, buckets in changed:
-        unit.prepare_to_follow()
-        follow += [b for b in buckets if b.gathers_after_step]
+    for unit, _ in changed:
+        if unit.released or not unit.here:
+            unit.prepare_to_follow()
+    follow = [b for _, buckets in changed for b in buckets if b.gathers_after_step]
+    if not follow:
+        return
     messages = list(by_bytes(follow, lambda b: b.flat.nbytes))
     for message in messages:
         coming |= _gather(message)

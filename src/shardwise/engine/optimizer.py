@@ -357,26 +357,23 @@ def _after_step(record: Attachment, optimizer: Optimizer, args: Any, kwargs: Any
     record.restore()
     record.steps += 1
     known = record.known
-    units = known.moving
-    stepped = known.with_gradients() if units else set()
+    stepped = known.changes if record.all_given or not known.moving else known.with_gradients()
     step, record.deferred = record.deferred, None
     updates = {} if step is None else step.updates
     join = World.current().join
-    changed: list[tuple[Unit, list[Bucket]]] = []
+    changed = stepped
     with torch.no_grad(), nullcontext() if join is None else join.told_already():
-        for unit in units:
-            buckets = [b for b in unit.buckets if id(b) in stepped]
-            if not buckets:
-                continue
-            # On all ranks alike, whatever this one holds.
-            if known.with_home and deferred_update.some_deferred(optimizer, buckets):
-                unit.defer_update([updates[id(b)] for b in buckets if id(b) in updates], buckets)
-            else:
-                changed.append((unit, buckets))
+        if known.with_home:
+            changed = []
+            for unit, buckets in stepped:  # on all ranks alike, whatever this one holds
+                if deferred_update.some_deferred(optimizer, buckets):
+                    unit.defer_update([updates[id(b)] for b in buckets if id(b) in updates], buckets)
+                else:
+                    changed.append((unit, buckets))
         publish(changed)
         if step is not None:
             step.start()
-        for unit in units:
+        for unit in known.moving if known.with_home else ():
             unit.finish_if_pinned()
         if elementwise.is_time(record.steps) and elementwise.compares(optimizer, record.buckets):
             try:

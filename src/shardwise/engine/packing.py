@@ -7,49 +7,85 @@ from collections.abc import Sequence
 import torch
 
 from shardwise.layout import Layout
+from shardwise.tiers import Buffer, Ledger
 
 
 class Packing:
     """The order of gradients in a message: shard by shard, and bucket by bucket within each.
 
+    The message has its memory from :meth:`pack` to :meth:`free`. Views of it are made once.
+
     Args:
         layouts: of the buckets, all cut into as many shards.
+        dtype, device: of the message.
+        ledger: counts its bytes.
+
+    Attributes:
+        idle: no message is under way.
     """
 
-    def __init__(self, layouts: Sequence[Layout]) -> None:
-        # Of each tensor in the message: which gradient, and which of its elements; all of them: ``None``.
-        self._order: list[tuple[int, slice | None]] = []
-        self._gaps: list[int] = []  # elements that nobody looks at; of gap k, gradient -1 - k
-        first = [sum([len(layout.slots) for layout in layouts[:k]]) for k in range(len(layouts))]
+    def __init__(self, layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device, ledger: Ledger) -> None:
+        self._layouts, self._kind, self._ledger = layouts, (dtype, device), ledger
+        self._buffer: Buffer | None = None
+        self._targets: list[torch.Tensor] = []  # views of the message: one per gradient that lies in one shard,
+        self._whole: list[int] = []  # which they are of;
+        self._parts: list[tuple[int, slice]] = []  # then one per part of the others,
+        self._gaps: list[torch.Tensor] = []  # and elements that nobody looks at
+        self.idle = True
+
+    def _make(self) -> Buffer:
+        layouts = self._layouts
+        buffer = self._buffer = Buffer(
+            sum(layout.numel for layout in layouts), *self._kind, "gather_buffers", self._ledger
+        )
+        flat, at, cut = buffer.tensor, 0, list[torch.Tensor]()
         for shard in range(layouts[0].parts):
-            for layout, before in zip(layouts, first, strict=True):
-                self._add(layout, shard, before)
-        self._nothing: list[torch.Tensor] = []  # the gaps; made with the first gradient
+            before = 0
+            for layout in layouts:
+                start, end = shard * layout.shard_numel, (shard + 1) * layout.shard_numel
+                for piece in (p for p in layout.pieces if p.shard == shard):
+                    if piece.offset > start:
+                        self._gaps.append(flat[at + start - shard * layout.shard_numel :][: piece.offset - start])
+                    begin, slot = at + piece.offset - shard * layout.shard_numel, layout.slots[piece.slot]
+                    view = flat[begin : begin + piece.numel]
+                    if piece.numel == slot.numel:
+                        self._whole.append(before + piece.slot)
+                        self._targets.append(view.view(slot.shape))
+                    else:
+                        self._parts.append((before + piece.slot, slice(piece.start, piece.stop)))
+                        cut.append(view)
+                    start = piece.offset + piece.numel
+                if end > start:
+                    self._gaps.append(flat[at + start - shard * layout.shard_numel :][: end - start])
+                at += layout.shard_numel
+                before += len(layout.slots)
+        self._targets += cut
+        buffer.owners = len(self._targets) + len(self._gaps)
+        return buffer
 
-    def _add(self, layout: Layout, shard: int, before: int) -> None:
-        at, end = shard * layout.shard_numel, (shard + 1) * layout.shard_numel
-        for piece in layout.pieces:
-            if piece.shard == shard:
-                self._add_gap(piece.offset - at)
-                whole = piece.numel == layout.slots[piece.slot].numel
-                self._order.append((before + piece.slot, None if whole else slice(piece.start, piece.stop)))
-                at = piece.offset + piece.numel
-        self._add_gap(end - at)
-
-    def _add_gap(self, numel: int) -> None:
-        if numel:
-            self._gaps.append(numel)
-            self._order.append((-len(self._gaps), None))
-
-    def ordered(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What the message consists of, 1-D each.
+    @torch.no_grad()
+    def pack(self, grads: Sequence[torch.Tensor], share: float) -> torch.Tensor:
+        """``(numel,)`` the message.
 
         Args:
-            grads: of all parameters, bucket by bucket, all of one dtype.
+            grads: of all parameters, bucket by bucket.
+            share: by which they are multiplied.
         """
-        if not self._nothing:
-            most = grads[0].new_zeros(max(self._gaps, default=0))
-            self._nothing = [most[:numel] for numel in self._gaps[::-1]]
-        flat = [grad.reshape(-1) for grad in grads]
-        flat += self._nothing
-        return [flat[i] if part is None else flat[i][part] for i, part in self._order]
+        buffer = self._buffer
+        if buffer is None:
+            buffer = self._make()
+        else:
+            buffer.fill()
+        self.idle = False
+        sources = [grads[i] for i in self._whole]
+        sources += [grads[i].reshape(-1)[part] for i, part in self._parts]
+        torch._foreach_copy_(self._targets, sources)
+        if self._gaps:
+            torch._foreach_zero_(self._gaps)
+        return buffer.tensor.mul_(share)
+
+    def free(self) -> None:
+        """The message is not needed any more."""
+        assert self._buffer is not None
+        self.idle = True
+        self._buffer.release()

@@ -7,8 +7,12 @@ announces what needs all ranks, and says whether values may be brought for someb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +64,22 @@ class Upward(Protocol):
         """Raise, or take over, where parameters are no longer the ones that were sharded."""
 
 
+class Listener(Protocol):
+    """What hears of gradients as autograd makes them.
+
+    Attributes:
+        alert: no backward is known to be under way, or some parameters had gradients before it.
+    """
+
+    alert: bool
+
+    def expect(self, slot: Slot) -> None:
+        """Autograd is about to put a gradient into ``p.grad``, or to add it to what is there."""
+
+    def arrived(self, slot: Slot) -> None:
+        """It has done so."""
+
+
 class PendingUpdate(Protocol):
     """The update of one bucket, which takes place somewhere else; see :mod:`shardwise.engine.deferred_update`."""
 
@@ -74,9 +94,10 @@ class Slot:
         param: the parameter.
         names: all its full names; tied parameters have several.
         holders: the modules that have it, each with the attribute's name.
+        told: its unit's listener hears of gradients that have arrived, too.
     """
 
-    __slots__ = ("__weakref__", "bucket", "holders", "index", "names", "param", "unit")
+    __slots__ = ("__weakref__", "bucket", "holders", "index", "names", "param", "told", "unit")
 
     def __init__(
         self,
@@ -89,6 +110,30 @@ class Slot:
     ) -> None:
         self.unit, self.bucket, self.index, self.param = unit, bucket, index, param
         self.names, self.holders = names, holders
+        self.told = False
+
+    # Hooks have weak references: the collector cannot look into autograd, and a dropped model would never go.
+    def watch(self) -> None:
+        """Tell the unit's listener of gradients that are about to arrive."""
+        self.param.register_hook(partial(_expect, weakref.ref(self)))
+
+    def tell(self) -> None:
+        """Tell it of those that have arrived, too."""
+        if not self.told:
+            self.told = True
+            self.param.register_post_accumulate_grad_hook(partial(_arrived, weakref.ref(self)))
+
+
+def _expect(slot: weakref.ref[Slot], _grad: torch.Tensor) -> None:
+    found = slot()
+    if found is not None and (listener := found.unit.listener) is not None and listener.alert:
+        listener.expect(found)
+
+
+def _arrived(slot: weakref.ref[Slot], _param: nn.Parameter) -> None:
+    found = slot()
+    if found is not None and found.unit.listener is not None:
+        found.unit.listener.arrived(found)
 
 
 class Unit:
@@ -112,7 +157,10 @@ class Unit:
         slots: one per parameter, bucket by bucket.
         places: per parameter (by ``id``), its bucket and index, in the order of ``slots``.
         unwatched: slots whose gradients would have to be listened to, and are not, since their parameters need none.
+        listener: hears of the others' gradients.
+        heard: its module's forwards are noticed.
         apart: values of some bucket are another tensor than the master values.
+        splits: gradients of some bucket are split.
         released: values of some bucket come and go. ``settled``: nothing of any bucket ever moves.
         offloaded: what gathers read is at another home.
         device: where values come to and go from.
@@ -160,9 +208,14 @@ class Unit:
                 mark(p, self, names[0])
                 self.slots.append(Slot(self, bucket, i, p, names, [holders(n) for n in names]))
         self.places = {id(s.param): (s.bucket, s.index) for s in self.slots}
+        trainable = all(b.placement.trainable for b in self.buckets)
+        self._wire_bytes = sum([b.wire_bytes for b in self.buckets]) if trainable else None
         self.apart = any(not b.placement.aliased for b in self.buckets)
         self.settled = all(b.placement.settled for b in self.buckets)
+        self.splits = any(b.placement.grads_split for b in self.buckets)
         self.unwatched = [s for s in self.slots if not s.bucket.placement.settled]
+        self.listener: Listener | None = None
+        self.heard = False
         self.released = any(b.placement.released for b in self.buckets)
         self.offloaded = any(b.placement.params_offloaded for b in self.buckets)
         going = [b for b in self.buckets if b.placement.released]
@@ -196,7 +249,7 @@ class Unit:
         new.module, new.upward = of(self.module), upward
         new.residence = Residence(self.label, released=self.released)
         new.calls_made, new.lingers, new._failure, new._failed_before = 0, False, None, None
-        new._watched = False
+        new._watched, new.listener = False, None
         new.updates, new._follow, new._gathering, new._taking_handles = [], [], [], False
         twins = {
             id(b): b.copied([of(p) for p in b.params], ledger, new.reconcile, new.finish_transfers, new.finish_update)
@@ -251,7 +304,9 @@ class Unit:
     @property
     def wire_bytes(self) -> int:
         """Bytes of its gradients, whole, as they cross the wire."""
-        return sum([b.wire_bytes for b in self.buckets if b.trains])
+        if self._wire_bytes is None:
+            return sum([b.wire_bytes for b in self.buckets if b.trains])
+        return self._wire_bytes
 
     # --- values ------------------------------------------------------------------------------
     def stage(self) -> None:
@@ -592,13 +647,40 @@ class Unit:
         return out
 
 
+_STATE, _FAILURE = attrgetter("residence.state"), attrgetter("_failure")
+
+
+def are_here(units: Iterable[Unit]) -> bool:
+    """Are the values of all of them here, and those of a step? Asked about all at once, for speed."""
+    units = list(units)
+    return all(map(is_, map(_STATE, units), repeat(Residency.GATHERED))) and not any(map(_FAILURE, units))
+
+
+def begin_change(units: Iterable[Unit], failure: Failure) -> None:
+    """An update of these units is under way: whoever uses them meanwhile hears of it.
+
+    Args:
+        failure: what it has ended in, if nobody says that it has ended.
+    """
+    for unit in units:
+        unit._failure = failure
+
+
+def end_change(units: Iterable[Unit]) -> None:
+    """It has ended."""
+    for unit in units:
+        if unit.residence.state is Residency.FAILED:
+            unit.failure = None
+        unit._failure = None
+
+
 def values_change(units: Sequence[Unit]) -> None:
     """Values are about to change: a graph that saved them before is refused in backward, as torch does.
 
     What is written to them from here on is the script's, where master values are another tensor.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        torch.autograd.graph.increment_version([p for unit in units for p in unit.params])
+        torch.autograd.graph.increment_version([slot.param for unit in units for slot in unit.slots])
     for b in [b for unit in units if unit.apart for b in unit.buckets]:
         if not b.placement.aliased:
             b.note()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Protocol
 
 import torch
 
+_NBYTES = attrgetter("nbytes")
 STATES = ("parameters", "gradients", "optimizer", "gather_buffers", "offload_buffers", "host_activations")
 
 
@@ -76,6 +79,17 @@ class Ledger:
         if self.observer is not None:
             self.observer.disown(tensor)
         self.add(state, tensor.numel() * tensor.element_size(), host=tensor.is_cpu)
+
+    def adopt_all(self, tensors: Sequence[torch.Tensor], state: str) -> None:
+        """:meth:`adopt` of several, which are on one device."""
+        if self.observer is not None:
+            for tensor in tensors:
+                self.observer.disown(tensor)
+        self.add(state, sum(map(_NBYTES, tensors)), host=tensors[0].is_cpu)
+
+    def disown_all(self, tensors: Sequence[torch.Tensor], state: str) -> None:
+        """Do not count them any more."""
+        self.add(state, -sum(map(_NBYTES, tensors)), host=tensors[0].is_cpu)
 
     def reset_peak(self) -> None:
         """Forget the peaks: from here on they are what is live now."""
