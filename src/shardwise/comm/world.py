@@ -37,6 +37,8 @@ def init(device: str | torch.device | None = None, *, timeout: float = 600.0) ->
         CommError: the launcher's variables are incomplete, or the other ranks did not come.
         DeviceError: the device is not there, or cannot do this. The CPU is never taken instead.
     """
+    if World._planned is not None:
+        return World._planned
     found = devices.named(device) if device is not None else default_device()
     devices.use(found)
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
@@ -116,13 +117,20 @@ def one_step(step: Step, model: nn.Module, optimizers: list[Optimizer]) -> None:
     for micro in range(step.accumulation):
         waits = micro + 1 < step.accumulation and not step.strategy.split_grads
         with no_sync(model) if waits else nullcontext():
-            step.loss(model).backward()
+            _backward(step.loss(model))
     if step.clip is not None:
         clip_grad_norm_(model, step.clip)
     for optimizer in optimizers:
         optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad()
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """As ``loss.backward()``, which would leave the modes for functions meanwhile: what it computes again is to run as
+    it ran in the forward."""
+    start = torch.ones_like(loss)
+    _engine_run_backward((loss,), (start,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 class _WithoutValues(FakeTensorMode):
