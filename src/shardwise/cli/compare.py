@@ -109,7 +109,7 @@ def _planner(
     training, machine = asked.training(), asked.machine
     if procs is not None:
         machine = machine.with_devices(procs)
-    rates = asked.rates(machine)
+    rates = asked.rates(machine, training)
 
     def plan(name: str) -> Predicted:
         try:

@@ -79,7 +79,7 @@ def _searched(
 ) -> Plan:
     machine, training = asked.machine, asked.training()
     return search(
-        training, machine, asked.rates(machine), precision=PRECISIONS[asked.precision], rows=asked.batch,
+        training, machine, asked.rates(machine, training), precision=PRECISIONS[asked.precision], rows=asked.batch,
         batch=asked.global_batch, strategies=strategies, every=every, told=told,
     )  # fmt: skip
 

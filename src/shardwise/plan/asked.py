@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from shardwise.errors import PlanError, did_you_mean
 from shardwise.plan.machine import Machine
 from shardwise.plan.optimizers import optimizer as known_optimizer
-from shardwise.plan.prediction import Training
+from shardwise.plan.prediction import Training, run
 from shardwise.plan.rates import Rates
 from shardwise.plan.subject import resolve
+from shardwise.plan.trace import Trace
 from shardwise.strategy import Strategy
 
 _NUMBERS = ("nodes", "batch", "global_batch", "seq")
@@ -71,15 +73,23 @@ class Asked:
             sources={**here.sources, **{k: v for k, v in told.sources.items() if k in ("nvme", "nvme_bytes")}},
         )
 
-    def rates(self, machine: Machine) -> Rates:
-        """Measured ones for the machine at hand, if it was calibrated; else those of data sheets."""
-        if self.devices is None:
-            from shardwise.plan.calibrate import rates_here
+    def rates(self, machine: Machine, training: Training) -> Rates:
+        """Measured ones for the machine at hand, if it was calibrated; else those of data sheets.
 
-            found = rates_here(machine)
-            if found is not None:
-                return found
-        return Rates.of_sheet(machine)
+        On a CPU that was, the operations of this model are measured as they are, with the rows that were asked for: a
+        few seconds, once.
+        """
+        if self.devices is not None:
+            return Rates.of_sheet(machine)
+        from shardwise.plan.calibrate import rates_here
+
+        return rates_here(machine, traces=partial(self._traces, machine, training)) or Rates.of_sheet(machine)
+
+    def _traces(self, machine: Machine, training: Training) -> list[Trace]:
+        """Steps that between them have most of the operations that any strategy has."""
+        plain = Strategy("ddp", param_dtype=PRECISIONS[self.precision])
+        rows = [plain, plain.replace(activation_checkpointing=True)]
+        return [run(training, machine, row).base.trace for row in rows]
 
     def training(self) -> Training:
         """What is trained, with the rows that were asked for, or one.

@@ -19,6 +19,7 @@ from shardwise.comm import World, init
 from shardwise.errors import PlanError, ShardwiseError
 from shardwise.operations import broadcast_object_list
 from shardwise.placement import Where
+from shardwise.plan.calibrate import rates_here
 from shardwise.plan.candidates import candidates, least, why_not
 from shardwise.plan.given import subject_of
 from shardwise.plan.machine import Machine
@@ -126,7 +127,7 @@ def _search(module: nn.Module, asked: Strategy, machine: Machine, optimizer: str
     training = Training(subject, optimizer)
     # On a device without kernels there is nothing that autocast could choose among.
     plain = asked if machine.is_cpu else asked.replace(autocast=None)
-    rates = Rates.of_sheet(machine)
+    rates = rates_here(machine) or Rates.of_sheet(machine)
     rows: list[Strategy] = []
     plan = None
     for group in candidates(machine, optimizer, None):

@@ -61,15 +61,20 @@ def calibrate(
     return out
 
 
-def rates_here(machine: Machine, threads: int | None = None) -> Rates | None:
+def rates_here(
+    machine: Machine, threads: int | None = None, traces: Callable[[], Iterable[Trace]] | None = None
+) -> Rates | None:
     """Rates of the machine at hand as :func:`calibrate` measured them; ``None``: it did not.
 
     Args:
+        traces: steps whose operations are to be measured as they are, on a CPU: see :func:`exactly`.
         machine: of :meth:`Machine.here`, with as many devices as are to be used.
         threads: of a rank on a CPU; by default what is usual.
     """
     threads = threads or usual_threads(machine.per_node)
     found = Calibration.load(machine.per_node, threads, device=machine.kind)
+    if found is not None and traces is not None and machine.is_cpu:
+        found = exactly(traces(), found)
     return None if found is None else Rates.measured(machine, found)
 
 
