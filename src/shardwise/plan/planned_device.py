@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +50,19 @@ def use_planned_device() -> torch.device:
     return torch.device(NAME, 0)
 
 
+class _Stream:
+    """Of a device that does nothing: all that it was told is done."""
+
+    def synchronize(self) -> None:
+        """It is."""
+
+    def wait_stream(self, other: Any) -> None:
+        """It has."""
+
+
+_STREAM = _Stream()
+
+
 class _Module:
     """What torch asks the module of a device type."""
 
@@ -78,6 +92,17 @@ class _Module:
 
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
         """It draws no numbers."""
+
+    # torch's checkpoints and others ask these of the type that torch says is there, whatever they are to save. No class
+    # of streams: nothing runs late.
+    def current_stream(self, device: Any = None) -> _Stream:
+        return _STREAM
+
+    def stream(self, stream: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def synchronize(self, device: Any = None) -> None:
+        """Nothing is under way."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
