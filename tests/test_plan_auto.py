@@ -17,7 +17,7 @@ from shardwise.errors import PlanError, StrategyError
 from shardwise.host import HostMemory
 from shardwise.strategy import Strategy
 
-SIZES = {"d": 32, "layers": 7, "vocab": 64}
+SIZES = {"d": 32, "layers": 4, "vocab": 64}
 
 
 def chosen(**given):
