@@ -50,6 +50,7 @@ part figures 360 "$python" benchmarks/gpu.py --out "$out" --loops 2 --steps 4 \
     --arms sw-device,sw-cpu,fsdp-cpu,sw-cpu-all,fsdp-device,sw-nvme,sw-cpu-backward,sw-cpu-all-backward "$@"
 if [ "${device[*]}" != "--device cpu" ]; then
     part inference 90 "$python" benchmarks/gpu_inference.py --out "$out" "${plugin[@]}" "${tiny[@]}"
+    part planner 150 "$python" benchmarks/gpu_planner.py --out "$out" "${plugin[@]}" "${tiny[@]}"
     part two-ranks 130 "$python" benchmarks/gpu_two_ranks.py --out "$out" "${plugin[@]}"
 fi
 exit "$status"
