@@ -3,8 +3,8 @@
     python benchmarks/gpu_planner.py                        # 1.1 B parameters
     PYTHONPATH=tests python benchmarks/gpu_planner.py --tiny --plugin simulated_device
 
-Each plan is made by ``shardwise plan --json`` in a process of its own, for the card that is here. Then the same step runs
-for real: the peak is what torch's allocator counted (``max_memory_allocated``), or the meter of this library
+Each plan is made by ``shardwise plan --json`` in a process of its own, for the card that is here. Then the same step
+runs for real: the peak is what torch's allocator counted (``max_memory_allocated``), or the meter of this library
 where a device counts nothing; the time is the median of some steps. Asked: memory within 3 % at the median, time 10 %.
 """
 
