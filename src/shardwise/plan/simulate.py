@@ -18,6 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 from shardwise.comm.planned import planned
 from shardwise.engine.build import no_sync, require_engine, shard
 from shardwise.engine.clip import clip_grad_norm_
+from shardwise.errors import PlanError
 from shardwise.events import listening
 from shardwise.observe.live import Live
 from shardwise.plan.kernels import as_on
@@ -129,6 +130,8 @@ def one_step(step: Step, model: nn.Module, optimizers: list[Optimizer]) -> None:
 def _backward(loss: torch.Tensor) -> None:
     """As ``loss.backward()``, which would leave the modes for functions meanwhile: what it computes again is to run as
     it ran in the forward."""
+    if not loss.requires_grad:
+        raise PlanError("the loss depends on nothing that is trained")
     start = torch.ones_like(loss)
     _engine_run_backward((loss,), (start,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
