@@ -103,6 +103,8 @@ class Asked:
     def strategy(self, text: str) -> Strategy:
         """A strategy that was named, in the precision that was asked for unless it names its own."""
         found = Strategy.parse(text)
+        if "nvme" in (found.offload_params, found.offload_optimizer) and self.machine.nvme is None:
+            raise PlanError(f"'{found}' needs disks, and none were told of", fix="--nvme 3.5GB/s,4TB")
         wanted = PRECISIONS[self.precision]
         return found.replace(param_dtype=wanted) if wanted and found.param_dtype is None else found
 

@@ -169,6 +169,9 @@ def _host(out: Table, found: Prediction) -> None:
     if found.disk:
         of = f"of {format_bytes(found.disk_capacity)} per rank; " if found.disk_capacity is not None else ""
         out.add_row("[bold]disk[/bold]", format_bytes(found.disk), f"{of}counted")
+    if found.evaluation is not None:
+        at = f"of the device, counted; at the {found.evaluation}; as many rows as a micro-batch"
+        out.add_row("[bold]evaluation[/bold]", format_bytes(found.evaluation.nbytes), at)
     out.add_row("an asynchronous save", format_bytes(found.save), "more on the host while it writes; counted")
 
 
@@ -191,6 +194,7 @@ def as_dict(found: Prediction) -> dict[str, Any]:
         "fits": found.fits,
         "lacks": found.lacks or None,
         "device": _peak(found.device),
+        "evaluation": None if found.evaluation is None else _peak(found.evaluation),
         "host": _peak(found.host),
         "disk": found.disk,
         "save": found.save,
