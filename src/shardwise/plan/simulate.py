@@ -99,6 +99,8 @@ def simulate(step: Step) -> Simulated:
         parameters = sum(p.numel() for p in model.parameters())
         trainable = [p for p in model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in trainable)
+        if not count:
+            raise PlanError("the model has no parameter that is trained", fix="let some require gradients")
         shard(model, step.strategy)
         optimizers = step.optimizers(trainable)
         engine = require_engine(model)
