@@ -40,7 +40,7 @@ def table(plan: Plan) -> Table:
         words = names[k] in ("strategy", "bound by", "")
         out.add_column(
             names[k], justify="left" if words else "right", no_wrap=not words, overflow="fold",
-            min_width={"strategy": 20, "": 12}.get(names[k]),
+            min_width={"strategy": 18, "": 10}.get(names[k]),
         )  # fmt: skip
     for k, (row, line) in enumerate(zip(plan.rows, lines, strict=True)):
         style = "green" if k == 0 and row.fits else None if row.fits else "dim"
