@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
+from contextlib import redirect_stdout
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,28 +66,50 @@ def plan(
     """
     from shardwise.plan.asked import Asked
 
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes are for those who train
     try:
+        _one_question(strategy, why, most, what_if, batch, seq, calibrate and devices is not None)
+        if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
+            raise PlanError(f"--html {html} cannot be written", fix="name a file in a folder that is there")
         if calibrate:
             from shardwise.plan.calibrate import calibrate as measure
 
             measure(told=say)
             if model is None:
                 return
-        if model is None:
+        if not model:
             raise PlanError("no model was named", fix="shardwise plan llama-8b --devices 8xH100-80GB")
-        if most is not None and most not in HOW_FAR:
-            raise PlanError(f"--max {most} is not known", fix=f"one of {', '.join(HOW_FAR)}")
-        if sum(given is not None for given in (strategy if most is None else None, why)) > 1:
-            raise PlanError("--strategy and --why are two questions", fix="ask one")
         asked = Asked(
             model, devices, nodes, network, host_memory, nvme, batch, global_batch, seq, optimizer, precision,
             clip or None, lora,
         )  # fmt: skip
         code = _answer(asked, strategy, why, most, what_if or [], as_json, html, every)
     except ShardwiseError as error:
-        say("error: " + "; ".join(line.strip() for line in str(error).splitlines()))
+        say("error: " + "; ".join(line.strip() for line in str(error).splitlines() if line.strip()))
+        raise typer.Exit(2) from error
+    except OSError as error:
+        say(f"error: {error}")
         raise typer.Exit(2) from error
     raise typer.Exit(code)
+
+
+def _one_question(
+    strategy: str | None, why: str | None, most: str | None, what_if: list[str] | None, batch: int | None,
+    seq: int | None, elsewhere: bool,
+) -> None:  # fmt: skip
+    """Refuse what contradicts itself."""
+    if most is not None and most not in HOW_FAR:
+        raise PlanError(f"--max {most} is not known", fix=f"one of {', '.join(HOW_FAR)}")
+    asked = [name for name, given in (("--why", why is not None), ("--max", most is not None),
+                                      ("--what-if", bool(what_if))) if given]  # fmt: skip
+    if why is not None and strategy is not None:
+        asked.insert(0, "--strategy")
+    if len(asked) > 1:
+        raise PlanError(f"{' and '.join(asked)} are two questions", fix="ask one")
+    if (most == "batch" and batch is not None) or (most == "seq" and seq is not None):
+        raise PlanError(f"--max {most} looks for what --{most} says", fix="leave one out")
+    if elsewhere:
+        raise PlanError("--calibrate measures this machine, and --devices names another", fix="leave one out")
 
 
 def _answer(
@@ -94,23 +120,41 @@ def _answer(
 
     from shardwise.plan import answers
 
-    out = Console(record=html is not None, file=sys.stderr if as_json else sys.stdout, width=None, soft_wrap=False)
+    real, text = Console(), io.StringIO()  # all of an answer is written, or none
+    out = Console(
+        record=html is not None, file=text, width=real.width, force_terminal=real.is_terminal,
+        color_system="auto" if real.is_terminal else None, soft_wrap=False,
+    )  # fmt: skip
     facts: dict[str, Any]
-    if most is not None:
-        facts = answers.how_far(asked, most, strategy, out)
-    elif what_if:
-        facts = answers.what_if(asked, strategy, what_if, out)
-    elif why is not None:
-        facts = answers.why(asked, why, out, _progress())
-    elif strategy is not None:
-        facts = answers.detail(asked, strategy, out)
-    else:
-        facts = answers.which(asked, out, _progress(), every=every)
-    if as_json:
-        print(json.dumps(facts, indent=2))
+    with redirect_stdout(sys.stderr):  # what a model's own code prints is no part of the answer
+        if most is not None:
+            facts = answers.how_far(asked, most, strategy, out)
+        elif what_if:
+            facts = answers.what_if(asked, strategy, what_if, out)
+        elif why is not None:
+            facts = answers.why(asked, why, out, _progress())
+        elif strategy is not None:
+            facts = answers.detail(asked, strategy, out)
+        else:
+            facts = answers.which(asked, out, _progress(), every=every)
     if html is not None:
-        html.write_text(out.export_html(inline_styles=True))
+        name = escape(asked.model).replace("{", "{{").replace("}", "}}")
+        html.write_text(out.export_html(code_format=_PAGE.replace("NAME", name)), encoding="utf-8")
+    print(json.dumps(facts, indent=2) if as_json else text.getvalue().rstrip("\n"))
     return 0 if facts.get("fits", True) else 1
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="UTF-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>shardwise plan NAME</title>
+<style>{stylesheet}
+:root {{ color-scheme: light dark }}
+body {{ color: light-dark(#1a1a1a, #e8e8e8); background: light-dark(#fff, #16181c); margin: 1rem }}
+pre {{ overflow-x: auto; font: 0.85rem/1.45 ui-monospace, Menlo, Consolas, monospace }}
+pre span {{ color: inherit; background: none }}
+</style></head>
+<body><h1>shardwise plan NAME</h1><pre><code>{code}</code></pre></body></html>
+"""
 
 
 def _progress() -> Any:

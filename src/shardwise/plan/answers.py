@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shardwise.errors import PlanError, did_you_mean
+from shardwise.errors import PlanError, ShardwiseError, did_you_mean
 from shardwise.plan.asked import PRECISIONS, Asked
 from shardwise.plan.limits import longer, most_blocks, most_rows, most_tokens
 from shardwise.plan.machine import Machine
+from shardwise.plan.pool import each
 from shardwise.plan.prediction import Prediction, Training
 from shardwise.plan.search import Plan, search
 from shardwise.plan.words import as_dict, breakdown, next_better, over, seconds, short, table, verdict
@@ -87,8 +88,7 @@ def _searched(
 def _only(asked: Asked, strategy: Strategy) -> tuple[Plan, Prediction]:
     plan = _searched(asked, strategies=[strategy])
     found = plan.rows[0].found
-    if found is None:
-        raise PlanError(plan.rows[0].why, where=f"strategy '{strategy}'")
+    assert found is not None  # what it is refused for is raised
     return plan, found
 
 
@@ -219,23 +219,32 @@ def how_far(asked: Asked, most: str, text: str | None, out: Console) -> dict[str
     else:
         rows = _searched(asked).rows
         chosen = [row.strategy for row in rows if row.found is not None][:6]
+    if most == "seq" and training.subject.seq is None:
+        raise PlanError("the rows of this model have no length", where=training.subject.name)
     result = Table(box=None, pad_edge=False, header_style="bold")
     names = {"batch": "rows of a micro-batch", "seq": "tokens of a row", "layers": "blocks"}
     for name in ("strategy", names[most], *(["parameters"] if most == "layers" else [])):
         result.add_column(name, justify="left" if name == "strategy" else "right", overflow="fold")
-    facts: dict[str, int] = {}
-    for strategy in chosen:
-        more = []
-        if most == "batch":
-            found = most_rows(training, machine, strategy)
-        elif most == "seq":
-            if training.subject.seq is None:
-                raise PlanError("the rows of this model have no length", where=training.subject.name)
-            found = most_tokens(lambda seq: longer(training, seq), machine, strategy, training.subject.longest)
-        else:
-            found, parameters = most_blocks(training, machine, strategy)
-            more = [f"{parameters / 1e9:,.2f} B"]
-        facts[str(strategy)] = found
-        result.add_row(short(strategy), f"{found:,}" if found else "none fits", *more)
+    facts: dict[str, Any] = {}
+    for strategy, found in zip(chosen, each(lambda s: _furthest(training, machine, s, most), chosen), strict=True):
+        if isinstance(found, ShardwiseError):
+            if text is not None:
+                raise found
+            result.add_row(short(strategy), str(found).splitlines()[0])
+            continue
+        far, parameters = found
+        facts[str(strategy)] = far
+        more = [f"{parameters / 1e9:,.2f} B"] if most == "layers" else []
+        result.add_row(short(strategy), f"{far:,}" if far else "none fits", *more)
     out.print(result)
     return {most: facts, "fits": any(facts.values())}
+
+
+def _furthest(training: Training, machine: Machine, strategy: Strategy, most: str) -> tuple[int, int]:
+    """How far, and of how many parameters the model is then."""
+    if most == "batch":
+        return most_rows(training, machine, strategy), training.subject.parameters
+    if most == "layers":
+        return most_blocks(training, machine, strategy)
+    far = most_tokens(lambda seq: longer(training, seq), machine, strategy, training.subject.longest)
+    return far, training.subject.parameters

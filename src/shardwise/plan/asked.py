@@ -45,13 +45,13 @@ class Asked:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PlanError(f"--{name.replace('_', '-')} {value} is no number of them", fix="give 1 or more")
-        if self.clip is not None and self.clip < 0:
+        if self.clip is not None and not 0 <= self.clip < float("inf"):
             raise PlanError(f"--clip {self.clip} is no norm", fix="give more than 0, or 0 for none")
         if self.precision not in PRECISIONS:
             fix = did_you_mean(self.precision, PRECISIONS, f"one of {', '.join(PRECISIONS)}")
             raise PlanError(f"--precision {self.precision} is not known", fix=fix)
         known_optimizer(self.optimizer)
-        if self.devices is None and (self.nodes > 1 or self.network):
+        if self.devices is None and (self.nodes > 1 or self.network is not None):
             raise PlanError("--nodes needs --devices: this machine is one node", fix="name the devices of a node")
 
     @property
@@ -67,7 +67,7 @@ class Asked:
         told = Machine.parse("1xcpu", host_memory=self.host_memory, nvme=self.nvme)
         return replace(
             here,
-            host_memory=told.host_memory if self.host_memory else here.host_memory,
+            host_memory=told.host_memory if self.host_memory is not None else here.host_memory,
             nvme=told.nvme,
             nvme_bytes=told.nvme_bytes,
             sources={**here.sources, **{k: v for k, v in told.sources.items() if k in ("nvme", "nvme_bytes")}},
@@ -103,6 +103,8 @@ class Asked:
     def strategy(self, text: str) -> Strategy:
         """A strategy that was named, in the precision that was asked for unless it names its own."""
         found = Strategy.parse(text)
+        if "nvme" in (found.offload_params, found.offload_optimizer) and self.machine.nvme is None:
+            raise PlanError(f"'{found}' needs disks, and none were told of", fix="--nvme 3.5GB/s,4TB")
         wanted = PRECISIONS[self.precision]
         return found.replace(param_dtype=wanted) if wanted and found.param_dtype is None else found
 

@@ -90,8 +90,12 @@ def told(where: str, what: str) -> Iterator[None]:
                 where=where,
                 fix="register one with torch.library.register_fake",
             ) from error
-        text = " ".join(str(error).split())[:300]
-        raise PlanError(f"the model cannot {what}: {place}: {type(error).__name__}: {text}", where=where) from error
+        raise PlanError(f"the model cannot {what}: {said(error)}", where=where) from error
+
+
+def said(error: BaseException) -> str:
+    """An error of somebody else's code in one line: where, which, and what it says."""
+    return f"{_place(error)}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _place(error: BaseException) -> str:

@@ -111,5 +111,5 @@ def why_not(least: dict[Where, int], machine: Machine) -> str:
         limit = room[place_]
         if limit is not None and nbytes > limit:
             has = f"there is {format_bytes(limit)} for a rank"
-            return f"model states alone take {format_bytes(nbytes)} of {names[place_]}; {has}"
+            return f"states alone are too large for {names[place_]}; they take {format_bytes(nbytes)}, and {has}"
     return ""

@@ -1,54 +1,159 @@
-"""Predictions of many strategies, by as many processes as there are cores."""
+"""Predictions of many strategies, by as many processes as there are cores.
+
+Each one has a process of its own: what a model's own code raises inside of a backward on the planned device ends the
+process (torch's device guard for such devices cannot be left while a Python error is pending). Then it is done once
+more, slowly, with every error written down as it is raised.
+"""
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 
 from shardwise.errors import PlanError, ShardwiseError
+from shardwise.plan.building import said
 
 T = TypeVar("T")
-_work: Callable[[Any], Any] | None = None  # of a worker: set before it is forked, so that nothing is pickled
-
-
-def _do(item: Any) -> Any:
-    assert _work is not None
-    try:
-        return _work(item)
-    except ShardwiseError as error:
-        return error
+_NOTE = 4096  # bytes of what is written down
+_NO_ERRORS = (StopIteration, StopAsyncIteration, GeneratorExit)
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 
 
 def each(work: Callable[[Any], T], items: Sequence[Any], processes: int | None = None) -> Iterator[T | ShardwiseError]:
     """Do something with each item, several at a time where processes can be forked; results in the items' order.
 
-    What raises a :class:`ShardwiseError` gives that error as its result.
+    What raises gives one :class:`ShardwiseError` as its result, and so does what ends its process.
 
     Args:
         work: what it returns must be picklable.
-        processes: by default one per core.
+        processes: at a time; by default one per core.
     """
-    global _work
-    count = min(processes or os.cpu_count() or 1, len(items))
-    before, _work = _work, work
+    if "fork" not in multiprocessing.get_all_start_methods() or torch.accelerator.is_available():
+        yield from (_done(work, item) for item in items)
+        return
+    most = min(processes or os.cpu_count() or 1, len(items))
+    done: dict[int, Any] = {}
+    running: dict[Connection, tuple[int, Any]] = {}
+    following = at = 0
     try:
-        if count < 2 or "fork" not in multiprocessing.get_all_start_methods() or torch.accelerator.is_available():
-            yield from map(_do, items)
-            return
-        with _one_thread(), ProcessPoolExecutor(count, multiprocessing.get_context("fork")) as pool:
-            try:
-                yield from pool.map(_do, items)
-            except BrokenProcessPool as error:
-                raise PlanError("a process that simulated a step ended", fix="look at what it printed") from error
+        while at < len(items):
+            while following < len(items) and len(running) < most:
+                process, pipe = _begin(work, items[following])
+                running[pipe] = following, process
+                following += 1
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                index, process = running.pop(ready)
+                done[index] = _end(ready, process)
+                if done[index] is None:
+                    done[index] = _what_it_raised(work, items[index])
+            while at in done:
+                yield done.pop(at)
+                at += 1
     finally:
-        _work = before
+        for pipe, (_, process) in running.items():
+            process.kill()
+            _end(pipe, process)
+
+
+def alone(work: Callable[[], T]) -> T:
+    """Do one thing in a process of its own.
+
+    Raises:
+        ShardwiseError: as it raised it; or the process has ended.
+    """
+    found = next(each(lambda _: work(), [None]))
+    if isinstance(found, ShardwiseError):
+        raise found
+    return found
+
+
+def _done(work: Callable[[Any], T], item: Any) -> T | ShardwiseError:
+    try:
+        return work(item)
+    except ShardwiseError as error:
+        return error
+    except Exception as error:  # noqa: BLE001  (of a model's own code)
+        return PlanError(f"a step of the model cannot be simulated: {said(error)}")
+
+
+def _begin(work: Callable[[Any], Any], item: Any, note: mmap.mmap | None = None) -> tuple[Any, Connection]:
+    here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(work, item, there, note), daemon=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process.start()
+    there.close()
+    return process, here
+
+
+def _child(work: Callable[[Any], Any], item: Any, pipe: Connection, note: mmap.mmap | None) -> None:
+    """It is silent: what a model prints was printed when it was built first."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    with _one_thread():
+        if note is not None:
+            sys.settrace(_Errors(note))
+        found = _done(work, item)
+        sys.settrace(None)
+    pipe.send(found)
+    pipe.close()
+    os._exit(0)  # without what the parent has for its own end
+
+
+def _end(pipe: Connection, process: Any) -> Any:
+    """What a process has found; ``None`` if it ended before."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None
+    finally:
+        pipe.close()
+        process.join()
+
+
+def _what_it_raised(work: Callable[[Any], Any], item: Any) -> Any:
+    note = mmap.mmap(-1, _NOTE)
+    process, pipe = _begin(work, item, note)
+    found = _end(pipe, process)
+    if found is not None:
+        return found
+    text = note[:].rstrip(b"\0").decode(errors="replace")
+    if not text:
+        return PlanError("a process that simulated a step has ended", fix="look whether there was memory for it")
+    return PlanError(f"the model cannot run backward: {text}")
+
+
+class _Errors:
+    """A trace function that writes down the last error that was raised, and where."""
+
+    def __init__(self, note: mmap.mmap) -> None:
+        self._note, self._last, self._where = note, "", ""
+        self._error: BaseException | None = None
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        frame.f_trace_lines = False
+        if event == "exception" and not isinstance(arg[1], _NO_ERRORS):
+            name = frame.f_code.co_filename
+            if arg[1] is not self._error:
+                self._error, self._where = arg[1], ""
+            if not self._where and not name.startswith(_LIBRARIES) and name.endswith(".py"):
+                self._where = f"{Path(name).name}, line {frame.f_lineno}: "
+            kind = getattr(arg[0], "__name__", "error")
+            text = f"{self._where}{kind}: {' '.join(str(arg[1]).split())[:300]}".encode()[: _NOTE - 1]
+            self._note[:] = text.ljust(_NOTE, b"\0")
+        return self
 
 
 @contextmanager

@@ -60,6 +60,7 @@ class Prediction:
         outside: bytes of the device that are not torch's.
         reserved: what torch's allocator holds beyond what is allocated.
         capacity, host_capacity, disk_capacity: of the machine, for one rank; ``None``: nobody said.
+        evaluation: the peak of the device in a forward of evaluation; ``None``: nobody asked.
     """
 
     strategy: Strategy
@@ -77,6 +78,7 @@ class Prediction:
     capacity: int
     host_capacity: int | None
     disk_capacity: int | None
+    evaluation: Peak | None = None
 
     @property
     def needs(self) -> tuple[int, int]:
@@ -91,7 +93,7 @@ class Prediction:
             return "device"
         if self.host_capacity is not None and self.host.nbytes > self.host_capacity:
             return "host"
-        return "disk" if self.disk and self.disk > (self.disk_capacity or 0) else ""
+        return "disk" if self.disk_capacity is not None and self.disk > self.disk_capacity else ""
 
     @property
     def fits(self) -> bool:
@@ -109,11 +111,13 @@ class Steps:
     Attributes:
         base: with the fewest.
         more: with one more of a kind in turn, and how many more there are to be.
+        evaluation: live bytes of the forward of evaluation with all blocks, if it was asked for.
     """
 
     base: Simulated
     profile: Profile
     more: list[tuple[Simulated, Profile, float]]
+    evaluation: Profile | None = None
 
     def line(self, of: dict[int, float]) -> float:
         """A number of each simulation (by ``id``), for all blocks."""
@@ -121,27 +125,32 @@ class Steps:
         return first + sum(count * (of[id(other)] - first) for other, _, count in self.more)
 
 
-def run(training: Training, machine: Machine, strategy: Strategy, *, whole: bool = False) -> Steps:
+def run(
+    training: Training, machine: Machine, strategy: Strategy, *, whole: bool = False, evaluate: bool = False
+) -> Steps:
     """Simulate what :func:`prediction` needs.
 
     Args:
+        evaluate: and a forward of evaluation.
         whole: all blocks, instead of a few and lines between them. Slow for deep models; the same result.
     """
     kinds = training.subject.kinds
     keep = {kind.name: kind.count if whole or kind.count <= FEWEST + 1 else FEWEST for kind in kinds}
-    first = _simulate(training, machine, strategy, keep)
+    first = _simulate(training, machine, strategy, keep, evaluate)
     fewest = _lengths(keep)
-    base = profile(first.segments, {path: (n, n) for path, n in fewest.items()})
-    more = []
+    same = {path: (n, n) for path, n in fewest.items()}
+    base, evaluation = profile(first.segments, same), profile(first.evaluation, same)
+    more, evaluations = [], []
     for kind in kinds:
         if keep[kind.name] == kind.count:
             continue
         one = {**keep, kind.name: keep[kind.name] + 1}
-        found = _simulate(training, machine, strategy, one)
-        lengths = _lengths(one)
-        points = profile(found.segments, {path: (lengths[path], n) for path, n in fewest.items()})
-        more.append((found, points, float(kind.count - keep[kind.name])))
-    return Steps(first, base, more)
+        found = _simulate(training, machine, strategy, one, evaluate)
+        lengths, count = _lengths(one), float(kind.count - keep[kind.name])
+        both = {path: (lengths[path], n) for path, n in fewest.items()}
+        more.append((found, profile(found.segments, both), count))
+        evaluations.append((profile(found.evaluation, both), count))
+    return Steps(first, base, more, extrapolate(evaluation, evaluations) if evaluate else None)
 
 
 def _lengths(keep: Mapping[str, int]) -> dict[str, int]:
@@ -153,7 +162,9 @@ def _lengths(keep: Mapping[str, int]) -> dict[str, int]:
     return out
 
 
-def _simulate(training: Training, machine: Machine, strategy: Strategy, keep: Mapping[str, int]) -> Simulated:
+def _simulate(
+    training: Training, machine: Machine, strategy: Strategy, keep: Mapping[str, int], evaluate: bool
+) -> Simulated:
     subject = training.subject
     device = torch.device("cpu") if machine.is_cpu else use_planned_device()
     return simulate(
@@ -167,6 +178,7 @@ def _simulate(training: Training, machine: Machine, strategy: Strategy, keep: Ma
             machine.per_node,
             min(training.accumulation, 2),
             training.clip,
+            evaluate,
         )
     )
 
@@ -232,6 +244,7 @@ def conclude(
         machine.memory,
         None if machine.host_memory is None or machine.is_cpu else machine.host_memory // machine.per_node,
         None if machine.nvme_bytes is None else machine.nvme_bytes // machine.per_node,
+        None if steps.evaluation is None else peak(steps.evaluation),
     )
 
 

@@ -89,6 +89,7 @@ def search(
 
     Raises:
         PlanError: ``batch`` cannot be divided.
+        ShardwiseError: of the only strategy that was asked for.
     """
     world = machine.world
     if batch is not None and batch % world:
@@ -101,7 +102,7 @@ def search(
     out: list[Row] = []
 
     def one(strategy: Strategy) -> Prediction:
-        return _best_rows(training, machine, strategy, rates, rows, each_rank)
+        return _best_rows(training, machine, strategy, rates, rows, each_rank, strategies is not None)
 
     if every:
         groups = [[strategy for group in groups for strategy in group]]
@@ -116,6 +117,8 @@ def search(
                 left[strategy] = needs[Where.DEVICE]
         for k, (strategy, result) in enumerate(zip(left, each(one, list(left)), strict=True)):
             if isinstance(result, ShardwiseError):
+                if strategies is not None and len(strategies) == 1:
+                    raise result
                 out.append(Row(strategy, None, str(result).splitlines()[0], left[strategy]))
             else:
                 out.append(Row(strategy, result, "", left[strategy]))
@@ -128,20 +131,21 @@ def search(
 
 
 def _best_rows(
-    training: Training, machine: Machine, strategy: Strategy, rates: Rates, rows: int | None, each_rank: int | None
-) -> Prediction:
+    training: Training, machine: Machine, strategy: Strategy, rates: Rates, rows: int | None, each_rank: int | None,
+    evaluate: bool,
+) -> Prediction:  # fmt: skip
     """With the micro-batch that was asked for, or the largest that fits."""
     small = None
     if rows is None:
-        small = run(training.sized(1), machine, strategy)
+        small = run(training.sized(1), machine, strategy, evaluate=evaluate)
         rows = largest(training, machine, strategy, small, each_rank)
     count = 1 if each_rank is None else max(1, each_rank // rows)
     one = training.sized(rows)
-    steps = small if small is not None and rows == 1 else run(one, machine, strategy)
+    steps = small if small is not None and rows == 1 else run(one, machine, strategy, evaluate=evaluate)
     if count == 1:
         return conclude(steps, one, machine, strategy, rates)
     several = training.sized(rows, count)
-    return conclude(run(several, machine, strategy), several, machine, strategy, rates, steps)
+    return conclude(run(several, machine, strategy, evaluate=evaluate), several, machine, strategy, rates, steps)
 
 
 def largest(

@@ -18,12 +18,14 @@ from torch.optim import optimizer as torch_optimizer
 from shardwise.comm.planned import planned
 from shardwise.engine.build import no_sync, require_engine, shard
 from shardwise.engine.clip import clip_grad_norm_
+from shardwise.errors import PlanError
 from shardwise.events import listening
 from shardwise.observe.live import Live
 from shardwise.plan.kernels import as_on
 from shardwise.plan.recorder import Recorder, Segment
 from shardwise.plan.trace import Trace
 from shardwise.strategy import Strategy
+from shardwise.tiers import Ledger
 from shardwise.tiers.planned_disk import PlannedDisk
 
 BuildOptimizers = Callable[[list[nn.Parameter]], list[Optimizer]]
@@ -42,6 +44,7 @@ class Step:
         world, local: ranks, and those of one host.
         accumulation: micro-batches per step.
         clip: gradients are clipped to this norm.
+        evaluate: a forward of evaluation follows.
     """
 
     build: Callable[[], nn.Module]
@@ -53,6 +56,7 @@ class Step:
     local: int = 1
     accumulation: int = 1
     clip: float | None = None
+    evaluate: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Simulated:
         units: names, in the order of registration.
         parameters, trainable: elements of the whole model.
         micro_batches: of the step.
+        evaluation: live bytes of a forward in evaluation after them, if it was asked for.
     """
 
     trace: Trace
@@ -77,6 +82,7 @@ class Simulated:
     parameters: int
     trainable: int
     micro_batches: int
+    evaluation: list[Segment]
 
 
 def simulate(step: Step) -> Simulated:
@@ -93,6 +99,8 @@ def simulate(step: Step) -> Simulated:
         parameters = sum(p.numel() for p in model.parameters())
         trainable = [p for p in model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in trainable)
+        if not count:
+            raise PlanError("the model has no parameter that is trained", fix="let some require gradients")
         shard(model, step.strategy)
         optimizers = step.optimizers(trainable)
         engine = require_engine(model)
@@ -107,9 +115,20 @@ def simulate(step: Step) -> Simulated:
         units = [unit.label for unit in engine.units]
         between = recorder.now()
         trace = Trace(recorder.entries, step.world, calls=recorder.calls)
+        evaluation = _evaluation(step, model, engine.ledger) if step.evaluate else []
         for unit in engine.units:
             unit.finish_transfers()
-    return Simulated(trace, segments, disk, between, units, parameters, count, step.accumulation)
+    return Simulated(trace, segments, disk, between, units, parameters, count, step.accumulation, evaluation)
+
+
+def _evaluation(step: Step, model: nn.Module, ledger: Ledger) -> list[Segment]:
+    """A forward of as many rows as a micro-batch has."""
+    recorder = Recorder(ledger, step.device, operations=False)
+    model.eval()
+    with listening(recorder, alone=True), recorder, torch.no_grad():
+        step.loss(model)
+    model.train()
+    return recorder.segments
 
 
 def one_step(step: Step, model: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -129,6 +148,8 @@ def one_step(step: Step, model: nn.Module, optimizers: list[Optimizer]) -> None:
 def _backward(loss: torch.Tensor) -> None:
     """As ``loss.backward()``, which would leave the modes for functions meanwhile: what it computes again is to run as
     it ran in the forward."""
+    if not loss.requires_grad:
+        raise PlanError("the loss depends on nothing that is trained")
     start = torch.ones_like(loss)
     _engine_run_backward((loss,), (start,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 

@@ -160,20 +160,29 @@ def resolve(
         if value is not None and value < 1:
             raise PlanError(f"{name} must be 1 or more, not {value}")
     adapters = None if lora is None else Lora.parse(lora)
-    path = Path(text).expanduser()
-    if text in SHIPPED and not path.is_file():
+    path, there = _path(text)
+    if text in SHIPPED and not (there and path.is_file()):
         repository, values = SHIPPED[text]
         subject = _of_config(text, f"the config.json of {repository}", values, batch, seq)
-    elif path.exists():
+    elif there:
         subject = _of_config(text, "its config.json", read(path), batch, seq)
     elif ":" in text and not text.startswith(":") and not text.endswith(":"):
         subject = _of_function(text, batch, seq)
     else:
         names = ", ".join(SHIPPED)
-        raise PlanError(f"there is no model '{text}'", fix=did_you_mean(text, SHIPPED, FORMS + names))
+        raise PlanError(f"there is no model '{text[:200]}'", fix=did_you_mean(text, SHIPPED, FORMS + names))
     subject.lora = adapters
     _measure(subject)
     return subject
+
+
+def _path(text: str) -> tuple[Path, bool]:
+    """Of a file or folder of that name, and whether it is there."""
+    try:
+        path = Path(text).expanduser()
+        return path, path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long for a name; nobody's home; what no name may have in it
+        return Path(), False
 
 
 def _measure(subject: Subject) -> None:

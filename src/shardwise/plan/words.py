@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -28,39 +29,47 @@ def seconds(value: float) -> str:
 
 
 def table(plan: Plan) -> Table:
-    """All strategies, the best first."""
-    out = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for name, justify in (
-        ("strategy", "left"), ("rows", "right"), ("device", "right"), ("host", "right"), ("disk", "right"),
-        ("step", "right"), ("tokens/s", "right"), ("MFU", "right"), ("bound by", "left"), ("", "left"),
-    ):  # fmt: skip
-        out.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for k, row in enumerate(plan.rows):
-        out.add_row(*cells(row), style="green" if k == 0 and row.fits else None if row.fits else "dim")
+    """All strategies, the best first. Keys that all of them have are in its title; columns without a figure are out."""
+    common = common_keys([row.strategy for row in plan.rows])
+    title = f"all with {','.join(common)}" if common else None
+    out = Table(box=None, pad_edge=False, header_style="bold", title=title, title_style="", title_justify="left")
+    lines = [cells(row, common) for row in plan.rows]
+    names = ("strategy", "rows", "device", "host", "disk", "step", "tokens/s", "MFU", "bound by", "")
+    shown = [k for k in range(len(names)) if any(line[k] for line in lines)]
+    for k in shown:
+        words = names[k] in ("strategy", "bound by", "")
+        out.add_column(
+            names[k], justify="left" if words else "right", no_wrap=not words, overflow="fold",
+            min_width={"strategy": 18, "": 10}.get(names[k]),
+        )  # fmt: skip
+    for k, (row, line) in enumerate(zip(plan.rows, lines, strict=True)):
+        style = "green" if k == 0 and row.fits else None if row.fits else "dim"
+        out.add_row(*[line[column] for column in shown], style=style)
     return out
 
 
-def cells(row: Row) -> list[str]:
-    """One strategy's figures."""
+def common_keys(strategies: Sequence[Strategy]) -> list[str]:
+    """Keys that all of several strategies have, with their values, as they are written."""
+    parts = [str(strategy).split(",")[1:] for strategy in strategies]
+    return [part for part in parts[0] if all(part in other for other in parts)] if len(parts) > 1 else []
+
+
+def cells(row: Row, common: Sequence[str] = ()) -> list[str]:
+    """One strategy's figures.
+
+    Args:
+        common: keys that are left out of its name.
+    """
     found = row.found
+    name = ", ".join(part for part in str(row.strategy).split(",") if part not in common)
     if found is None:
-        return [
-            short(row.strategy),
-            "",
-            format_bytes(row.states) if row.states else "",
-            "",
-            "",
-            "",
-            "",
-            "",
-            "",
-            row.why,
-        ]
+        states = format_bytes(row.states) if row.states else ""
+        return [name, "", states, *[""] * 6, row.why.partition(";")[0]]
     timing = found.timing
     rows = str(found.rows) if found.accumulation == 1 else f"{found.rows} x {found.accumulation}"
-    verdict = "fits" if found.fits else f"needs {format_bytes(over(found))} more of the {found.lacks}"
+    verdict = "fits" if found.fits else f"{format_bytes(over(found))} too much for the {found.lacks}"
     return [
-        short(row.strategy),
+        name,
         rows,
         format_bytes(found.needs[1]),
         format_bytes(found.host.nbytes) if found.host_capacity is not None or found.host.nbytes > 1e6 else "",
@@ -169,6 +178,9 @@ def _host(out: Table, found: Prediction) -> None:
     if found.disk:
         of = f"of {format_bytes(found.disk_capacity)} per rank; " if found.disk_capacity is not None else ""
         out.add_row("[bold]disk[/bold]", format_bytes(found.disk), f"{of}counted")
+    if found.evaluation is not None:
+        at = f"of the device, counted; at the {found.evaluation}; as many rows as a micro-batch"
+        out.add_row("[bold]evaluation[/bold]", format_bytes(found.evaluation.nbytes), at)
     out.add_row("an asynchronous save", format_bytes(found.save), "more on the host while it writes; counted")
 
 
@@ -191,6 +203,7 @@ def as_dict(found: Prediction) -> dict[str, Any]:
         "fits": found.fits,
         "lacks": found.lacks or None,
         "device": _peak(found.device),
+        "evaluation": None if found.evaluation is None else _peak(found.evaluation),
         "host": _peak(found.host),
         "disk": found.disk,
         "save": found.save,

@@ -1,0 +1,259 @@
+"""``shardwise plan`` as somebody uses it who does not know it: a command for each question, a line for each mistake.
+
+The model is small and of a function, so that an answer takes a second or two; answers are kept between tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from plan_models import BLOCKS, VOCABULARY, WIDTH, Small
+from shardwise.cli import app
+
+MACHINE = ("--devices", "4xA100-40GB")
+MODEL = "plan_models:small"
+PARAMETERS = sum(p.numel() for p in Small().parameters())
+FP32, BF16 = 4, 2
+
+
+@functools.cache
+def ask(*args: str, model: str = MODEL, machine: tuple[str, ...] = MACHINE):
+    """Exit code, facts (of an answer), and what it said on the way."""
+    result = CliRunner().invoke(app, ["plan", model, *machine, *args, "--json"])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, json.loads(result.stdout) if result.stdout else None, result.stderr
+
+
+def answered(*args: str, **more):
+    code, facts, said = ask(*args, **more)
+    assert code == 0, said
+    return facts
+
+
+def words(*args: str, model: str = MODEL):
+    result = CliRunner().invoke(app, ["plan", model, *MACHINE, *args], env={"COLUMNS": "120"})
+    return result.exit_code, result.stdout
+
+
+def test_does_it_fit_and_which_is_best():
+    facts = answered("--batch", "2")
+    assert facts["fits"] and facts["best"]["strategy"] in facts["verdict"]
+    fitting = [row for row in facts["rows"] if row["fits"]]
+    assert {row["strategy"].split(",")[0] for row in fitting} == {"ddp", "zero1", "zero2", "zero3"}
+    speeds = [row["timing"]["tokens_per_s"] for row in fitting]
+    assert speeds == sorted(speeds, reverse=True) and facts["best"] == facts["rows"][0]
+    assert all(row["timing"]["sources"] for row in fitting)
+
+
+def test_states_are_those_of_the_formulas():
+    """Masters, and the two states of Adam: 12 bytes for each parameter, split or not."""
+    facts = answered("--batch", "2")
+    rows = {row["strategy"]: row for row in facts["rows"]}
+    for preset, parts in (("ddp", 1), ("zero3", 4)):
+        between = rows[f"{preset},param_dtype=bf16"]["between"]
+        states = between["parameters"] + between["optimizer"]
+        copies = 0 if preset == "zero3" else BF16 * PARAMETERS
+        assert states == pytest.approx(3 * FP32 * PARAMETERS / parts + copies, rel=0.02)
+        assert rows[f"{preset},param_dtype=bf16"]["save"] == states
+
+
+def test_twice_the_rows_keep_twice_the_activations():
+    one = answered("--batch", "8", "--strategy", "zero3")
+    two = answered("--batch", "16", "--strategy", "zero3")
+    assert one["rows"] == 8 and two["rows"] == 16
+
+    def activations(found):
+        return found["device"]["states"]["activations"]
+
+    assert activations(two) == pytest.approx(2 * activations(one), rel=0.05)
+
+
+def test_which_state_is_the_peak_and_when_and_what_evaluation_and_saving_take():
+    facts = answered("--batch", "8", "--strategy", "zero3")
+    peak = facts["device"]
+    assert peak["phase"] in ("forward", "backward", "step") and sum(peak["states"].values()) == peak["bytes"]
+    evaluation = facts["evaluation"]
+    assert evaluation["phase"] == "forward" and evaluation["bytes"] < peak["bytes"]
+    logits = 8 * 128 * VOCABULARY * FP32
+    assert logits < evaluation["states"]["activations"] < 4 * logits
+    assert 0 < facts["save"] < 4 * FP32 * PARAMETERS
+    code, text = words("--batch", "8", "--strategy", "zero3")
+    assert code == 0
+    for part in ("peak of the device", "activations", "evaluation", "an asynchronous save", "outside of torch",
+                 "waits for the network", "counted", "datasheet", "bound by"):  # fmt: skip
+        assert part in text
+
+
+def test_what_checkpointing_saves_and_costs():
+    facts = answered("--batch", "32", "--strategy", "zero2", "--what-if", "activation_checkpointing=true")
+    plain, kept = facts["as asked"], facts["activation_checkpointing=true"]
+    assert kept["device"]["states"]["activations"] < plain["device"]["states"]["activations"]
+    assert kept["timing"]["compute"] > plain["timing"]["compute"]
+    assert kept["between"] == plain["between"]
+
+
+def test_what_offload_costs_in_time():
+    facts = answered("--batch", "2", "--strategy", "zero2", "--what-if", "offload_optimizer=cpu")
+    plain, moved = facts["as asked"], facts["offload_optimizer=cpu"]
+    assert moved["timing"]["seconds"] > plain["timing"]["seconds"]
+    assert moved["between"]["optimizer"] == 0 < plain["between"]["optimizer"]
+    assert moved["host"]["bytes"] >= 3 * FP32 * PARAMETERS / 4
+
+
+def test_another_node_and_the_dtype_of_reductions():
+    facts = answered("--batch", "2", "--strategy", "zero2", "--what-if", "nodes=2", "--what-if", "reduce_dtype=bf16")
+    plain, nodes, reduced = facts["as asked"], facts["nodes=2"], facts["reduce_dtype=bf16"]
+    assert nodes["world"] == 2 * plain["world"]
+    assert nodes["between"]["optimizer"] == pytest.approx(plain["between"]["optimizer"] / 2, rel=0.02)
+    assert nodes["timing"]["busy"]["network"] > plain["timing"]["busy"]["network"]
+    assert reduced["timing"]["busy"]["network"] < plain["timing"]["busy"]["network"]
+
+
+def test_how_far_one_can_go():
+    for what, least in (("batch", 64), ("layers", BLOCKS)):
+        far = answered("--max", what, "--strategy", "zero3")[what]
+        (found,) = far.values()
+        assert found > least
+
+
+def test_why_not_another():
+    facts = answered("--batch", "2", "--why", "zero3")
+    assert facts["this"]["strategy"].startswith("zero3") and "faster" in facts["answer"]
+
+
+def test_nothing_fits():
+    code, facts, _ = ask("--batch", "100000", "--strategy", "zero3")
+    assert code == 1 and facts["lacks"] == "device" and facts["needs"][1] > facts["capacity"]
+
+
+def test_adapters_against_full_training():
+    pytest.importorskip("peft")
+    facts = answered("--batch", "2", "--strategy", "ddp", "--what-if", "lora=r=8,targets=q+v")
+    full, adapted = facts["as asked"], facts["lora=r=8,targets=q+v"]
+    adapters = BLOCKS * 2 * 2 * 8 * WIDTH
+    assert adapted["between"]["optimizer"] == pytest.approx(2 * FP32 * adapters, rel=0.02)
+    assert adapted["needs"][1] < full["needs"][1]
+
+
+def test_only_an_answer_is_on_stdout():
+    _, _, said = ask("--batch", "2", "--strategy", "zero1")
+    assert "a model's own words" in said
+
+
+def test_an_answer_as_a_page(tmp_path):
+    page = tmp_path / "plan.html"
+    code, text = words("--batch", "2", "--strategy", "zero1", "--html", str(page))
+    written = page.read_text()
+    assert code == 0 and MODEL in written and "peak of the device" in written and "viewport" in written
+    assert "peak of the device" in text
+
+
+ERRORS = {
+    "unknown device": (("--devices", "8xH1000"), "known are"),
+    "no number of devices": (("--devices", ""), "8xH100-80GB"),
+    "negative nodes": (("--nodes", "-1"), "--nodes -1"),
+    "negative rows": (("--batch", "-3"), "--batch -3"),
+    "no rows": (("--batch", "0"), "--batch 0"),
+    "negative length": (("--seq", "-3"), "--seq -3"),
+    "negative memory": (("--host-memory", "-3GB"), "no size"),
+    "no memory": (("--host-memory", ""), "no size"),
+    "a disk without a rate": (("--nvme", "4TB"), "how fast"),
+    "a rate that is none": (("--network", "fast"), "no rate"),
+    "a norm that is none": (("--clip", "nan"), "no norm"),
+    "rows that cannot be divided": (("--global-batch", "7"), "cannot be divided"),
+    "micro-batches that cannot be": (("--global-batch", "12", "--batch", "2"), "not whole micro-batches"),
+    "unknown optimizer": (("--optimizer", "adamww"), "did you mean 'adamw'?"),
+    "unknown precision": (("--precision", ""), "--precision"),
+    "adapters without a rank": (("--lora", "r=x"), "whole number"),
+    "unknown preset": (("--strategy", "zero9"), "zero9"),
+    "empty strategy": (("--strategy", ""), "preset"),
+    "unknown key": (("--strategy", "zero2,offload=cpu"), "offload"),
+    "disks that nobody told of": (("--strategy", "zero3,offload_optimizer=nvme"), "--nvme 3.5GB/s,4TB"),
+    "matrices cut anywhere": (("--strategy", "zero3", "--optimizer", "muon"), "layout"),
+    "a shard size that divides nothing": (("--strategy", "hsdp,shard_size=3"), "3"),
+    "unknown question": (("--max", "speed"), "one of batch, seq, layers"),
+    "two questions": (("--max", "batch", "--why", "zero2"), "two questions"),
+    "two strategies": (("--strategy", "zero3", "--why", "zero2"), "two questions"),
+    "looks for what is given": (("--max", "batch", "--batch", "2"), "leave one out"),
+    "changes nothing": (("--strategy", "zero3", "--what-if", "nodez=2"), "did you mean 'nodes'?"),
+    "changes to nothing": (("--strategy", "zero3", "--what-if", ""), "--what-if"),
+    "changes to no number": (("--strategy", "zero3", "--what-if", "nodes=many"), "nodes"),
+    "two machines": (("--calibrate",), "leave one out"),
+    "nowhere to write": (("--html", "/nowhere/at/all.html"), "cannot be written"),
+}  # fmt: skip
+
+
+def one_line(*args: str, model: str = MODEL) -> str:
+    result = CliRunner().invoke(app, ["plan", model, *MACHINE, *args])
+    lines = [line for line in result.stderr.splitlines() if line != "a model's own words"]
+    assert result.exit_code == 2 and not result.stdout, (result.stdout, result.exception)
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in result.stderr, result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("mistake", ERRORS)
+def test_mistakes_are_one_line(mistake):
+    args, says = ERRORS[mistake]
+    assert says in one_line(*args)
+
+
+MODELS = {
+    "": "no model was named",
+    "gpt22": "did you mean 'gpt2'?",
+    "nowhere:f": "cannot be imported",
+    "plan_models:nothing": "has no 'nothing'",
+    "plan_models:cannot_be_built": "line 1",
+    "plan_models:builds_nothing": "not (model, inputs)",
+    "plan_models:without_rows": "no tensor with rows",
+    "plan_models:frozen": "no parameter that is trained",
+    "plan_models:needs_values": "asks for them",
+    "plan_models:cannot_run": "cannot go ahead",
+    "plan_models:one_way": "this model cannot go back",
+    "plan_models:hooked": "no gradients here",
+    "x" * 5000: "there is no model",
+}
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda name: name[:30] or "empty")
+def test_models_that_cannot_be(model):
+    """Also one that raises inside of a backward: on the planned device that ends the process it is in."""
+    assert MODELS[model] in one_line("--strategy", "zero2", model=model)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "not a configuration"),
+        ("[1]", "no keys"),
+        ("{}", "names no model"),
+        ('{"model_type": "lama"}', "did you mean"),
+        ('{"model_type": "llama", "architectures": ["Lama"]}', "no class"),
+        ('{"model_type": "llama", "hidden_size": -8}', "Llama"),
+        ("\xff\0", "not a configuration"),
+        (None, "no config.json"),
+    ],
+    ids=["broken", "a list", "no architecture", "unknown", "unknown class", "negative", "bytes", "none"],
+)
+def test_configurations_that_are_none(tmp_path, text, says):
+    pytest.importorskip("transformers")
+    if text is not None:
+        (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    assert says in one_line(model=str(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="everything is readable for root")
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").chmod(0)
+    assert "not a configuration" in one_line(model=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_how_long_rows_can_be():
+    (far,) = answered("--max", "seq", "--strategy", "zero3")["seq"].values()
+    assert far > 128
