@@ -72,7 +72,7 @@ def cells(row: Row, common: Sequence[str] = ()) -> list[str]:
         name,
         rows,
         format_bytes(found.needs[1]),
-        format_bytes(found.host.nbytes) if found.host_capacity is not None or found.host.nbytes > 1e6 else "",
+        format_bytes(found.host.nbytes) if found.host.nbytes > 1e6 else "",
         format_bytes(found.disk) if found.disk else "",
         seconds(timing.seconds) if timing else "",
         f"{timing.tokens_per_s:,.0f}" if timing and timing.tokens_per_s else "",
