@@ -125,7 +125,9 @@ def loss_of(output: Any) -> torch.Tensor:
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(found, torch.Tensor):
         return found
-    flat = [t for t in tree_flatten(output)[0] if isinstance(t, torch.Tensor) and t.requires_grad]
+    trains = torch.is_grad_enabled()  # and an evaluation does not
+    tensors = [t for t in tree_flatten(output)[0] if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    flat = [t for t in tensors if t.requires_grad or not trains]
     if not flat:
         raise PlanError("the model's output has nothing to train on: no loss, and no floating-point tensor")
     if len(flat) == 1 and flat[0].ndim == 0:
