@@ -30,9 +30,7 @@ def _head(out: Console, asked: Asked, training: Training, machine: Machine) -> N
     if subject.trainable != subject.parameters:
         what += f", {subject.trainable / 1e6:,.1f} M of them trained"
     out.print(f"[bold]{subject.name}[/bold]: {what} ({subject.source}){rows}, {asked.optimizer}, {asked.precision}")
-    memory = (
-        f"{format_bytes(machine.host_memory)} of memory" if machine.host_memory else "memory not told"
-    )
+    memory = f"{format_bytes(machine.host_memory)} of memory" if machine.host_memory else "memory not told"
     out.print(
         f"on {machine}; each node: {memory}" + (f", disks {format_bytes(machine.nvme)}/s" if machine.nvme else "")
     )
@@ -141,6 +139,8 @@ def _slower(best: Prediction, other: Prediction) -> str:
 def what_if(asked: Asked, text: str | None, changes: Sequence[str], out: Console) -> dict[str, Any]:
     """The same question with something changed: an option of the command, or a key of the strategy."""
     base = asked.strategy(text) if text is not None else None
+    for change in changes:  # before anything takes its time
+        _changed(asked, base or Strategy("hsdp", param_dtype="bf16"), change)
     if base is None:
         plan = _searched(asked)
         if plan.best is None:
