@@ -30,9 +30,7 @@ def _head(out: Console, asked: Asked, training: Training, machine: Machine) -> N
     if subject.trainable != subject.parameters:
         what += f", {subject.trainable / 1e6:,.1f} M of them trained"
     out.print(f"[bold]{subject.name}[/bold]: {what} ({subject.source}){rows}, {asked.optimizer}, {asked.precision}")
-    memory = (
-        f"{format_bytes(machine.host_memory)} of memory" if machine.host_memory else "memory not told"
-    )
+    memory = f"{format_bytes(machine.host_memory)} of memory" if machine.host_memory else "memory not told"
     out.print(
         f"on {machine}; each node: {memory}" + (f", disks {format_bytes(machine.nvme)}/s" if machine.nvme else "")
     )
