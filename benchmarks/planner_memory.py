@@ -177,9 +177,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         f"worst {told['worst_error']:.2%}",
         loc="left", fontsize=8.5, fontweight="bold",
     )  # fmt: skip
+    left.set_yticks([20, 50, 100, 200], ["20", "50", "100", "200"])
     left.legend(frameon=False, fontsize=8)
     for axis in (left, right):
         axis.set_xlabel("measured peak, MiB")
+        axis.set_xticks([20, 50, 100, 200], ["20", "50", "100", "200"])
+        axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=FAINT, which="both", length=2)
     figure.tight_layout()
