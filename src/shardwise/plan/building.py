@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -22,6 +24,7 @@ from shardwise.errors import PlanError, ShardwiseError
 
 SMALL = 4096
 """Elements of a tensor that keeps its values while a model is built."""
+_NUMBER = torch.ops.aten._local_scalar_dense.default
 _VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -31,10 +34,14 @@ class SmallValues(TorchDispatchMode):
 
     For use inside a ``FakeTensorMode``. A tensor made from nothing is real up to :data:`SMALL` elements; one made of
     real ones is real, and one made of any fake one is fake.
+
+    Where torch draws initial values until all lie in a range, the first ones do.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _NUMBER and isinstance(args[0], FakeTensor) and _draws_initial_values():
+            return False if args[0].dtype is torch.bool else 0.0 if args[0].dtype.is_floating_point else 0
         flat, _ = tree_flatten((args, kwargs))
         tensors = [t for t in flat if isinstance(t, torch.Tensor)]
         if any(isinstance(t, FakeTensor) or t.device.type != "cpu" for t in tensors):
@@ -55,6 +62,16 @@ class SmallValues(TorchDispatchMode):
 
 def _names(func: Any) -> set[str]:
     return {argument.name for argument in func._schema.arguments}
+
+
+def _draws_initial_values() -> bool:
+    """Whether a function of ``torch.nn.init`` is what runs."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == nn.init.__name__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_fake() -> bool:

@@ -56,7 +56,7 @@ def most_blocks(training: Training, machine: Machine, strategy: Strategy) -> tup
     Returns:
         0 and 0 if nothing repeats, or not even the fewest fit.
     """
-    steps = run(training, machine, strategy)
+    steps = run(training, machine, strategy, whole=False)
     if not steps.more:
         return 0, 0
     index = max(range(len(steps.more)), key=lambda k: steps.more[k][2])

@@ -20,6 +20,8 @@ from shardwise.strategy import Strategy
 
 FEWEST = 5
 """Blocks of a kind in a simulation: the first three and the last two differ from those between them."""
+LARGE = 1 << 28
+"""Parameters of a model that is never simulated whole: what its units send together, a few MiB, is little there."""
 _RESERVED = (0.02, 0.10)
 
 
@@ -126,17 +128,24 @@ class Steps:
 
 
 def run(
-    training: Training, machine: Machine, strategy: Strategy, *, whole: bool = False, evaluate: bool = False
+    training: Training, machine: Machine, strategy: Strategy, *, whole: bool | None = None, evaluate: bool = False
 ) -> Steps:
     """Simulate what :func:`prediction` needs.
 
     Args:
         evaluate: and a forward of evaluation.
-        whole: all blocks, instead of a few and lines between them. Slow for deep models; the same result.
+        whole: all blocks, instead of a few and lines between them. Slow for deep models; the same result. By default
+            only for models below :data:`LARGE`, and where lines are not straight: units are so short that they send
+            together, or parts of the optimizer state have different homes.
     """
     kinds = training.subject.kinds
     keep = {kind.name: kind.count if whole or kind.count <= FEWEST + 1 else FEWEST for kind in kinds}
     first = _simulate(training, machine, strategy, keep, evaluate)
+    every = {kind.name: kind.count for kind in kinds}
+    uneven = first.joins or 0 < strategy.offload_ratio < 1
+    if whole is None and uneven and training.subject.parameters < LARGE and keep != every:
+        keep = every
+        first = _simulate(training, machine, strategy, keep, evaluate)
     fewest = _lengths(keep)
     same = {path: (n, n) for path, n in fewest.items()}
     base, evaluation = profile(first.segments, same), profile(first.evaluation, same)
@@ -184,7 +193,7 @@ def _simulate(
 
 
 def prediction(
-    training: Training, machine: Machine, strategy: Strategy, rates: Rates | None = None, *, whole: bool = False
+    training: Training, machine: Machine, strategy: Strategy, rates: Rates | None = None, *, whole: bool | None = None
 ) -> Prediction:
     """What a strategy needs and costs.
 

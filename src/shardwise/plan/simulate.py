@@ -15,9 +15,11 @@ from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from shardwise.comm import joined
 from shardwise.comm.planned import planned
 from shardwise.engine.build import no_sync, require_engine, shard
 from shardwise.engine.clip import clip_grad_norm_
+from shardwise.engine.optimizer import attach
 from shardwise.errors import PlanError
 from shardwise.events import listening
 from shardwise.observe.live import Live
@@ -72,6 +74,8 @@ class Simulated:
         parameters, trainable: elements of the whole model.
         micro_batches: of the step.
         evaluation: live bytes of a forward in evaluation after them, if it was asked for.
+        joins: some units are so short that what they send may travel with that of others: how much waits for company
+            does not grow evenly with their number.
     """
 
     trace: Trace
@@ -83,6 +87,7 @@ class Simulated:
     trainable: int
     micro_batches: int
     evaluation: list[Segment]
+    joins: bool
 
 
 def simulate(step: Step) -> Simulated:
@@ -103,6 +108,8 @@ def simulate(step: Step) -> Simulated:
             raise PlanError("the model has no parameter that is trained", fix="let some require gradients")
         shard(model, step.strategy)
         optimizers = step.optimizers(trainable)
+        for optimizer in optimizers:
+            attach(optimizer)  # before the first backward, which may update
         engine = require_engine(model)
         segments: list[Segment] = []
         for last in (False, True):
@@ -114,11 +121,13 @@ def simulate(step: Step) -> Simulated:
         disk = sum(home.disk.nbytes for home in homes if isinstance(home.disk, PlannedDisk))
         units = [unit.label for unit in engine.units]
         between = recorder.now()
+        short = [u.label for u in engine.units if u.joins or 0 < u.wire_bytes < joined.JOINED_BYTES]
         trace = Trace(recorder.entries, step.world, calls=recorder.calls)
         evaluation = _evaluation(step, model, engine.ledger) if step.evaluate else []
         for unit in engine.units:
             unit.finish_transfers()
-    return Simulated(trace, segments, disk, between, units, parameters, count, step.accumulation, evaluation)
+    joins = step.world > 1 and len(short) > 1
+    return Simulated(trace, segments, disk, between, units, parameters, count, step.accumulation, evaluation, joins)
 
 
 def _evaluation(step: Step, model: nn.Module, ledger: Ledger) -> list[Segment]:

@@ -102,7 +102,8 @@ class Subject:
         with told(self.name, "be built"):
             model = self.maker.model()
             if self.lora is not None:
-                model = adapt(model, self.lora, self.name)
+                # peft moves its layers to where the model is, unless that is nowhere: parameters without values stay.
+                model = adapt(move(model, "meta"), self.lora, self.name)
         if keep is not None:
             shorten(model, keep)
         return move(model, device, dtype)

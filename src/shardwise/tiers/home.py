@@ -141,7 +141,8 @@ class Home:
                 if self.disk is not None:
                     self.disk.drain()
                 self.count(-pool.nbytes)
-            pool = self._pools[purpose] = BufferPool(count or self.buffers, nbytes, pin=self.pin)
+            with self.ledger.counted():
+                pool = self._pools[purpose] = BufferPool(count or self.buffers, nbytes, pin=self.pin)
             self.count(pool.nbytes)
         return BufferLease(pool, pool.acquire())
 

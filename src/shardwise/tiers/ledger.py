@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Protocol
 
@@ -58,15 +59,23 @@ class Ledger:
             if self.observer is not None:
                 self.observer.sample()
 
-    def empty(self, numel: int, dtype: torch.dtype, device: torch.device, state: str) -> torch.Tensor:
-        """A new 1-D tensor, counted under ``state`` until :meth:`drop`."""
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """A block in which only tensors are made that are counted here: no observer counts them again."""
         observer = self.observer
         if observer is None:
-            tensor = torch.empty(numel, dtype=dtype, device=device)
-        else:
-            paused, observer.paused = observer.paused, True
-            tensor = torch.empty(numel, dtype=dtype, device=device)
+            yield
+            return
+        paused, observer.paused = observer.paused, True
+        try:
+            yield
+        finally:
             observer.paused = paused
+
+    def empty(self, numel: int, dtype: torch.dtype, device: torch.device, state: str) -> torch.Tensor:
+        """A new 1-D tensor, counted under ``state`` until :meth:`drop`."""
+        with self.counted():
+            tensor = torch.empty(numel, dtype=dtype, device=device)
         self.add(state, tensor.numel() * tensor.element_size(), host=tensor.is_cpu)
         return tensor
 
