@@ -116,6 +116,16 @@ def with_keys():
     return str(require_engine(model).strategy)
 
 
+def most_rows():
+    with mock.patch.object(host, "memory", return_value=HostMemory(1 << 24, 1 << 24)):
+        return shardwise.planned_batch_size(make(**SIZES), batch(0, rank(), vocab=64)[:, :-1], "zero2")
+
+
+def test_where_a_search_for_a_batch_size_starts():
+    first, second = run(2, most_rows)
+    assert first == second and 8 < first < 100_000
+
+
 def test_auto_has_no_row_before_it_is_chosen():
     auto = Strategy.parse("auto,param_dtype=bf16")
     assert str(auto) == "auto,param_dtype=bf16" and "planner" in auto.explain()

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from shardwise.observe.memory import MemoryMeter, memory_meter
     from shardwise.observe.recording import record
     from shardwise.observe.stats import Stats, expected, reset_stats, stats
+    from shardwise.plan.auto import planned_batch_size
     from shardwise.quantization.linear import QuantizedLinear
     from shardwise.quantization.others import as_plain_parameters
     from shardwise.quantization.replacing import quantize
@@ -103,6 +104,7 @@ _HOME = {
     "init_empty_weights": "inference.meta",
     "init_on_device": "inference.meta",
     "memory_meter": "observe.memory",
+    "planned_batch_size": "plan.auto",
     "optimizer_state": "engine.optimizer",
     "no_sync": "engine.build",
     "notebook_launcher": "launchers",
@@ -168,6 +170,7 @@ __all__ = [
     "no_sync",
     "notebook_launcher",
     "optimizer_state",
+    "planned_batch_size",
     "quantize",
     "quantize_checkpoint",
     "record",

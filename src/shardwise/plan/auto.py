@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from shardwise import device as devices
 from shardwise import host
 from shardwise.comm import World, init
+from shardwise.engine.build import device_of
 from shardwise.errors import PlanError, ShardwiseError
 from shardwise.operations import broadcast_object_list
 from shardwise.placement import Where
@@ -26,11 +27,12 @@ from shardwise.plan.machine import Machine
 from shardwise.plan.optimizers import OPTIMIZERS
 from shardwise.plan.prediction import Training
 from shardwise.plan.rates import Rates
-from shardwise.plan.search import search
+from shardwise.plan.search import largest, search
 from shardwise.plan.words import next_better, verdict
 from shardwise.sizes import format_bytes
 from shardwise.strategy import Strategy
 
+T = TypeVar("T")
 _SPARE = 0.5
 """Of a device: what model states may take where nobody knows what activations will."""
 _CHOSEN = ("preset", "shard_size", "offload_params", "offload_grads", "offload_optimizer", "activation_checkpointing",
@@ -61,21 +63,37 @@ def choose(
     Cost: some seconds to a minute on rank 0, in a process of its own.
     """
     world = init(device)
-    answer: list[Any] = [None]
-    if world.rank == 0:
-        try:
-            answer = [_planned(module, asked, device, example, optimizers, world)]
-        except ShardwiseError as error:
-            answer = [error]
-    if world.size > 1:
-        broadcast_object_list(answer)
-    found = answer[0]
-    if isinstance(found, ShardwiseError):
-        raise found
+    found = _agreed(world, lambda: _planned(module, asked, device, example, optimizers, world))
     strategy, why = found
     if world.rank == 0:
         print(f"shardwise: strategy auto: {why}", file=sys.stderr, flush=True)
     return Strategy.parse(strategy)
+
+
+def planned_batch_size(module: nn.Module, example: Any, strategy: str | Strategy | None = None) -> int:
+    """Rows of the largest micro-batch that fits on this machine, by the planner: where
+    :func:`shardwise.find_executable_batch_size` had better start. A collective: rank 0 plans.
+
+    Args:
+        module: not sharded; is not changed.
+        example: inputs of one forward, with any number of rows: see :func:`~shardwise.plan.given.subject_of`.
+        strategy: that the model will train under; ``zero3`` by default.
+
+    Returns:
+        1 at least: whether that fits only the run itself will show.
+
+    Raises:
+        PlanError: the model cannot run without values.
+    """
+    chosen = Strategy.parse(strategy)
+    device = device_of(module)
+    world = init(device)
+    return int(_agreed(world, lambda: _elsewhere(_most, module, chosen, _machine(module, device, world), example)))
+
+
+def _most(module: nn.Module, strategy: Strategy, machine: Machine, example: Any) -> int:
+    plain = strategy if machine.is_cpu else strategy.replace(autocast=None)
+    return largest(Training(subject_of(module, example)), machine, plain, exactly=True)
 
 
 def _planned(
@@ -90,12 +108,32 @@ def _planned(
     name = _name(optimizers)
     if example is None:
         return _by_states(module, asked, machine, name)
+    return _elsewhere(_search, module, asked, machine, name, example)
+
+
+def _agreed(world: World, plan: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank; what it raises, too."""
+    answer: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            answer = [plan()]
+        except ShardwiseError as error:
+            answer = [error]
+    if world.size > 1:
+        broadcast_object_list(answer)
+    if isinstance(answer[0], ShardwiseError):
+        raise answer[0]
+    return answer[0]
+
+
+def _elsewhere(function: Callable[..., T], *args: Any) -> T:
+    """Plan in a process of its own, where one can be forked: the planned device is registered with torch for good, and
+    this process has real work to do."""
     if "fork" not in multiprocessing.get_all_start_methods():
-        return _search(module, asked, machine, name, example)
-    # A process of its own: the planned device is registered with torch for good, and this one has real work to do.
+        return function(*args)
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_in_child, args=(theirs, module, asked, machine, name, example), daemon=False)
+    process = context.Process(target=_in_child, args=(theirs, function, *args), daemon=False)
     process.start()
     theirs.close()
     try:
@@ -113,11 +151,11 @@ def _planned(
     return found
 
 
-def _in_child(pipe: Connection, *args: Any) -> None:
+def _in_child(pipe: Connection, function: Callable[..., Any], *args: Any) -> None:
     torch.set_num_threads(1)
     World._current = None  # the parent's ranks are not ours
     try:
-        pipe.send(_search(*args))
+        pipe.send(function(*args))
     except ShardwiseError as error:
         pipe.send(error)
 
