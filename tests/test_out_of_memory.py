@@ -71,7 +71,7 @@ def fails(strategy, when):
 def told(text, strategy):
     """What is said of a model, in two lines; models of tests before may still hold memory, too."""
     lines = text.splitlines()
-    found = [i for i, line in enumerate(lines) if f" under '{strategy}'" in line]
+    found = [i for i, line in enumerate(lines) if f" Model under '{strategy}'" in line]
     return lines[found[0]], lines[found[0] + 1]
 
 

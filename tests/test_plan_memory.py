@@ -98,7 +98,7 @@ def training_of(strategy: shardwise.Strategy, named: str = "adamw", rows: int = 
     ("text", "size", "more"),
     [
         ("ddp", 2, {"accumulation": 3}),
-        ("zero1", 2, {"named": "momentum"}),
+        pytest.param("zero1", 2, {"named": "momentum"}, marks=pytest.mark.slow),
         ("zero2,param_dtype=bf16", 2, {"accumulation": 2}),
         ("zero2,optimizer_in_backward=true", 2, {}),
         ("zero3,activation_checkpointing=true", 2, {"rows": 16}),
@@ -139,8 +139,13 @@ def test_peaks_on_an_accelerator_and_its_host_are_predicted(preset, home, tmp_pa
 
 @pytest.mark.parametrize(
     ("text", "machine"),
-    [(text, "4xA100-80GB") for text in ("ddp", "zero1", "zero2", "zero3", "hsdp,shard_size=2")]
-    + [("zero2", "4xcpu"), ("zero2,param_dtype=bf16", "4xcpu")],
+    [
+        *(pytest.param(text, "4xA100-80GB", marks=pytest.mark.slow) for text in ("ddp", "zero1", "hsdp,shard_size=2")),
+        ("zero3", "4xA100-80GB"),
+        ("zero2", "4xcpu"),
+        pytest.param("zero2", "4xA100-80GB", marks=pytest.mark.slow),
+        ("zero2,param_dtype=bf16", "4xcpu"),
+    ],
 )
 def test_few_blocks_say_what_all_of_them_do(text, machine):
     """In bf16 the blocks are reduced together, which no line foretells: that is found out."""
