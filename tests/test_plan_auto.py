@@ -20,8 +20,8 @@ from shardwise.strategy import Strategy
 SIZES = {"d": 32, "layers": 4, "vocab": 64}
 
 
-def chosen(**given):
-    model = shardwise.fully_shard(make(**SIZES), strategy="auto", **given)
+def trained(**given):
+    model = shardwise.fully_shard(make(**SIZES), **given)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for step in range(2):
@@ -33,21 +33,16 @@ def chosen(**given):
     return str(require_engine(model).strategy), losses
 
 
+def chosen(**given):
+    return trained(strategy="auto", **given)
+
+
 def with_example():
     return chosen(example=batch(0, rank(), vocab=64)[:, :-1])
 
 
 def explicit(strategy):
-    model = shardwise.fully_shard(make(**SIZES), strategy=strategy)
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for step in range(2):
-        loss = loss_of(model, batch(step, rank(), vocab=64))
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return trained(strategy=strategy)[1]
 
 
 @pytest.mark.parametrize("function", [with_example, chosen])

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from shardwise.errors import PlanError
 from shardwise.plan.shorten import shorten
 from shardwise.plan.subject import Subject
-from shardwise.plan.written import loss_of, rows_of
+from shardwise.plan.written import inputs_like, loss_of, rows_of
 
 
 class Given:
@@ -41,17 +41,7 @@ class Given:
         return copy.deepcopy(self.module, tensors).train()
 
     def inputs(self, device: torch.device | str) -> Any:
-        before = rows_of(self.example)
-
-        def empty(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            shape = list(value.shape)
-            if self.rows is not None and shape and shape[0] == before:
-                shape[0] = self.rows
-            return torch.zeros(shape, dtype=value.dtype, device=device)
-
-        return tree_map(empty, self.example)
+        return inputs_like(self.example, self.rows, device)
 
     def loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         if isinstance(inputs, Mapping):

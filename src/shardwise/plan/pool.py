@@ -66,18 +66,6 @@ def each(work: Callable[[Any], T], items: Sequence[Any], processes: int | None =
             _end(pipe, process)
 
 
-def alone(work: Callable[[], T]) -> T:
-    """Do one thing in a process of its own.
-
-    Raises:
-        ShardwiseError: as it raised it; or the process has ended.
-    """
-    found = next(each(lambda _: work(), [None]))
-    if isinstance(found, ShardwiseError):
-        raise found
-    return found
-
-
 def _done(work: Callable[[Any], T], item: Any) -> T | ShardwiseError:
     try:
         return work(item)

@@ -48,18 +48,7 @@ class Written:
     def inputs(self, device: torch.device | str) -> Any:
         if self.example is None:
             _, self.example, self.own_loss = self.call()
-        example = self.example
-        rows, wanted = rows_of(example), self.rows
-
-        def empty(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            shape = list(value.shape)
-            if wanted is not None and shape and shape[0] == rows:
-                shape[0] = wanted
-            return torch.zeros(shape, dtype=value.dtype, device=device)
-
-        return tree_map(empty, example)
+        return inputs_like(self.example, self.rows, device)
 
     def loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         if self.own_loss is not None:
@@ -110,6 +99,21 @@ def find(text: str) -> Callable[..., Any]:
     if not callable(function):
         raise PlanError(f"'{attribute}' of '{module}' is no function", where=text)
     return function
+
+
+def inputs_like(example: Any, rows: int | None, device: torch.device | str) -> Any:
+    """New zeros of the shapes of an example, with ``rows`` where that has its rows, if a number is given."""
+    before = rows_of(example)
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        shape = list(value.shape)
+        if rows is not None and shape and shape[0] == before:
+            shape[0] = rows
+        return torch.zeros(shape, dtype=value.dtype, device=device)
+
+    return tree_map(empty, example)
 
 
 def rows_of(example: Any) -> int | None:
