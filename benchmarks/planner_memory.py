@@ -154,7 +154,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from plot import FAINT, INK
+    from plot import INK, finish
 
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.hashsalt": "shardwise", "text.color": INK})
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.4), width_ratios=[1.1, 1])
@@ -183,10 +183,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("measured peak, MiB")
         axis.set_xticks([20, 50, 100, 200], ["20", "50", "100", "200"])
         axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=FAINT, which="both", length=2)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, facecolor="white", dpi=160)
+    finish(figure, path)
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    from plot import FAINT, INK, OURS
+    from plot import INK, OURS, finish
 
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.hashsalt": "shardwise", "text.color": INK})
     figure, axis = plt.subplots(figsize=(5.4, 5.0))
@@ -174,10 +174,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         loc="left", fontsize=8.5, fontweight="bold",
     )  # fmt: skip
     axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(colors=FAINT, which="both", length=2)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, facecolor="white", dpi=160)
+    finish(figure, path)
 
 
 def main() -> None:

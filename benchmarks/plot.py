@@ -19,6 +19,15 @@ STAGES = ("none", "ddp", "zero1", "zero2", "zero3", "hsdp")
 OURS, OTHERS, INK, FAINT = "#1f6feb", "#b6bec9", "#24292f", "#57606a"
 
 
+def finish(figure: Any, path: Path) -> None:
+    """Take what is not needed from the axes of a scatter plot, and write it."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=FAINT, which="both", length=2)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, facecolor="white", dpi=160)
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Two panels of horizontal bars; the contenders of a stage stand together."""
     times, memory = result["time"]["contenders"], result["memory"]
