@@ -16,7 +16,7 @@ from shardwise.plan.machine import Machine
 from shardwise.plan.pool import each
 from shardwise.plan.prediction import Prediction, Training
 from shardwise.plan.search import Plan, search
-from shardwise.plan.words import as_dict, breakdown, next_better, over, seconds, short, table, verdict
+from shardwise.plan.words import as_dict, breakdown, next_better, over, seconds, table, verdict
 from shardwise.sizes import format_bytes
 from shardwise.strategy import Strategy
 
@@ -94,7 +94,7 @@ def detail(asked: Asked, text: str, out: Console) -> dict[str, Any]:
     """Where one strategy's bytes and seconds go: which state is the peak, and when."""
     plan, found = _only(asked, asked.strategy(text))
     _head(out, asked, plan.training, plan.machine)
-    out.print(f"[bold]{short(found.strategy)}[/bold], micro-batches of {found.rows}, {found.accumulation} per step")
+    out.print(f"[bold]{found.strategy}[/bold], micro-batches of {found.rows}, {found.accumulation} per step")
     out.print(breakdown(found))
     return as_dict(found)
 
@@ -109,10 +109,10 @@ def why(asked: Asked, text: str, out: Console, told: Told) -> dict[str, Any]:
     if best is None:
         answer = verdict(plan)
     elif best.strategy == other.strategy:
-        answer = f"{short(wanted)} is the one to use. {verdict(plan)}"
+        answer = f"{wanted} is the one to use. {verdict(plan)}"
     elif not other.fits:
         lacks = f"it needs {format_bytes(over(other))} more of the {other.lacks}"
-        answer = f"{short(wanted)} does not fit: with micro-batches of {other.rows} {lacks}. {verdict(plan)}"
+        answer = f"{wanted} does not fit: with micro-batches of {other.rows} {lacks}. {verdict(plan)}"
     else:
         answer = _slower(best, other)
     out.print(f"[bold]{answer}[/bold]\n")
@@ -133,7 +133,7 @@ def _slower(best: Prediction, other: Prediction) -> str:
         because = f", since it waits for the {worst} for {b.waits.get(worst, 0.0) / b.seconds:.0%} of a step"
     elif other.rows < best.rows:
         because = f", since only micro-batches of {other.rows} fit instead of {best.rows}"
-    return f"{short(other.strategy)} fits, and {short(best.strategy)} is {ratio - 1:.0%} faster{because}."
+    return f"{other.strategy} fits, and {best.strategy} is {ratio - 1:.0%} faster{because}."
 
 
 def what_if(asked: Asked, text: str | None, changes: Sequence[str], out: Console) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def what_if(asked: Asked, text: str | None, changes: Sequence[str], out: Console
     for change in changes:
         other, strategy = _changed(asked, base, change)
         columns.append((change, _only(other, strategy)[1]))
-    out.print(f"[bold]{short(base)}[/bold]")
+    out.print(f"[bold]{base}[/bold]")
     out.print(_beside(columns))
     first = columns[0][1]
     for name, one in columns[1:]:
@@ -192,7 +192,7 @@ def _beside(columns: Sequence[tuple[str, Prediction]]) -> Table:
     def row(name: str, value: Callable[[Prediction], str]) -> None:
         out.add_row(name, *[value(found) for _, found in columns])
 
-    row("strategy", lambda p: short(p.strategy))
+    row("strategy", lambda p: str(p.strategy))
     row("devices", lambda p: str(p.world))
     row("rows x micro-batches", lambda p: f"{p.rows} x {p.accumulation}")
     row("device, at most", lambda p: format_bytes(p.needs[1]))
@@ -230,12 +230,12 @@ def how_far(asked: Asked, most: str, text: str | None, out: Console) -> dict[str
         if isinstance(found, ShardwiseError):
             if text is not None:
                 raise found
-            result.add_row(short(strategy), str(found).splitlines()[0])
+            result.add_row(str(strategy), str(found).splitlines()[0])
             continue
         far, parameters = found
         facts[str(strategy)] = far
         more = [f"{parameters / 1e9:,.2f} B"] if most == "layers" else []
-        result.add_row(short(strategy), f"{far:,}" if far else "none fits", *more)
+        result.add_row(str(strategy), f"{far:,}" if far else "none fits", *more)
     out.print(result)
     return {most: facts, "fits": any(facts.values())}
 

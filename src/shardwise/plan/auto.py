@@ -170,7 +170,8 @@ def _search(module: nn.Module, asked: Strategy, machine: Machine, optimizer: str
     plan = None
     for group in candidates(machine, optimizer, None):
         rows += [_with(plain, row) for row in group]
-        plan = search(training, machine, rates, rows=subject.batch, strategies=rows)
+        known = () if plan is None else plan.rows
+        plan = search(training, machine, rates, rows=subject.batch, strategies=rows, known=known)
         if plan.best is not None:
             break
     assert plan is not None

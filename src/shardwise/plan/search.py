@@ -75,6 +75,7 @@ def search(
     batch: int | None = None,
     strategies: Sequence[Strategy] | None = None,
     every: bool = False,
+    known: Sequence[Row] = (),
     told: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Predict every sensible strategy.
@@ -85,6 +86,7 @@ def search(
         batch: rows of a step of all ranks; micro-batches and accumulation follow from it.
         strategies: these instead of every sensible one.
         every: also what is slower than something that fits without it: states and activations elsewhere.
+        known: rows of an earlier search, whose strategies are not simulated again.
         told: called with how many are done, and how many there are.
 
     Raises:
@@ -100,6 +102,7 @@ def search(
     groups = [list(strategies)] if strategies is not None else candidates(machine, training.optimizer, precision)
     subject = training.subject
     out: list[Row] = []
+    before = {row.strategy: row for row in known}
 
     def one(strategy: Strategy) -> Prediction:
         return _best_rows(training, machine, strategy, rates, rows, each_rank, strategies is not None)
@@ -109,6 +112,9 @@ def search(
     for group in groups:
         left: dict[Strategy, int] = {}
         for strategy in group:
+            if strategy in before:
+                out.append(before[strategy])
+                continue
             needs = least(strategy, machine, subject.parameters, subject.trainable, training.optimizer)
             why = why_not(needs, machine)
             if strategies is None and why:

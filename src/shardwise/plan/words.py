@@ -16,11 +16,6 @@ from shardwise.strategy import Strategy
 SOURCES = "counted: bytes and operations, of the engine's own step; {times}"
 
 
-def short(strategy: Strategy) -> str:
-    """The strategy as it is written, with its keys after the preset."""
-    return str(strategy)
-
-
 def seconds(value: float) -> str:
     """``1.24 s``, ``35 ms``."""
     if value >= 1:
@@ -99,10 +94,10 @@ def verdict(plan: Plan) -> str:
         if nearest is None:
             return "Nothing fits: the model states alone are too large for this machine."
         more = format_bytes(over(nearest))
-        return f"Nothing fits. Nearest is {short(nearest.strategy)}, which needs {more} more of the {nearest.lacks}."
+        return f"Nothing fits. Nearest is {nearest.strategy}, which needs {more} more of the {nearest.lacks}."
     timing = best.timing
     share = best.needs[1] / best.capacity
-    first = f"Use {short(best.strategy)} with micro-batches of {best.rows}"
+    first = f"Use {best.strategy} with micro-batches of {best.rows}"
     if timing is None:
         return f"{first}. It needs {format_bytes(best.needs[1])}, {share:.0%} of a device."
     first += f": of those that fit it is the fastest, {seconds(timing.seconds)} a step, bound by {timing.bound}."
@@ -125,7 +120,7 @@ def next_better(plan: Plan) -> str:
     gain = "" if best is None else f" would be {near.speed / plan.rows[0].speed - 1:.0%} faster, and"
     lacks = f"needs {format_bytes(over(found))} more of the {found.lacks}"
     sizes = f"{format_bytes(found.needs[1])} of {format_bytes(found.capacity)}"
-    return f"{short(near.strategy)} with micro-batches of {found.rows}{gain} {lacks} ({sizes})."
+    return f"{near.strategy} with micro-batches of {found.rows}{gain} {lacks} ({sizes})."
 
 
 def breakdown(found: Prediction) -> Table:
