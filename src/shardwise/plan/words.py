@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from shardwise.plan.memory import Peak
 from shardwise.plan.prediction import Prediction
 from shardwise.plan.search import Plan, Row
 from shardwise.sizes import format_bytes
 from shardwise.strategy import Strategy
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SOURCES = "counted: bytes and operations, of the engine's own step; {times}"
 
@@ -25,6 +26,8 @@ def seconds(value: float) -> str:
 
 def table(plan: Plan) -> Table:
     """All strategies, the best first. Keys that all of them have are in its title; columns without a figure are out."""
+    from rich.table import Table  # for who reads tables, not for every rank that asks for the words
+
     common = common_keys([row.strategy for row in plan.rows])
     title = f"all with {','.join(common)}" if common else None
     out = Table(box=None, pad_edge=False, header_style="bold", title=title, title_style="", title_justify="left")
@@ -125,6 +128,8 @@ def next_better(plan: Plan) -> str:
 
 def breakdown(found: Prediction) -> Table:
     """Where a strategy's bytes and seconds go."""
+    from rich.table import Table
+
     out = Table(box=None, pad_edge=False, show_header=False)
     out.add_column(overflow="fold")
     out.add_column(justify="right")
