@@ -320,7 +320,7 @@ class _Translation:
                 self.notes.append(
                     f"'{key}' of {path.name}: build it in the script, in place of accelerate's Dummy class"
                 )
-        facts = read_ds_config(values, where)
+        facts = read_ds_config(values, where, door="accelerate")
         for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
             if values.get(key, "auto") != "auto":
                 self.dropped[f"{path.name}: {key}"] = "the script's DataLoader says the batch size of a rank"

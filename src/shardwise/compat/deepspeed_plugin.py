@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from shardwise.compat.ds_config import DsFacts, load_ds_config, read_ds_config
+from shardwise.deepspeed_config import DsFacts, load_ds_config, read_ds_config
 from shardwise.errors import ConfigError
 from shardwise.strategy import Strategy
 
@@ -112,22 +112,11 @@ class DeepSpeedPlugin:
 
     def facts(self) -> DsFacts:
         """What the configuration says now."""
-        return read_ds_config(self.deepspeed_config, self._where)
+        return read_ds_config(self.deepspeed_config, self._where, door="accelerate")
 
     def to_strategy(self) -> Strategy:
         """The strategy that the configuration describes."""
-        facts = self.facts()
-        return Strategy(
-            facts.preset,
-            shard_size=facts.shard_size,
-            offload_params=facts.offload_params,
-            offload_optimizer=facts.offload_optimizer,
-            offload_ratio=facts.offload_ratio,
-            nvme_path=facts.nvme_path,
-            param_dtype=facts.param_dtype,
-            reduce_dtype=facts.reduce_dtype,
-            activation_offload=facts.offload_activations,
-        )
+        return Strategy(**self.facts().strategy_arguments())
 
     @property
     def units(self) -> None:

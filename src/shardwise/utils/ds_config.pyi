@@ -1,1 +1,0 @@
-from shardwise.compat.ds_config import *
