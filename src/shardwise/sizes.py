@@ -16,6 +16,14 @@ def format_bytes(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+def format_count(number: float) -> str:
+    """A number of things for people: ``6.74 B`` (billions), ``124.4 M``, ``33.1 K``."""
+    for factor, unit, digits in ((1e9, " B", 2), (1e6, " M", 1), (1e3, " K", 1)):
+        if number >= factor:
+            return f"{number / factor:,.{digits}f}{unit}"
+    return f"{number:.0f}"
+
+
 def parse_bytes(text: int | str) -> int | None:
     """``500MB`` or ``10GiB`` in bytes; ``None`` if it is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(text))

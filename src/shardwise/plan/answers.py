@@ -17,7 +17,7 @@ from shardwise.plan.pool import each
 from shardwise.plan.prediction import Prediction, Training
 from shardwise.plan.search import Plan, search
 from shardwise.plan.words import as_dict, breakdown, next_better, over, seconds, table, verdict
-from shardwise.sizes import format_bytes
+from shardwise.sizes import format_bytes, format_count
 from shardwise.strategy import Strategy
 
 Told = Callable[[int, int], None]
@@ -26,9 +26,9 @@ Told = Callable[[int, int], None]
 def _head(out: Console, asked: Asked, training: Training, machine: Machine) -> None:
     subject = training.subject
     rows = f", rows of {subject.seq:,} tokens" if subject.seq else ""
-    what = f"{subject.parameters / 1e9:,.2f} B parameters"
+    what = f"{format_count(subject.parameters)} parameters"
     if subject.trainable != subject.parameters:
-        what += f", {subject.trainable / 1e6:,.1f} M of them trained"
+        what += f", {format_count(subject.trainable)} of them trained"
     out.print(f"[bold]{subject.name}[/bold]: {what} ({subject.source}){rows}, {asked.optimizer}, {asked.precision}")
     memory = f"{format_bytes(machine.host_memory)} of memory" if machine.host_memory else "memory not told"
     out.print(
@@ -234,7 +234,7 @@ def how_far(asked: Asked, most: str, text: str | None, out: Console) -> dict[str
             continue
         far, parameters = found
         facts[str(strategy)] = far
-        more = [f"{parameters / 1e9:,.2f} B"] if most == "layers" else []
+        more = [format_count(parameters)] if most == "layers" else []
         result.add_row(str(strategy), f"{far:,}" if far else "none fits", *more)
     out.print(result)
     return {most: facts, "fits": any(facts.values())}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +23,7 @@ from shardwise.plan.candidates import candidates, least, why_not
 from shardwise.plan.given import subject_of
 from shardwise.plan.machine import Machine
 from shardwise.plan.optimizers import OPTIMIZERS
+from shardwise.plan.pool import alone
 from shardwise.plan.prediction import Training
 from shardwise.plan.rates import Rates
 from shardwise.plan.search import largest, search
@@ -88,12 +87,12 @@ def planned_batch_size(module: nn.Module, example: Any, strategy: str | Strategy
     chosen = Strategy.parse(strategy)
     device = device_of(module)
     world = init(device)
-    return int(_agreed(world, lambda: _elsewhere(_most, module, chosen, _machine(module, device, world), example)))
+    machine = _machine(module, device, world)
+    return int(_agreed(world, lambda: alone(_most, module, chosen, machine, example, patience_s=_PATIENCE_S)))
 
 
 def _most(module: nn.Module, strategy: Strategy, machine: Machine, example: Any) -> int:
-    plain = strategy if machine.is_cpu else strategy.replace(autocast=None)
-    return largest(Training(subject_of(module, example)), machine, plain, exactly=True)
+    return largest(Training(subject_of(module, example)), machine, strategy, exactly=True)
 
 
 def _planned(
@@ -108,7 +107,7 @@ def _planned(
     name = _name(optimizers)
     if example is None:
         return _by_states(module, asked, machine, name)
-    return _elsewhere(_search, module, asked, machine, name, example)
+    return alone(_search, module, asked, machine, name, example, patience_s=_PATIENCE_S)
 
 
 def _agreed(world: World, plan: Callable[[], T]) -> T:
@@ -126,50 +125,14 @@ def _agreed(world: World, plan: Callable[[], T]) -> T:
     return answer[0]
 
 
-def _elsewhere(function: Callable[..., T], *args: Any) -> T:
-    """Plan in a process of its own, where one can be forked: the planned device is registered with torch for good, and
-    this process has real work to do."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return function(*args)
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_in_child, args=(theirs, function, *args), daemon=False)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(_PATIENCE_S):
-            raise PlanError(f"no plan was made in {_PATIENCE_S:g} s", fix="name a strategy")
-        found = ours.recv()
-    except EOFError:
-        raise PlanError("the process that planned ended", fix="name a strategy, or try 'shardwise plan'") from None
-    finally:
-        if process.is_alive():
-            process.terminate()
-        process.join()
-    if isinstance(found, ShardwiseError):
-        raise found
-    return found
-
-
-def _in_child(pipe: Connection, function: Callable[..., Any], *args: Any) -> None:
-    torch.set_num_threads(1)
-    World._current = None  # the parent's ranks are not ours
-    try:
-        pipe.send(function(*args))
-    except ShardwiseError as error:
-        pipe.send(error)
-
-
 def _search(module: nn.Module, asked: Strategy, machine: Machine, optimizer: str, example: Any) -> tuple[str, str]:
     subject = subject_of(module, example)
     training = Training(subject, optimizer)
-    # On a device without kernels there is nothing that autocast could choose among.
-    plain = asked if machine.is_cpu else asked.replace(autocast=None)
     rates = rates_here(machine) or Rates.of_sheet(machine)
     rows: list[Strategy] = []
     plan = None
     for group in candidates(machine, optimizer, None):
-        rows += [_with(plain, row) for row in group]
+        rows += [_with(asked, row) for row in group]
         known = () if plan is None else plan.rows
         plan = search(training, machine, rates, rows=subject.batch, strategies=rows, known=known)
         if plan.best is not None:

@@ -60,6 +60,47 @@ class SmallValues(TorchDispatchMode):
             return func(*args, **kwargs)
 
 
+@contextmanager
+def conversions() -> Iterator[None]:
+    """A block in which modules without values can be moved and cast: ``model.to(torch.bfloat16)``.
+
+    torch changes parameters in place, which those of a ``FakeTensorMode`` do not allow: here a module gets new ones,
+    one for each that there was, however many names it has.
+    """
+    own: Any = nn.Module._apply
+    new: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # of the outermost call under way
+    depth = 0
+
+    def other(parameter: nn.Parameter, function: Any) -> nn.Parameter:
+        if id(parameter) not in new:
+            with torch.no_grad():
+                made = function(parameter)
+            same = made if made is parameter else nn.Parameter(made, requires_grad=parameter.requires_grad)
+            new[id(parameter)] = parameter, same
+        return new[id(parameter)][1]
+
+    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        nonlocal depth
+        depth += 1
+        try:
+            for child in self.children() if recurse else ():
+                child._apply(fn)
+            held: tuple[dict[str, Any], dict[str, Any]] = self._parameters, self._buffers
+            held[0].update({key: other(p, fn) for key, p in held[0].items() if p is not None})
+            held[1].update({key: fn(b) for key, b in held[1].items() if b is not None})
+        finally:
+            depth -= 1
+            if depth == 0:
+                new.clear()
+        return self
+
+    nn.Module._apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = own  # type: ignore[method-assign]
+
+
 def _names(func: Any) -> set[str]:
     return {argument.name for argument in func._schema.arguments}
 

@@ -20,9 +20,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
+from shardwise.plan.planned_autocast import arguments, autocast_as_on, use_autocast
 from shardwise.plan.planned_device import NAME, PlannedTensors
 
 _GROUPED: Any = getattr(torch, "_grouped_mm", None)  # what F.grouped_mm calls
+_NAMES: dict[Any, str] = {
+    F.scaled_dot_product_attention: "scaled_dot_product_attention", torch.rms_norm: "rms_norm", F.rms_norm: "rms_norm",
+}  # fmt: skip
 _FLASH_HEAD = 256
 """Numbers per head, at most, of the kernel for half precision."""
 
@@ -38,7 +42,8 @@ def as_on(device: torch.device) -> Iterator[None]:
         with _Everywhere():
             yield
         return
-    with PlannedTensors(), _Everywhere(), _Fused():
+    use_autocast(NAME)
+    with PlannedTensors(), _Everywhere(), _Fused(), autocast_as_on(device):
         yield
 
 
@@ -55,9 +60,12 @@ class _Everywhere(TorchFunctionMode):
 class _Fused(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        fused = _NAMES.get(func)
+        if fused is not None:  # before torch gets to see it, and autocast
+            args, kwargs = arguments(fused, NAME, args, kwargs)
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        if func is torch.rms_norm or func is F.rms_norm:
+        if fused == "rms_norm":
             return _rms_norm(*args, **kwargs)
         return func(*args, **kwargs)
 

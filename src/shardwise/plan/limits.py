@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from shardwise.errors import PlanError
 from shardwise.plan.machine import Machine
 from shardwise.plan.memory import extrapolate, peak
-from shardwise.plan.prediction import Training, conclude, run
+from shardwise.plan.prediction import FEWEST, Training, conclude, run
 from shardwise.plan.search import largest
 from shardwise.strategy import Strategy
 
@@ -54,11 +55,18 @@ def most_blocks(training: Training, machine: Machine, strategy: Strategy) -> tup
     parameters. Live bytes are linear in the number of blocks, so no other depth is simulated.
 
     Returns:
-        0 and 0 if nothing repeats, or not even the fewest fit.
+        0 and 0 if not even the fewest fit.
+
+    Raises:
+        PlanError: too few blocks are alike to tell what one more adds.
     """
     steps = run(training, machine, strategy, whole=False)
     if not steps.more:
-        return 0, 0
+        raise PlanError(
+            f"what one more block adds shows in a model of more than {FEWEST + 1} that are alike",
+            where=training.subject.name,
+            fix="ask about a deeper model of the same blocks",
+        )
     index = max(range(len(steps.more)), key=lambda k: steps.more[k][2])
     base = conclude(steps, training, machine, strategy, None)
     count = max(kind.count for kind in training.subject.kinds)

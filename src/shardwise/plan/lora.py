@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from shardwise.errors import MissingPackage, PlanError, did_you_mean
+from shardwise.plan.building import conversions
 
 
 @dataclass(frozen=True)
@@ -50,18 +49,6 @@ class Lora:
         return cls(r, alpha, tuple(t for t in found.get("targets", "").split("+") if t))
 
 
-@contextmanager
-def _staying() -> Iterator[None]:
-    """A block in which modules stay where they are: adapters without values are made in their place, and could not be
-    moved there."""
-    own = nn.Module.to
-    nn.Module.to = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.to = own  # type: ignore[method-assign]
-
-
 def adapt(model: nn.Module, lora: Lora, where: str) -> nn.Module:
     """A model with adapters, on the device of its parameters.
 
@@ -76,7 +63,7 @@ def adapt(model: nn.Module, lora: Lora, where: str) -> nn.Module:
     settings = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.targets) or None)
     device = next(model.parameters()).device
     try:
-        with torch.device(device), _staying():
+        with torch.device(device), conversions():
             return peft.get_peft_model(model, settings)
     except ValueError as error:
         line = " ".join(str(error).split())[:300]

@@ -7,6 +7,7 @@ more, slowly, with every error written down as it is raised.
 
 from __future__ import annotations
 
+import gc
 import mmap
 import multiprocessing
 import os
@@ -20,12 +21,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from shardwise import device as devices
+from shardwise.comm import World
 from shardwise.errors import PlanError, ShardwiseError
 from shardwise.plan.building import said
 
 T = TypeVar("T")
 _NOTE = 4096  # bytes of what is written down
-_NO_ERRORS = (StopIteration, StopAsyncIteration, GeneratorExit)
+_NO_ERRORS = (StopIteration, StopAsyncIteration, GeneratorExit, SystemError)  # the last one: torch lost the error
+_FORKED = "autograd's threading in combination with fork"
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 
 
@@ -38,8 +42,8 @@ def each(work: Callable[[Any], T], items: Sequence[Any], processes: int | None =
         work: what it returns must be picklable.
         processes: at a time; by default one per core.
     """
-    if "fork" not in multiprocessing.get_all_start_methods() or torch.accelerator.is_available():
-        yield from (_done(work, item) for item in items)
+    if "fork" not in multiprocessing.get_all_start_methods() or devices.in_use() is not None:
+        yield from (_here(work, item) for item in items)
         return
     most = min(processes or os.cpu_count() or 1, len(items))
     done: dict[int, Any] = {}
@@ -66,18 +70,65 @@ def each(work: Callable[[Any], T], items: Sequence[Any], processes: int | None =
             _end(pipe, process)
 
 
+def alone(work: Callable[..., T], *args: Any, patience_s: float) -> T:
+    """Plan in a process of its own, where one can be forked: the planned device is registered with torch for good, and
+    this process has real work to do.
+
+    Args:
+        patience_s: seconds to wait for it.
+
+    Raises:
+        ShardwiseError: what the work raises; the process ended, or is not done in time.
+    """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return work(*args)
+    process, pipe = _begin(lambda given: work(*given), args, quiet=False)
+    try:
+        if not pipe.poll(patience_s):
+            process.kill()
+            raise PlanError(f"no plan was made in {patience_s:g} s", fix="name a strategy")
+        found = pipe.recv()
+    except EOFError:
+        raise PlanError("the process that planned ended", fix="name a strategy, or try 'shardwise plan'") from None
+    finally:
+        pipe.close()
+        process.join()
+    if isinstance(found, ShardwiseError):
+        raise found
+    return found
+
+
+def _here(work: Callable[[Any], T], item: Any) -> T | ShardwiseError:
+    try:
+        return _done(work, item)
+    except SystemError:
+        return PlanError("the model cannot run backward, and torch lost the error", fix="plan for CPUs to see it")
+
+
 def _done(work: Callable[[Any], T], item: Any) -> T | ShardwiseError:
     try:
         return work(item)
     except ShardwiseError as error:
         return error
+    except SystemError:  # of a backward, where torch did not end the process as it does most times
+        raise
     except Exception as error:  # noqa: BLE001  (of a model's own code)
+        if _FORKED in str(error):
+            return PlanError(
+                "this process has run a backward on an accelerator, and cannot simulate one any more",
+                fix="plan before the first backward, or with 'shardwise plan'",
+            )
         return PlanError(f"a step of the model cannot be simulated: {said(error)}")
 
 
-def _begin(work: Callable[[Any], Any], item: Any, note: mmap.mmap | None = None) -> tuple[Any, Connection]:
+def _begin(
+    work: Callable[[Any], Any], item: Any, note: mmap.mmap | None = None, quiet: bool = True
+) -> tuple[Any, Connection]:
+    """Args: quiet: it prints nothing; else it may print, and have processes of its own."""
     here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(work, item, there, note), daemon=True)
+    process = multiprocessing.get_context("fork").Process(
+        target=_child, args=(work, item, there, note, quiet), daemon=quiet
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     process.start()
@@ -85,18 +136,26 @@ def _begin(work: Callable[[Any], Any], item: Any, note: mmap.mmap | None = None)
     return process, here
 
 
-def _child(work: Callable[[Any], Any], item: Any, pipe: Connection, note: mmap.mmap | None) -> None:
-    """It is silent: what a model prints was printed when it was built first."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+def _child(work: Callable[[Any], Any], item: Any, pipe: Connection, note: mmap.mmap | None, quiet: bool) -> None:
+    """Silent as a rule: what a model prints was printed when it was built first."""
+    gc.freeze()  # what the parent has is no garbage of ours, and looking through it would copy its pages
+    World._current = None  # the parent's ranks are not ours
+    if quiet:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
     with _one_thread():
         if note is not None:
             sys.settrace(_Errors(note))
-        found = _done(work, item)
+        try:
+            found = _done(work, item)
+        except SystemError:
+            os._exit(1)
         sys.settrace(None)
     pipe.send(found)
     pipe.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)  # without what the parent has for its own end
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardwise.errors import PlanError, ShardwiseError, did_you_mean
-from shardwise.plan.building import SmallValues
+from shardwise.plan.building import SmallValues, conversions
 
 
 class Written:
@@ -28,7 +28,7 @@ class Written:
         self.own_loss: Callable[[nn.Module, Any], torch.Tensor] | None = None
 
     def call(self) -> tuple[nn.Module, Any, Callable[[nn.Module, Any], torch.Tensor] | None]:
-        with SmallValues():
+        with SmallValues(), conversions():
             made = self.function(**self.wanted)
         parts = tuple(made) if isinstance(made, (tuple, list)) else (made,)
         if len(parts) not in (2, 3) or not isinstance(parts[0], nn.Module):
