@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from unittest import mock
 
 import pytest
@@ -15,6 +16,9 @@ from shardwise import host
 from shardwise.engine.build import require_engine
 from shardwise.errors import PlanError, StrategyError
 from shardwise.host import HostMemory
+from shardwise.observe import recording
+from shardwise.observe.recorded import read
+from shardwise.report.facts import facts_of
 from shardwise.strategy import Strategy
 
 SIZES = {"d": 32, "layers": 4, "vocab": 64}
@@ -126,3 +130,15 @@ def test_auto_has_no_row_before_it_is_chosen():
     assert str(auto) == "auto,param_dtype=bf16" and "planner" in auto.explain()
     with pytest.raises(StrategyError, match="before it knows the model"):
         _ = auto.split_params
+
+
+def recorded(folder):
+    with mock.patch.dict(os.environ, {"SHARDWISE_RECORD": folder}):
+        with_example()
+        recording.current().close()
+
+
+def test_a_recorded_run_keeps_what_it_was_chosen_by(tmp_path):
+    run(1, recorded, str(tmp_path))
+    predictions = {one.name: one for one in facts_of(read(tmp_path)).predictions}
+    assert predictions["optimizer"].predicted == predictions["optimizer"].measured > 0

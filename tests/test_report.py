@@ -63,7 +63,7 @@ def write_run(
 
 def test_numbers_and_their_sources(tmp_path):
     (write_run(tmp_path) / "plan.json").write_text(
-        json.dumps({"peak": {"parameters": 900, "activations": 5}, "step_s": 0.11})
+        json.dumps({"device": {"states": {"parameters": 900, "activations": 5}}, "timing": {"seconds": 0.11}})
     )
     facts = facts_of(read(tmp_path))
     found = {fact.name: (fact.value, fact.source) for fact in facts.summary}

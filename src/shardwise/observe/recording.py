@@ -158,6 +158,14 @@ def from_environment(module: nn.Module | None = None) -> Recording | None:
     return _current if _current is not None and _current.launched else None
 
 
+def folder() -> Path | None:
+    """Where this process is recorded, or will be by the launcher's word."""
+    if _current is not None:
+        return _current.folder
+    asked = os.environ.get(environment.RECORD)
+    return Path(asked) if asked else None
+
+
 def of_door(folder: str | os.PathLike[str] | None) -> Recording | None:
     """What an ``Accelerator`` records to: the launcher's, or its own, or none. A collective if there is one."""
     found = from_environment()

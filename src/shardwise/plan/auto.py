@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from shardwise import host
 from shardwise.comm import World, init
 from shardwise.engine.build import device_of
 from shardwise.errors import PlanError, ShardwiseError
+from shardwise.observe import recording
 from shardwise.operations import broadcast_object_list
 from shardwise.placement import Where
 from shardwise.plan.calibrate import rates_here
@@ -27,7 +29,7 @@ from shardwise.plan.pool import alone
 from shardwise.plan.prediction import Training
 from shardwise.plan.rates import Rates
 from shardwise.plan.search import largest, search
-from shardwise.plan.words import next_better, verdict
+from shardwise.plan.words import as_dict, next_better, verdict
 from shardwise.sizes import format_bytes
 from shardwise.strategy import Strategy
 
@@ -37,6 +39,14 @@ _SPARE = 0.5
 _CHOSEN = ("preset", "shard_size", "offload_params", "offload_grads", "offload_optimizer", "activation_checkpointing",
            "activation_offload")  # fmt: skip
 _PATIENCE_S = 600.0
+
+
+class Chosen(NamedTuple):
+    """What rank 0 found: the strategy as it is written, why, and its prediction, if one was made."""
+
+    strategy: str
+    why: str
+    facts: dict[str, Any] | None = None
 
 
 def choose(
@@ -62,10 +72,12 @@ def choose(
     Cost: some seconds to a minute on rank 0, in a process of its own.
     """
     world = init(device)
-    found = _agreed(world, lambda: _planned(module, asked, device, example, optimizers, world))
-    strategy, why = found
+    strategy, why, facts = _agreed(world, lambda: _planned(module, asked, device, example, optimizers, world))
     if world.rank == 0:
         print(f"shardwise: strategy auto: {why}", file=sys.stderr, flush=True)
+        if facts and (folder := recording.folder()) is not None:  # for the report, beside what will be measured
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "plan.json").write_text(json.dumps(facts), encoding="utf-8")
     return Strategy.parse(strategy)
 
 
@@ -102,7 +114,7 @@ def _planned(
     example: Any,
     optimizers: Sequence[Optimizer],
     world: World,
-) -> tuple[str, str]:
+) -> Chosen:
     machine = _machine(module, device, world)
     name = _name(optimizers)
     if example is None:
@@ -125,7 +137,7 @@ def _agreed(world: World, plan: Callable[[], T]) -> T:
     return answer[0]
 
 
-def _search(module: nn.Module, asked: Strategy, machine: Machine, optimizer: str, example: Any) -> tuple[str, str]:
+def _search(module: nn.Module, asked: Strategy, machine: Machine, optimizer: str, example: Any) -> Chosen:
     subject = subject_of(module, example)
     training = Training(subject, optimizer)
     rates = rates_here(machine) or Rates.of_sheet(machine)
@@ -141,7 +153,8 @@ def _search(module: nn.Module, asked: Strategy, machine: Machine, optimizer: str
     if plan.best is None:
         raise PlanError(f"{verdict(plan)} {_table(plan)}", fix="a smaller batch, or more devices: see 'shardwise plan'")
     more = next_better(plan)
-    return str(_with(asked, plan.best.strategy)), f"{verdict(plan)}{' ' + more if more else ''}"
+    said = f"{verdict(plan)}{' ' + more if more else ''}"
+    return Chosen(str(_with(asked, plan.best.strategy)), said, as_dict(plan.best))
 
 
 def _table(plan: Any) -> str:
@@ -149,7 +162,7 @@ def _table(plan: Any) -> str:
     return "; ".join(f"{row.strategy} needs {format_bytes(row.found.needs[1])}" for row in rows)
 
 
-def _by_states(module: nn.Module, asked: Strategy, machine: Machine, optimizer: str) -> tuple[str, str]:
+def _by_states(module: nn.Module, asked: Strategy, machine: Machine, optimizer: str) -> Chosen:
     """Without inputs: the simplest whose states leave half of a device for the rest."""
     parameters = sum(p.numel() for p in module.parameters())
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -162,7 +175,7 @@ def _by_states(module: nn.Module, asked: Strategy, machine: Machine, optimizer: 
                 share = needs[Where.DEVICE] / machine.memory
                 chosen = _with(asked, row)
                 why = f"use {chosen}: its model states take {share:.0%} of a device. No example inputs were given, so "
-                return str(chosen), why + f"activations are not counted, and {1 - _SPARE:.0%} is left for them."
+                return Chosen(str(chosen), f"{why}activations are not counted, and {1 - _SPARE:.0%} is left for them.")
             smallest = why_not(needs, part)
     raise PlanError(f"nothing fits: {smallest}", fix="more devices, or more host memory: see 'shardwise plan'")
 

@@ -262,11 +262,14 @@ def _predictions(run: RunRecord, ranks: Sequence[RankFacts]) -> list[Prediction]
         return []
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
-        peak = {str(state): float(nbytes) for state, nbytes in plan["peak"].items()}
-        step_s = None if plan.get("step_s") is None else float(plan["step_s"])
+        found = plan.get("best", plan)  # of a search, or of one strategy
+        peak = {str(state): float(nbytes) for state, nbytes in found["device"]["states"].items()}
+        step_s = None if found["timing"] is None else float(found["timing"]["seconds"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(
-            f"it is no plan: {type(error).__name__}: {error}", where=str(path), fix="move it away, or plan again"
+            f"it is no plan: {type(error).__name__}: {error}",
+            where=str(path),
+            fix="move it away, or let 'shardwise plan ... --json' write it",
         ) from error
     known = ranks[0].peak.keys()
     out = [
