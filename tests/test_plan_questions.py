@@ -12,7 +12,7 @@ import os
 import pytest
 from typer.testing import CliRunner
 
-from plan_models import BLOCKS, VOCABULARY, Small
+from plan_models import MANY, VOCABULARY, Small
 from shardwise.cli import app
 
 MACHINE = ("--devices", "4xA100-40GB")
@@ -115,8 +115,8 @@ def test_another_node_and_the_dtype_of_reductions():
 
 
 def test_how_far_one_can_go():
-    for what, least in (("batch", 64), ("layers", BLOCKS)):
-        far = answered("--max", what, "--strategy", "zero3")[what]
+    for what, least, model in (("batch", 64, MODEL), ("layers", MANY, "plan_models:deep")):
+        far = answered("--max", what, "--strategy", "zero3", model=model)[what]
         (found,) = far.values()
         assert found > least
 

@@ -10,7 +10,7 @@ rules for tensors without values (``torch/_meta_registrations.py``), and so is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
 from shardwise.plan.planned_autocast import arguments, autocast_as_on, use_autocast
-from shardwise.plan.planned_device import NAME, PlannedTensors
+from shardwise.plan.planned_device import NAME, PLANNED_TENSORS, Instead
 
 _GROUPED: Any = getattr(torch, "_grouped_mm", None)  # what F.grouped_mm calls
-_NAMES: dict[Any, str] = {
-    F.scaled_dot_product_attention: "scaled_dot_product_attention", torch.rms_norm: "rms_norm", F.rms_norm: "rms_norm",
-}  # fmt: skip
 _FLASH_HEAD = 256
 """Numbers per head, at most, of the kernel for half precision."""
 
@@ -39,35 +36,26 @@ def as_on(device: torch.device) -> Iterator[None]:
         device: planned, which stands for CUDA's kernels; or the CPU, which runs its own.
     """
     if device.type != NAME:
-        with _Everywhere():
+        with _Computing(_EVERYWHERE):
             yield
         return
     use_autocast(NAME)
-    with PlannedTensors(), _Everywhere(), _Fused(), autocast_as_on(device):
+    with _Computing(_EVERYWHERE | PLANNED_TENSORS | _FUSED), autocast_as_on(device):
         yield
 
 
-class _Everywhere(TorchFunctionMode):
-    """Products of groups of rows: torch has kernels for them in every dtype, and rules for shapes in bf16 only."""
+class _Computing(TorchFunctionMode):
+    """Other functions in place of some of torch's. One mode for all of them: each one costs every call of torch."""
+
+    def __init__(self, instead: Mapping[Any, Instead]) -> None:
+        self.instead = instead
+        super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is _GROUPED:
-            return _grouped(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-class _Fused(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        fused = _NAMES.get(func)
-        if fused is not None:  # before torch gets to see it, and autocast
-            args, kwargs = arguments(fused, NAME, args, kwargs)
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        if fused == "rms_norm":
-            return _rms_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        other = self.instead.get(func)
+        if other is not None:
+            return other(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def _attention(
@@ -209,3 +197,20 @@ def _flops_of_groups(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs
 
 
 register_flop_formula(torch.ops.shardwise.grouped_mm)(_flops_of_groups)
+
+
+def _fused(name: str, kernel: Callable[..., Tensor]) -> Instead:
+    def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        args, kwargs = arguments(name, NAME, args, kwargs)  # before torch gets to see it, and autocast
+        return kernel(*args, **kwargs)
+
+    return run
+
+
+# Products of groups of rows: torch has kernels for them in every dtype, and rules for shapes in bf16 only.
+_EVERYWHERE: dict[Any, Instead] = {_GROUPED: lambda func, args, kwargs: _grouped(*args, **kwargs)} if _GROUPED else {}
+_FUSED = {
+    F.scaled_dot_product_attention: _fused("scaled_dot_product_attention", _attention),
+    torch.rms_norm: _fused("rms_norm", _rms_norm),
+    F.rms_norm: _fused("rms_norm", _rms_norm),
+}

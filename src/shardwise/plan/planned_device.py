@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 
 from shardwise.device import keep_accelerator
@@ -16,10 +16,6 @@ from shardwise.errors import PlanError
 
 NAME = "planned"
 _SETUP = "_setup_privateuseone_for_python_backend"
-# These build a tensor on the host and copy it, below the mode that makes tensors fake.
-_FROM_VALUES = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
-_MOVES = {torch.Tensor.to, torch.Tensor.type_as}
-_INDEXED = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 
 @functools.cache
@@ -146,20 +142,37 @@ def move(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None
     return model
 
 
-class PlannedTensors(TorchFunctionMode):
-    """A block in which tensors on the planned device can be made from Python values, as ``torch.tensor`` does."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _FROM_VALUES and (device := kwargs.get("device")) is not None and torch.device(device).type == NAME:
-            made = func(*args, **{**kwargs, "device": "cpu", "requires_grad": False})
-            return _like(made, torch.device(device)).requires_grad_(kwargs.get("requires_grad", False))
-        if func in _MOVES and getattr(args[0], "constant", None) is not None:
-            # A few numbers that torch remembers beside a fake tensor: it would have the device compute with them.
-            return func(_like(args[0], args[0].device), *args[1:], **kwargs)
-        if func in _INDEXED and args[0].device.type == NAME:
-            return func(args[0], _index(args[1], args[0].device), *args[2:], **kwargs)
+def _from_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    device = kwargs.get("device")
+    if device is None or torch.device(device).type != NAME:
         return func(*args, **kwargs)
+    made = func(*args, **{**kwargs, "device": "cpu", "requires_grad": False})
+    return _like(made, torch.device(device)).requires_grad_(kwargs.get("requires_grad", False))
+
+
+def _moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if getattr(args[0], "constant", None) is not None:
+        # A few numbers that torch remembers beside a fake tensor: it would have the device compute with them.
+        return func(_like(args[0], args[0].device), *args[1:], **kwargs)
+    return func(*args, **kwargs)
+
+
+def _indexed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args[0].device.type == NAME:
+        return func(args[0], _index(args[1], args[0].device), *args[2:], **kwargs)
+    return func(*args, **kwargs)
+
+
+Instead = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+"""What is called with a function of torch and its arguments, in place of it."""
+
+# Some build a tensor on the host and copy it, below the mode that makes tensors fake.
+PLANNED_TENSORS: dict[Any, Instead] = {
+    **dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor), _from_values),
+    **dict.fromkeys((torch.Tensor.to, torch.Tensor.type_as), _moved),
+    **dict.fromkeys((torch.Tensor.__getitem__, torch.Tensor.__setitem__), _indexed),
+}
+"""So that tensors on the planned device can be made from Python values, as ``torch.tensor`` does."""
 
 
 def _like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
@@ -20,6 +21,7 @@ CACHE = 24 << 20
 _TOUCH_NOTHING = (
     "set_", "_unsafe_view", "resize_", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 )  # fmt: skip
+_DEVICE = torch.ops.prim.device.default
 _NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
@@ -88,6 +90,11 @@ class Recorder(LiveBytes, Listener):
         if func is _NUMBER:  # a script asks for a number that nobody has: one, or true, is as good as any
             dtype = args[0].dtype
             return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+        if func.namespace == "prim":  # a question about a device or layout, of which every other call here is one
+            asked = args[0]
+            if func is _DEVICE and isinstance(asked, FakeTensor) and not asked.fake_mode.in_kernel_invocation:
+                return asked.fake_device
+            return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def saw(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -103,7 +110,7 @@ class Recorder(LiveBytes, Listener):
         """``None``: a question of torch's own, about dtypes or devices, which tensors without values alone hear."""
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
         made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
-        if func.namespace == "prim" or (not given and not made):
+        if not given and not made:
             return None
         shapes = tuple(tuple(t.shape) for t in given)
         dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in given)
