@@ -376,7 +376,7 @@ def test_no_key_that_accelerate_knows_is_unknown_here(tmp_path: Path) -> None:
         ("distributed_type: FSDP\nfsdp_config: {fsdp_ignored_modules: 'a.*'}\n", "fsdp_ignored_modules"),
         ("distributed_type: FSDP\nfsdp_config: [1]\n", "does not hold keys"),
         ("distributed_type: FSDP\nparallelism_config: {parallelism_config_tp_size: 2}\n", "tensor parallelism"),
-        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}\n", "zero_stage: 4"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}\n", "stage=4 does not exist"),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {offload_param_device: disk}\n", "'disk' is not known"),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {offload_param_device: nvme, offload_param_nvme_path: /a, "
          "offload_optimizer_device: nvme, offload_optimizer_nvme_path: /b}\n", "two values of nvme_path"),

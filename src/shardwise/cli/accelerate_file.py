@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shardwise.cli.settings import Settings, unknown_key
-from shardwise.deepspeed_config import load_ds_config, read_ds_config
-from shardwise.errors import LaunchError, StrategyError
+from shardwise.deepspeed_config import DsFacts, load_ds_config, read_ds_config
+from shardwise.deepspeed_config.places import PLACES, section_of
+from shardwise.errors import ConfigError, LaunchError, StrategyError
 from shardwise.strategy import Strategy
 
-_STAGES = {0: "ddp", 1: "zero1", 2: "zero2", 3: "zero3"}
 # FSDP's sharding strategies, by name and by number; and version 2's reshard_after_forward.
 _SHARDINGS = {
     "FULL_SHARD": "zero3",
@@ -266,52 +266,27 @@ class _Translation:
     def deepspeed(self, given: dict[str, Any]) -> Settings:
         config = dict(given)
         file = config.pop("deepspeed_config_file", None)
-        if file not in (None, "none"):
-            config = {**self.deepspeed_file(self.beside(str(file))), **config}
-        stage = _count(config.pop("zero_stage", 2))
-        if stage not in _STAGES:
-            self.cannot(f"zero_stage: {stage} does not exist", "0, 1, 2 or 3")
-        homes: dict[str, Any] = {}
-        for key, ours in (
-            ("offload_optimizer_device", "offload_optimizer"),
-            ("offload_param_device", "offload_params"),
-        ):
-            home = str(config.pop(key, None) or "none").lower()
-            folder = config.pop(key.replace("device", "nvme_path"), None)
-            if home != "none":
-                homes[ours] = home
-            if home != "nvme" or folder in (None, "none"):
-                continue
-            if homes.setdefault("nvme_path", str(folder)) != str(folder):
-                self.cannot(f"two values of nvme_path: {homes['nvme_path']} and {folder}", "one folder for both")
-        preset = _STAGES[stage]
-        if (facts := config.pop("facts", None)) is not None:  # of the JSON file
-            homes |= {"offload_ratio": facts.offload_ratio, "activation_offload": facts.offload_activations}
-            homes |= {"reduce_dtype": facts.reduce_dtype}
-            if facts.shard_size is not None and preset == "zero3":
-                preset, homes["shard_size"] = facts.preset, facts.shard_size
-        clip = config.pop("gradient_clipping", None)
-        if clip not in (None, "auto", "none", "None", 0, 0.0):
-            self.notes.append(
-                f"gradient_clipping: {clip}: the script has to clip, with "
-                f"accelerator.clip_grad_norm_(model.parameters(), {clip})"
-            )
-        steps = _count(config.pop("gradient_accumulation_steps", None))
-        if self.hosts > 1:
-            self.notes.append("DeepSpeed's launcher reaches all hosts; run 'shardwise launch' once on each")
-        self.rest(config, _DROPPED_DEEPSPEED, "deepspeed_config")
+        path = self.beside(str(file)) if file not in (None, "none") else None
+        # What the section says goes into the configuration that it names, or into one of its own.
+        values, where = self.deepspeed_file(path) if path else ({"zero_optimization": {"stage": 2}}, str(self.path))
         try:
-            strategy = str(Strategy(preset, **homes))
-        except StrategyError as error:
-            raise LaunchError(str(error.what), where=str(self.path), fix=str(error.fix)) from None
+            for name, place in PLACES.items():
+                if name in config and name not in _DROPPED_DEEPSPEED:
+                    part, key = section_of(values, place, where)
+                    part[key] = _value(config.pop(name))
+            facts = read_ds_config(values, where, door="accelerate")
+            arguments = {**facts.strategy_arguments(), "param_dtype": None}  # the precision is said by itself
+            strategy = str(Strategy(**arguments))
+        except (StrategyError, ConfigError) as error:
+            raise LaunchError(str(error.what), where=error.where or str(self.path), fix=str(error.fix)) from None
+        self.deepspeed_notes(facts, values, path)
+        self.rest(config, _DROPPED_DEEPSPEED, "deepspeed_config")
         return Settings(
-            strategy=strategy,
-            gradient_accumulation_steps=steps if isinstance(steps, int) else None,
-            mixed_precision=None if facts is None else facts.param_dtype,
+            strategy=strategy, gradient_accumulation_steps=facts.accumulation, mixed_precision=facts.param_dtype
         )
 
-    def deepspeed_file(self, path: Path) -> dict[str, Any]:
-        """What DeepSpeed's own file says, under the names of ``deepspeed_config``, and under ``facts`` all of it."""
+    def deepspeed_file(self, path: Path) -> tuple[dict[str, Any], str]:
+        """What DeepSpeed's own file says, without what a script of Accelerate builds."""
         if not path.is_file():
             self.cannot(f"cannot read {path}: there is no such file", "correct deepspeed_config_file")
         values, where = load_ds_config(path)
@@ -320,7 +295,18 @@ class _Translation:
                 self.notes.append(
                     f"'{key}' of {path.name}: build it in the script, in place of accelerate's Dummy class"
                 )
-        facts = read_ds_config(values, where, door="accelerate")
+        return values, where
+
+    def deepspeed_notes(self, facts: DsFacts, values: dict[str, Any], path: Path | None) -> None:
+        if facts.clipping is not None:
+            self.notes.append(
+                f"gradient_clipping: {facts.clipping:g}: the script has to clip, with "
+                f"accelerator.clip_grad_norm_(model.parameters(), {facts.clipping:g})"
+            )
+        if self.hosts > 1:
+            self.notes.append("DeepSpeed's launcher reaches all hosts; run 'shardwise launch' once on each")
+        if path is None:
+            return
         for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
             if values.get(key, "auto") != "auto":
                 self.dropped[f"{path.name}: {key}"] = "the script's DataLoader says the batch size of a rank"
@@ -328,16 +314,6 @@ class _Translation:
             self.dropped[f"{path.name}: {key}"] = "a setting of DeepSpeed's engine"
         for key in facts.scaler:
             self.dropped[f"{path.name}: fp16 ({key})"] = "a GradScalerKwargs of the script says how losses are scaled"
-        return {
-            "facts": facts,
-            "zero_stage": facts.stage or 0,
-            "offload_optimizer_device": facts.offload_optimizer.replace("device", "none"),
-            "offload_param_device": facts.offload_params.replace("device", "none"),
-            "offload_optimizer_nvme_path": facts.nvme_path,
-            "offload_param_nvme_path": facts.nvme_path,
-            "gradient_accumulation_steps": facts.accumulation,
-            "gradient_clipping": facts.clipping,
-        }
 
     def beside(self, name: str) -> Path:
         """A file that the config names: as it stands, or next to the config."""
@@ -384,5 +360,12 @@ def _truth(value: Any) -> bool:
     return value if isinstance(value, bool) else str(value).lower() in ("true", "yes", "1")
 
 
-def _count(value: Any) -> Any:
-    return int(value) if str(value).isdigit() else value
+def _value(value: Any) -> Any:
+    """A value of Accelerate's file as DeepSpeed's has it: a number, a word, or nothing."""
+    text = str(value)
+    if text.lower() in ("none", "auto"):
+        return None if text.lower() == "none" else "auto"
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        return text.lower() if text.lower() in ("cpu", "nvme") else value

@@ -9,19 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardwise.deepspeed_config import DsFacts, load_ds_config, read_ds_config
+from shardwise.deepspeed_config.places import PLACES, section_of
 from shardwise.errors import ConfigError
 from shardwise.strategy import Strategy
-
-_PLACES = {
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "gradient_clipping",
-    "zero_stage": "zero_optimization.stage",
-    "offload_optimizer_device": "zero_optimization.offload_optimizer.device",
-    "offload_param_device": "zero_optimization.offload_param.device",
-    "offload_optimizer_nvme_path": "zero_optimization.offload_optimizer.nvme_path",
-    "offload_param_nvme_path": "zero_optimization.offload_param.nvme_path",
-    "zero3_save_16bit_model": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
-}
 
 
 @dataclass
@@ -73,7 +63,7 @@ class DeepSpeedPlugin:
         self.deepspeed_config, self._where = load_ds_config(self.hf_ds_config) if given else ({}, "DeepSpeedPlugin")
         if not given and self.zero_stage is None:
             self.zero_stage = 2
-        for name, place in _PLACES.items():
+        for name, place in PLACES.items():
             self._fill(name, place)
         facts = self.facts()
         self.zero_stage = facts.stage or 0
@@ -92,14 +82,7 @@ class DeepSpeedPlugin:
         value = getattr(self, name)
         if value in (None, "auto"):
             return
-        *path, key = place.split(".")
-        part = self.deepspeed_config
-        for step in path:
-            if part.get(step) is None:
-                part[step] = {}
-            part = part[step]
-            if not isinstance(part, dict):
-                raise ConfigError(f"{step} is a section, not {part!r}", where=self._where, fix="write it as an object")
+        part, key = section_of(self.deepspeed_config, place, self._where)
         present = part.get(key)
         nothing = (None, "auto", "none", 0, False)
         if present not in (*nothing, value) or (present in nothing[2:] and value not in nothing):

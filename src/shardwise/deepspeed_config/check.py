@@ -43,7 +43,9 @@ def _check(part: Mapping[str, Any], inside: str, door: str, where: str, found: C
     table = TABLES[inside]
     prefix = f"{inside}." if inside else ""
     # What is in a section that is off says nothing, but must exist all the same.
-    quiet = quiet or ("enabled" in table and part.get("enabled") != AUTO and not said(part.get("enabled")))
+    switch = table.get("enabled")
+    if switch is not None and switch.needed and part.get("enabled") != AUTO and not said(part.get("enabled")):
+        quiet = True
     for name, value in part.items():
         path = f"{prefix}{name}"
         key = _seen_from(door, table.get(name))
@@ -54,7 +56,8 @@ def _check(part: Mapping[str, Any], inside: str, door: str, where: str, found: C
         if not quiet and value == AUTO:
             found.unfilled.append(path)
         if path in TABLES and key.kind is not Kind.REFUSED:
-            inner = section(part, name, where, prefix) if value is not False else {}
+            oldest = path == "zero_optimization" and value is True  # which was stage 1
+            inner = {} if value is False or oldest else section(part, name, where, prefix)
             _check(inner, path, door, where, found, quiet or key.kind is Kind.TUNES)
         if key.kind is Kind.TUNES and not quiet and said(value):
             found.idle.append(path)
