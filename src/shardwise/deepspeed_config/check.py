@@ -59,7 +59,8 @@ def _check(part: Mapping[str, Any], inside: str, door: str, where: str, found: C
             oldest = path == "zero_optimization" and value is True  # which was stage 1
             inner = {} if value is False or oldest else section(part, name, where, prefix)
             _check(inner, path, door, where, found, quiet or key.kind is Kind.TUNES)
-        if key.kind is Kind.TUNES and not quiet and said(value):
+        off = isinstance(value, Mapping) and value.get("enabled") is False
+        if key.kind is Kind.TUNES and not quiet and said(value) and not off:
             found.idle.append(path)
 
 
