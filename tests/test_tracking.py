@@ -21,6 +21,7 @@ from ranks import run
 from shardwise import Accelerator, ShardwiseError
 from shardwise.tracking import (
     LOGGER_TYPE_TO_CLASS,
+    CSVTracker,
     GeneralTracker,
     JSONLTracker,
     LoggerType,
@@ -176,6 +177,28 @@ def test_jsonl_says_what_it_cannot_do(tmp_path, caplog):
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(ShardwiseError, match="earlier run cannot be read"):
         tracker.store_init_configuration({"a": 1})
+
+
+def test_csv_has_a_file_for_each_name(tmp_path, caplog):
+    for turn in range(2):  # the second one goes on
+        acc = accelerator("csv", tmp_path)
+        acc.init_trackers("run", {"lr": 0.1})
+        acc.log({"Train/loss rate": torch.tensor(0.5), "split": {"a": 1}, "word": "x"}, step=turn)
+        acc.log({"Train/loss rate": 0.25})
+        acc.end_training()
+    folder = tmp_path / "run"
+    assert (folder / "Train_loss_rate.csv").read_text() == "step,loss rate\n0,0.5\n1,0.25\n1,0.5\n2,0.25\n"
+    assert (folder / "split_a.csv").read_text() == "step,a\n0,1\n1,1\n"
+    assert sorted(p.name for p in folder.iterdir()) == ["Train_loss_rate.csv", "config.json", "split_a.csv"]
+    assert "'csv' leaves out 'word'" in caplog.text
+    tracker = CSVTracker("run", tmp_path)
+    with pytest.raises(ShardwiseError, match="does not run"):
+        tracker.log({"x": 1})
+    with pytest.raises(ShardwiseError, match="cannot hold images"):
+        tracker.log_images({})
+    (tmp_path / "other").write_text("a file")
+    with pytest.raises(ShardwiseError, match="cannot be written"):
+        CSVTracker("other", tmp_path).start()
 
 
 @pytest.mark.parametrize("name", ["jsonl"])
@@ -334,7 +357,7 @@ def test_wrong_requests(log_with, folder, message):
         accelerator(log_with, folder)
 
 
-@pytest.mark.parametrize("name", sorted(set(LOGGER_TYPE_TO_CLASS) - {"jsonl"}))
+@pytest.mark.parametrize("name", sorted(set(LOGGER_TYPE_TO_CLASS) - {"jsonl", "csv"}))
 def test_a_client_that_is_not_installed_is_an_error_with_the_pip_line(monkeypatch, name, tmp_path):
     for module in (name, "tensorboardX"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -348,7 +371,7 @@ def test_a_client_that_is_not_installed_is_an_error_with_the_pip_line(monkeypatc
 
 def test_all(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    for name in set(LOGGER_TYPE_TO_CLASS) - {"jsonl", "tensorboard"}:
+    for name in set(LOGGER_TYPE_TO_CLASS) - {"jsonl", "csv", "tensorboard"}:
         monkeypatch.setitem(sys.modules, name, None)
     tracker = ListTracker()
     assert accelerator(["all", tracker], tmp_path).log_with == [LoggerType.TENSORBOARD, LoggerType.JSONL, tracker]

@@ -1,4 +1,5 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, MLflow, Comet, ClearML, Aim, DVCLive, SwanLab, Trackio, JSONL.
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow, Comet, ClearML, Aim, DVCLive, SwanLab, Trackio, JSONL,
+CSV.
 
 Each talks to its own client, which is imported when the tracker starts. Names mean what they mean in Accelerate.
 """
@@ -18,6 +19,7 @@ from shardwise.tracking.aim import AimTracker
 from shardwise.tracking.base import BlankTracker, GeneralTracker, on_main_process
 from shardwise.tracking.clearml import ClearMLTracker
 from shardwise.tracking.comet import CometMLTracker
+from shardwise.tracking.csv import CSVTracker
 from shardwise.tracking.dvclive import DVCLiveTracker
 from shardwise.tracking.jsonl import JSONLTracker
 from shardwise.tracking.kinds import LoggerType, get_available_trackers
@@ -30,6 +32,7 @@ __all__ = [
     "LOGGER_TYPE_TO_CLASS",
     "AimTracker",
     "BlankTracker",
+    "CSVTracker",
     "ClearMLTracker",
     "CometMLTracker",
     "DVCLiveTracker",

@@ -12,6 +12,7 @@ from shardwise.tracking.aim import AimTracker
 from shardwise.tracking.base import GeneralTracker, check_complete, is_tracker
 from shardwise.tracking.clearml import ClearMLTracker
 from shardwise.tracking.comet import CometMLTracker
+from shardwise.tracking.csv import CSVTracker
 from shardwise.tracking.dvclive import DVCLiveTracker
 from shardwise.tracking.jsonl import JSONLTracker
 from shardwise.tracking.kinds import LoggerType, get_available_trackers, is_available, missing
@@ -23,7 +24,7 @@ logger = get_logger(__name__)
 
 _CLASSES: tuple[Any, ...] = (
     AimTracker, CometMLTracker, MLflowTracker, TensorBoardTracker, WandBTracker, ClearMLTracker, DVCLiveTracker,
-    SwanLabTracker, TrackioTracker, JSONLTracker,
+    SwanLabTracker, TrackioTracker, JSONLTracker, CSVTracker,
 )  # fmt: skip
 # By name; scripts add theirs with register_tracker_class, as in Accelerate.
 LOGGER_TYPE_TO_CLASS: dict[str, Any] = {kind.name: kind for kind in _CLASSES}
