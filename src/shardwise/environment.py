@@ -10,6 +10,9 @@ A value given on the command line wins over the script's own, so that one script
     from ``--gradient-accumulation-steps``; a number of micro-batches.
 ``SHARDWISE_CPU``
     from ``--cpu``; ``1``. The launcher also hides CUDA devices from what does not read this.
+``SHARDWISE_DEEPSPEED_CONFIG``
+    from ``--deepspeed-config``; the path of a DeepSpeed configuration, for an Accelerator in place of its strategy or
+    plugin, and for ``shardwise.deepspeed.initialize`` where the script names none.
 ``SHARDWISE_RECORD``
     from ``--record``; a folder in which every rank writes down what it does: see :func:`shardwise.record`.
 ``SHARDWISE_STEPS``
@@ -35,6 +38,7 @@ STRATEGY = "SHARDWISE_STRATEGY"
 MIXED_PRECISION = "SHARDWISE_MIXED_PRECISION"
 CPU = "SHARDWISE_CPU"
 RECORD = "SHARDWISE_RECORD"
+DEEPSPEED_CONFIG = "SHARDWISE_DEEPSPEED_CONFIG"
 ACCUMULATION = "SHARDWISE_GRADIENT_ACCUMULATION_STEPS"
 STEPS = "SHARDWISE_STEPS"
 PRECISIONS = ("no", "fp16", "bf16")

@@ -24,6 +24,7 @@ from shardwise.compat.dataclasses import (
 )
 from shardwise.compat.plugins import DeepSpeedPlugin, own_plugin
 from shardwise.environment import (
+    DEEPSPEED_CONFIG,
     accumulation_from_environment,
     mixed_precision_from_environment,
     strategy_from_environment,
@@ -54,7 +55,7 @@ class Chosen:
 
 
 def choose_strategy(strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, precision: Any) -> Chosen:
-    """One strategy, in the launcher's or the script's precision.
+    """One strategy, in the launcher's or the script's precision; the launcher's DeepSpeed configuration goes before.
 
     Raises:
         StrategyError: more than one of the three, an unknown strategy or precision, or two that contradict.
@@ -65,6 +66,9 @@ def choose_strategy(strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, prec
         "deepspeed_plugin": deepspeed_plugin,
     }
     said = [name for name, value in given.items() if value is not None]
+    launched = os.environ.get(DEEPSPEED_CONFIG)
+    if launched:  # the launcher's word counts
+        strategy, fsdp_plugin, deepspeed_plugin = None, None, DeepSpeedPlugin(launched)
     if len(said) > 1:
         raise StrategyError(f"{' and '.join(said)} say the same thing twice", fix="give one of them")
     chosen = Chosen(Strategy.parse(strategy if strategy is not None else "ddp"))

@@ -1,4 +1,5 @@
-"""The ``shardwise`` command: ``launch`` starts a script on several ranks, ``config`` writes its settings down,
+"""The ``shardwise`` command: ``launch`` starts a script on several ranks (``deepspeed`` does, with the arguments of
+DeepSpeed's launcher), ``config`` writes its settings down,
 ``checkpoint`` looks into checkpoints, ``doctor`` tests this machine, ``generate`` runs a model, ``report`` shows what a
 recorded run did, ``demo`` shows the whole library at work.
 
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli import checkpoint, compare, config, demo, doctor, generate, launch, plan, report
+from shardwise.cli import checkpoint, compare, config, deepspeed, demo, doctor, generate, launch, plan, report
 from shardwise.cli.console import say
 from shardwise.errors import ShardwiseError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("launch", cls=launch.Command, context_settings=launch.CONTEXT)(launch.launch)
+app.command("deepspeed", cls=deepspeed.Command, context_settings=launch.CONTEXT)(deepspeed.deepspeed)
 app.command("config")(config.config)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("doctor")(doctor.doctor)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -19,6 +20,7 @@ from shardwise.cli.console import say
 from shardwise.cli.host import cores
 from shardwise.cli.restart_policy import RestartPolicy
 from shardwise.cli.settings import Settings
+from shardwise.deepspeed_config import load_ds_config, read_ds_config
 from shardwise.errors import LaunchError
 from shardwise.strategy import Strategy
 
@@ -41,7 +43,10 @@ _ELSEWHERE = {
     "--num-gpus": "--nproc",
     "--multi-gpu": "nothing: every device is used; --nproc says how many",
     "--use-fsdp": "--strategy zero3",
-    "--use-deepspeed": "--strategy zero2",
+    "--use-deepspeed": "--deepspeed-config FILE, or --strategy zero2",
+    "--deepspeed-config-file": "--deepspeed-config",
+    "--deepspeed-hostfile": "'shardwise deepspeed --hostfile FILE'",
+    "--hostfile": "'shardwise deepspeed --hostfile FILE'",
     "--zero-stage": "--strategy zero1, zero2 or zero3",
     "--fsdp-sharding-strategy": "--strategy",
     "--num-cpu-threads-per-process": "the variable OMP_NUM_THREADS; cores are divided among the ranks without it",
@@ -53,14 +58,25 @@ class Command(TyperCommand):
     """The command's parser, which knows the options of other launchers well enough to say what they are here."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except _UsageError as error:
-            option = str(getattr(error, "option_name", ""))
-            here = _ELSEWHERE.get(option.replace("_", "-"))
-            if here is None:
-                raise
-            raise LaunchError(f"launch has no option {option}", fix=f"use {here}") from None
+        return parsed(super().parse_args, ctx, args, "launch", _ELSEWHERE)
+
+
+def parsed(
+    parse: Callable[[Any, list[str]], list[str]], ctx: Any, args: list[str], name: str, elsewhere: dict[str, str]
+) -> list[str]:
+    """What a command's parser makes of ``args``.
+
+    Raises:
+        LaunchError: an option of another launcher; says what it is here.
+    """
+    try:
+        return parse(ctx, args)
+    except _UsageError as error:
+        option = str(getattr(error, "option_name", ""))
+        here = elsewhere.get(option.replace("_", "-"))
+        if here is None:
+            raise
+        raise LaunchError(f"{name} has no option {option}", fix=f"use {here}") from None
 
 
 def launch(
@@ -104,6 +120,15 @@ def launch(
         Path | None,
         typer.Option(metavar="DIR", help="Write down there what every rank does, for 'shardwise report DIR'."),
     ] = None,
+    deepspeed_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--deepspeed-config",
+            "--deepspeed_config",
+            metavar="FILE",
+            help="A DeepSpeed JSON: the strategy of Accelerators, and of scripts for DeepSpeed that name none.",
+        ),
+    ] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module name, as in python -m.")] = False,
     config: Annotated[
         Path | None,
@@ -122,10 +147,13 @@ def launch(
         nproc, devices, nnodes, node_rank, rdzv_endpoint, rdzv_id, max_restarts, min_nproc,
         strategy, mixed_precision, gradient_accumulation_steps, cpu,
     )  # fmt: skip
+    described = _deepspeed_environment(deepspeed_config, flags)
     wanted = flags.over(_from_file(config, no_config, flags))
+    if described:
+        wanted = replace(wanted, strategy=None)
     wanted.check()
     command = [*_target(script, module), *(args or [])]
-    extra = {**ranks_environment(wanted), **_record_environment(record)}
+    extra = {**ranks_environment(wanted), **_record_environment(record), **described}
     number = choose_nproc(wanted.nproc, wanted.cpu, devices=wanted.device_list())
     wanted = replace(wanted, nproc=number)
     wanted.check()  # once more: what was asked for must suit a number that was not, too
@@ -232,6 +260,16 @@ def _record_environment(record: Path | None) -> dict[str, str]:
             f"--record {record}: {error.strerror or error}", fix="name a folder, which is made if it is not there"
         ) from error
     return {environment.RECORD: str(record.resolve())}
+
+
+def _deepspeed_environment(path: Path | None, flags: Settings) -> dict[str, str]:
+    """Raises ShardwiseError if the configuration cannot be served, or contradicts another flag."""
+    if path is None:
+        return {}
+    if flags.strategy is not None:
+        raise LaunchError("--strategy and --deepspeed-config contradict each other", fix="give one of them")
+    read_ds_config(*load_ds_config(path))
+    return {environment.DEEPSPEED_CONFIG: str(path.resolve())}
 
 
 def _restart_policy(wanted: Settings, variables: dict[str, str]) -> dict[str, Any]:
