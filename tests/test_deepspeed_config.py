@@ -7,6 +7,7 @@ import base64
 import json
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from ranks import run
 from shardwise.deepspeed.config import DeepSpeedConfig, DeepSpeedConfigError, add_config_arguments
 from shardwise.deepspeed_config import LossScaling, all_keys, load_ds_config, read_ds_config, resolved_batch
+from shardwise.deepspeed_config.document import table_of_keys
 from shardwise.deepspeed_config.keys import Kind
 from shardwise.deepspeed_config.tables import TABLES
 from shardwise.errors import ConfigError
@@ -46,7 +48,7 @@ FULL: dict[str, Any] = {
     "activation_checkpointing": {"cpu_checkpointing": True},
     "zero_optimization": {
         "stage": 3, "overlap_comm": True, "leaf_module": {"classes": "Block", "names": ["a"], "name_suffixes": []},
-        "offload_optimizer": {"device": "nvme", "nvme_path": "/n", "ratio": 0.5, "pin_memory": True},
+        "offload_optimizer": {"device": "nvme", "nvme_path": "/n", "ratio": 0.5, "pin_memory": False},
         "offload_param": {"device": "cpu"}, "stage3_prefetch_bucket_size": "auto",
     },
 }  # fmt: skip
@@ -66,13 +68,10 @@ def test_everything_that_is_served():
     assert (facts.managed_accumulation, facts.drop_last) == (False, True)
     assert facts.strategy_arguments() == {
         "preset": "zero3", "shard_size": None, "offload_params": "cpu", "offload_optimizer": "nvme",
-        "offload_ratio": 0.5, "nvme_path": "/n", "param_dtype": "fp16", "reduce_dtype": "bf16",
+        "offload_ratio": 0.5, "nvme_path": "/n", "pin_memory": False, "param_dtype": "fp16", "reduce_dtype": "bf16",
         "activation_offload": "cpu",
     }  # fmt: skip
-    assert facts.idle == (
-        "checkpoint.parallel_write", "zero_optimization.overlap_comm",
-        "zero_optimization.offload_optimizer.pin_memory",
-    )  # fmt: skip
+    assert facts.idle == ("checkpoint.parallel_write", "zero_optimization.overlap_comm")
     assert facts.unfilled == ("zero_optimization.stage3_prefetch_bucket_size",)
 
 
@@ -325,3 +324,10 @@ def test_deepspeed_agrees_about_batches_and_scales(monkeypatch):
     assert (2**usual.initial_scale_power, usual.loss_scale_window, usual.hysteresis, usual.min_loss_scale) == (
         ours.initial, ours.window, ours.hysteresis, ours.minimum,
     )  # fmt: skip
+
+
+# --- documents ---------------------------------------------------------------------------------------------
+def test_the_document_has_the_table():
+    text = (Path(__file__).parents[1] / "docs" / "from_deepspeed.md").read_text()
+    _, _, rest = text.partition("<!-- keys: python -m shardwise.deepspeed_config.document -->\n")
+    assert rest.partition("\n<!-- end of keys -->")[0] == table_of_keys(), "print the table anew"

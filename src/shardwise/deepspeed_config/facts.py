@@ -39,6 +39,7 @@ class DsFacts:
         offload_optimizer, offload_params: ``device``, ``cpu`` or ``nvme``.
         nvme_path: a folder on the disk of home ``nvme``, or ``None``.
         offload_ratio: the part of the optimizer state that is offloaded.
+        pin_memory: host buffers are page-locked, where there is an accelerator.
         offload_activations: ``device`` or ``cpu``.
         leaf_modules: ``classes``, ``names`` and ``name_suffixes`` of modules that are gathered as one.
         param_dtype: ``fp16``, ``bf16`` or ``None``.
@@ -72,6 +73,7 @@ class DsFacts:
     offload_activations: str = "device"
     nvme_path: str | None = None
     offload_ratio: float = 1.0
+    pin_memory: bool = True
     leaf_modules: dict[str, list[str]] = field(default_factory=dict)
     param_dtype: str | None = None
     reduce_dtype: str | None = None
@@ -111,6 +113,7 @@ class DsFacts:
             "offload_optimizer": self.offload_optimizer,
             "offload_ratio": self.offload_ratio,
             "nvme_path": self.nvme_path,
+            "pin_memory": self.pin_memory,
             "param_dtype": self.param_dtype,
             "reduce_dtype": self.reduce_dtype,
             "activation_offload": self.offload_activations,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardwise.deepspeed_config.values import AUTO, number, said, section
+from shardwise.deepspeed_config.values import AUTO, flag, number, said, section
 from shardwise.errors import ConfigError
 
 _LEAVES = ("classes", "names", "name_suffixes")
@@ -38,6 +38,7 @@ def states(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "offload_params": homes["param"],
         "nvme_path": folders[0] if folders else None,
         "offload_ratio": ratio,
+        "pin_memory": _pins(zero, where),
         "leaf_modules": _leaves(zero, where),
     }
 
@@ -64,6 +65,13 @@ def _homes(zero: Mapping[str, Any], where: str) -> tuple[dict[str, str], dict[st
         if kind == "optimizer":
             ratio = number(part.get("ratio"), f"zero_optimization.{name}.ratio", float, where, least=0)
     return homes, paths, 1.0 if ratio is None else ratio
+
+
+def _pins(zero: Mapping[str, Any], where: str) -> bool:
+    said_of = {"cpu_offload_use_pin_memory": zero.get("cpu_offload_use_pin_memory")}
+    for name in ("offload_optimizer", "offload_param"):
+        said_of[f"{name}.pin_memory"] = section(zero, name, where, "zero_optimization.").get("pin_memory")
+    return all(flag(value, f"zero_optimization.{name}", where, default=True) for name, value in said_of.items())
 
 
 def _leaves(zero: Mapping[str, Any], where: str) -> dict[str, list[str]]:

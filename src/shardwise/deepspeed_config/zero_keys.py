@@ -19,7 +19,7 @@ ZERO: Table = {
     "offload_param": served("the home of parameters"),
     "cpu_offload": served("the old way to say offload_optimizer.device cpu"),
     "cpu_offload_param": served("the old way to say offload_param.device cpu"),
-    "cpu_offload_use_pin_memory": tunes("host buffers are page-locked; Strategy(pin_memory=False) for not"),
+    "cpu_offload_use_pin_memory": served("the old way to say pin_memory of both blocks"),
     "mics_shard_size": served("hsdp: groups of so many ranks hold a copy of the states. DeepSpeed has taken it out"),
     "mics_hierarchical_params_gather": tunes("hosts of a group gather at once"),
     "contiguous_gradients": always("gradients of a unit lie end to end"),
@@ -70,7 +70,7 @@ OFFLOAD_PARAM: Table = {
     "buffer_count": tunes("Strategy(offload_buffers=...) says how many units are in memory"),
     "buffer_size": tunes("a buffer is as long as a unit"),
     "max_in_cpu": tunes("Strategy(offload_buffers=...) says how many units are in memory"),
-    "pin_memory": tunes("host buffers are page-locked; Strategy(pin_memory=False) for not"),
+    "pin_memory": served("host buffers are page-locked, unless either block says false"),
 }
 OFFLOAD_OPTIMIZER: Table = {
     **OFFLOAD_PARAM,
