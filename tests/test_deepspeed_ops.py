@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import pickle
 from typing import Any
@@ -91,6 +92,13 @@ def test_adam(kind, corrected, decoupled):
     assert isinstance(made[0], kind) and made[0].param_groups[0]["bias_correction"] is corrected
     (state,) = pickle.loads(pickle.dumps(made[0])).state.values()
     assert float(state["step"]) == STEPS and {"exp_avg", "exp_avg_sq"} < set(state)
+
+
+def test_the_step_is_that_of_the_settings_whatever_was_made_before(monkeypatch):
+    for kind in (FusedAdam, DeepSpeedCPUAdam):  # torch puts its hooked step into the first class it makes
+        monkeypatch.setattr(kind, "step", torch.optim.Adam.step)
+        found = stepped(lambda p, kind=kind: kind(p, lr=0.01, weight_decay=0.1, bias_correction=False))
+        torch.testing.assert_close(found, adam(True, False), rtol=1e-12, atol=0)
 
 
 def test_lion_and_lamb():
@@ -286,3 +294,35 @@ def of_whole_tensors() -> None:
 
 def test_lamb_and_muon_need_whole_parameters():
     run(2, of_whole_tensors)
+
+
+# --- beside DeepSpeed's own kernels ------------------------------------------------------------------------
+CASES = [
+    ("adam", "DeepSpeedCPUAdam", {"bias_correction": corrected, "adamw_mode": decoupled, "weight_decay": 0.1})
+    for corrected in (True, False)
+    for decoupled in (True, False)
+] + [
+    ("lion", "DeepSpeedCPULion", {"weight_decay": 0.1}),
+    ("adagrad", "DeepSpeedCPUAdagrad", {"weight_decay": 0.1}),
+]  # fmt: skip
+
+
+@pytest.mark.slow  # DeepSpeed compiles its kernels, for minutes; the formulas above are what CI runs
+@pytest.mark.parametrize(("module", "name", "settings"), CASES)
+def test_the_numbers_of_deepspeeds_kernels(module, name, settings, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed")
+    weights = []
+    for package in ("deepspeed.ops", "shardwise.deepspeed.ops"):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(1000))
+        kind = getattr(importlib.import_module(f"{package}.{module}"), name)
+        try:
+            optimizer = kind([p], lr=0.01, **settings)
+        except RuntimeError as error:
+            pytest.skip(f"it cannot be built: {error}")
+        for _ in range(20):
+            p.grad = torch.randn(1000)
+            optimizer.step()
+        weights.append(p.detach())
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-5)

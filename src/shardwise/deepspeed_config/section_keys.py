@@ -77,10 +77,10 @@ FLOPS_PROFILER: Table = {
     "enabled": served("on or off", needed=True),
     "profile_step": served("the step that is measured"),
     "module_depth": served("how deep modules are listed; -1 for all"),
-    "top_modules": served("how many are listed on each level"),
+    "top_modules": tunes("all modules are listed"),
     "detailed": served("list modules one by one"),
     "output_file": served("a file for the figures, else they are printed"),
-    "recompute_fwd_factor": served("how much of the forward is computed again in backward"),
+    "recompute_fwd_factor": tunes("what is computed again in backward is no forward"),
 }
 _FOLDER: Table = {
     "enabled": served("on or off", needed=True),

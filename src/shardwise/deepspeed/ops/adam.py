@@ -127,8 +127,8 @@ class DeepSpeedCPUAdam(FusedAdam):
         super().__init__(model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay)
 
 
-class _UncorrectedCPUAdam(DeepSpeedCPUAdam, _UncorrectedAdam):
-    """The same without bias correction."""
+class _UncorrectedCPUAdam(_UncorrectedAdam, DeepSpeedCPUAdam):
+    """The same without bias correction. Its own step is first: torch puts hooked ones into any class it makes."""
 
 
 _UNCORRECTED: dict[type, type] = {FusedAdam: _UncorrectedAdam, DeepSpeedCPUAdam: _UncorrectedCPUAdam}
