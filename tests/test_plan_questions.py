@@ -12,6 +12,7 @@ import os
 import pytest
 from typer.testing import CliRunner
 
+import browser
 from plan_models import MANY, VOCABULARY, Small
 from shardwise.cli import app
 
@@ -114,6 +115,40 @@ def test_another_node_and_the_dtype_of_reductions():
     assert reduced["timing"]["busy"]["network"] < plain["timing"]["busy"]["network"]
 
 
+def test_how_much_host_memory_and_disk_and_how_long_the_disk_takes():
+    """Masters and the states of Adam, read and written in every step: none is faster than its disk, in the long run."""
+    disk = ("--nvme", "3.5GB/s,4TB", "--host-memory", "64GB")
+    facts = answered("--batch", "2", "--strategy", "zero3,offload_optimizer=nvme", *disk)
+    assert facts["disk"] == pytest.approx(3 * FP32 * PARAMETERS / 4, rel=0.02)
+    assert 0 < facts["host"]["bytes"] < facts["host_capacity"] == 16e9 and facts["disk_capacity"] == 1e12
+    assert facts["device"]["states"]["parameters"] == pytest.approx(BF16 * PARAMETERS / 4, rel=0.02)
+    timing = facts["timing"]
+    of_each = 3.5e9 / 4
+    assert timing["busy"]["disk"] == pytest.approx(2 * facts["disk"] / of_each, rel=0.02)
+    assert timing["bound"] == "disk" and timing["seconds"] >= 0.99 * timing["busy"]["disk"]
+    code, _, said = ask("--batch", "2", "--strategy", "zero3,offload_optimizer=nvme", "--nvme", "3.5GB/s,4MB")
+    assert code == 1, said
+
+
+def test_over_how_many_ranks_to_split():
+    facts = answered("--batch", "2", "--strategy", "hsdp,shard_size=2", "--what-if", "shard_size=4")
+    two, four = facts["as asked"], facts["shard_size=4"]
+    assert four["between"]["optimizer"] == pytest.approx(two["between"]["optimizer"] / 2, rel=0.02)
+    assert four["device"]["bytes"] < two["device"]["bytes"]
+
+
+def test_what_bounds_a_step():
+    """So small a model waits for the calls; a large batch for the device; with an update on the host, for the host."""
+    bound = {}
+    for name, batch, strategy in (
+        ("calls", "2", "zero3"), ("work", "512", "zero3"), ("host", "2", "zero3,offload_optimizer=cpu"),
+    ):  # fmt: skip
+        timing = answered("--batch", batch, "--strategy", strategy)["timing"]
+        bound[name] = timing["bound"]
+        assert timing["seconds"] >= 0.99 * max(timing["compute"], *timing["busy"].values())
+    assert bound == {"calls": "launch", "work": "compute", "host": "host"}
+
+
 def test_how_far_one_can_go():
     for what, least, model in (("batch", 64, MODEL), ("layers", MANY, "plan_models:deep")):
         far = answered("--max", what, "--strategy", "zero3", model=model)[what]
@@ -152,6 +187,23 @@ def test_an_answer_as_a_page(tmp_path):
     written = page.read_text()
     assert code == 0 and MODEL in written and "peak of the device" in written and "viewport" in written
     assert "peak of the device" in text
+
+
+@pytest.mark.skipif(browser.installed() is None, reason=f"no browser: none of {', '.join(browser.NAMES)} is installed")
+def test_the_page_in_a_browser(tmp_path):
+    """A wide table scrolls in its own frame, on a phone too; both themes; no script, no request."""
+    page = tmp_path / "plan.html"
+    words("--batch", "2", "--strategy", "zero1", "--html", str(page))
+    with browser.opened(tmp_path / "profile") as tab:
+        for width, phone, dark in ((1100, False, False), (390, True, True)):
+            tab.look(width, 800, dark=dark, phone=phone)
+            tab.open(page)
+            tab.until("document.body && document.body.innerText.includes('peak of the device')")
+            assert tab.run("document.documentElement.scrollWidth") <= width
+            light = tab.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
+            assert (light < 60) == dark
+        assert tab.problems == []
+        assert [a for a in tab.requests if not a.startswith(("data:", page.as_uri()))] == []
 
 
 ERRORS = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shardwise.layout import Layout
+from shardwise.layout import Layout, row_strides
 from shardwise.tiers import Buffer, Ledger
 
 
@@ -43,20 +43,21 @@ class Packing:
             before = 0
             for layout in layouts:
                 start, end = shard * layout.shard_numel, (shard + 1) * layout.shard_numel
+                shift = at - start  # from places in the bucket to places in the message
                 for piece in (p for p in layout.pieces if p.shard == shard):
                     if piece.offset > start:
-                        self._gaps.append(flat[at + start - shard * layout.shard_numel :][: piece.offset - start])
-                    begin, slot = at + piece.offset - shard * layout.shard_numel, layout.slots[piece.slot]
-                    view = flat[begin : begin + piece.numel]
+                        self._gaps.append(flat[shift + start : shift + piece.offset])
+                    begin, slot = shift + piece.offset, layout.slots[piece.slot]
                     if piece.numel == slot.numel:
                         self._whole.append(before + piece.slot)
-                        self._targets.append(view.view(slot.shape))
+                        # One view, not a view of a view: where tensors have no values, the latter keeps the former.
+                        self._targets.append(flat.as_strided(slot.shape, row_strides(slot.shape), begin))
                     else:
                         self._parts.append((before + piece.slot, slice(piece.start, piece.stop)))
-                        cut.append(view)
+                        cut.append(flat[begin : begin + piece.numel])
                     start = piece.offset + piece.numel
                 if end > start:
-                    self._gaps.append(flat[at + start - shard * layout.shard_numel :][: end - start])
+                    self._gaps.append(flat[shift + start : shift + end])
                 at += layout.shard_numel
                 before += len(layout.slots)
         self._targets += cut

@@ -17,7 +17,7 @@ HOST = "host"
 waits for an update there."""
 _KINDS = {
     "node": NETWORK, "network": NETWORK, "control": NETWORK, "to_host": HOST_LINK, "to_device": HOST_LINK,
-    "read": DISK, "write": DISK, UPDATE: HOST,
+    "disk": DISK, UPDATE: HOST,
 }  # fmt: skip
 _NAMED_FOREVER = (*NETWORK_WAYS, UPDATE)
 _TINY = 1e-12  # a picosecond: clocks of minutes have no more digits
@@ -74,6 +74,11 @@ class Play:
             if self.now > begun:
                 self.phases[self.phase] = self.phases.get(self.phase, 0.0) + self.now - begun
 
+    @property
+    def under_way(self) -> bool:
+        """Is something left to do beside what computes?"""
+        return self.side > self.now or any(self.queues.values())
+
     # --- entries -------------------------------------------------------------------------------------
     def _turn(self, entry: Entry) -> None:
         self.phase = entry.phase
@@ -90,8 +95,11 @@ class Play:
         seconds = self.rates.operation(op)
         self._on_host(self.rates.calling(entry.phase, op))
         if self.late and op.device == "host":
-            self.host += seconds
             self._catch_up()
+            self.host += seconds
+            self.busy[HOST] += seconds
+            self.waits[HOST] += max(0.0, self.host - self.now)
+            self._pass(self.host - self.now)
         else:
             self._catch_up()
             self._work(seconds)
@@ -139,7 +147,9 @@ class Play:
         if entry.kind == OP:
             assert entry.op is not None
             if self.late:
-                self.side += self.rates.operation(entry.op) + self.rates.calling(entry.phase, entry.op)
+                seconds = self.rates.operation(entry.op) + self.rates.calling(entry.phase, entry.op)
+                self.side += seconds
+                self.busy[HOST] += seconds
             else:
                 self._operation(entry)
                 self.side = max(self.side, self.now)

@@ -226,8 +226,13 @@ class Rates:
 
     # --- transfers -------------------------------------------------------------------------------------
     def resource(self, way: str, ranks: tuple[int, ...]) -> str:
-        """What is busy with a transfer: ``node``, ``network``, ``control``, or the way itself."""
-        if way in (CONTROL, TO_HOST, TO_DEVICE, READ, WRITE, UPDATE):
+        """What is busy with a transfer: ``node``, ``network``, ``control``, ``disk``, or the way itself.
+
+        A link to a device takes as much in each direction at once; a disk has one rate for reads and writes together.
+        """
+        if way in (READ, WRITE):
+            return "disk"
+        if way in (CONTROL, TO_HOST, TO_DEVICE, UPDATE):
             return way
         return "network" if len({rank // self.machine.per_node for rank in ranks}) > 1 else "node"
 
@@ -242,7 +247,7 @@ class Rates:
         """
         where = self.resource(way, ranks)
         if where not in ("node", "network", CONTROL):
-            return self.links[where].at(nbytes)
+            return self.links[way].at(nbytes)
         members = Counter(rank // self.machine.per_node for rank in ranks)
         inside = max(members.values(), default=1)
         if where == CONTROL:

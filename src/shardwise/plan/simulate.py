@@ -91,7 +91,7 @@ class Simulated:
 
 
 def simulate(step: Step) -> Simulated:
-    """Run two steps and record the second.
+    """Run two or three steps and record the last.
 
     Raises:
         ShardwiseError: what the engine refuses, it refuses here too.
@@ -112,11 +112,17 @@ def simulate(step: Step) -> Simulated:
             attach(optimizer)  # before the first backward, which may update
         engine = require_engine(model)
         segments: list[Segment] = []
-        for last in (False, True):
-            recorder = Recorder(engine.ledger, step.device, operations=last)
+        put_off: list[bool] = []
+        for again in (False, True, True):
+            recorder = Recorder(engine.ledger, step.device, operations=again)
             with listening(recorder, alone=True), recorder:
                 one_step(step, model, optimizers)
             segments += recorder.segments
+            put_off.append(any(unit.updates for unit in engine.units))
+            # The first step makes the optimizer's state, and so puts no update off. Where others do, the step to know
+            # is one whose forward waits for the updates of the step before it.
+            if again and put_off[-2] == put_off[-1]:
+                break
         homes = {id(u.home): u.home for u in engine.units if u.home is not None}.values()
         disk = sum(home.disk.nbytes for home in homes if isinstance(home.disk, PlannedDisk))
         units = [unit.label for unit in engine.units]
