@@ -75,8 +75,8 @@ def test_other_architectures_train_on_both_devices(tmp_path, kind):
 
 def test_nothing_is_allocated():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(resolve("llama-405b", seq=8192), use_planned_device(), keep=None)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB: less than 1 GiB for 1.6 TB
+    step(resolve("llama-8b", seq=8192), use_planned_device(), keep=None)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB: less than 1 GiB for 32 GB
 
 
 class Block(nn.Module):
