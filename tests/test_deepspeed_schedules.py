@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import logging
 from typing import Any
@@ -213,3 +214,23 @@ def test_what_is_refused(name, kwargs, text):
         ours.build_scheduler(name, optimizer(), kwargs)
     with pytest.raises(ConfigError, match="torch optimizer"):
         ours.WarmupLR(object())
+
+
+def test_names_and_arguments_that_scripts_use(monkeypatch):
+    args = ours.add_tuning_arguments(argparse.ArgumentParser()).parse_args(
+        ["--warmup_min_lr", "0.5", "--cycle_momentum"]
+    )
+    assert (args.lr_schedule, args.warmup_min_lr, args.cycle_momentum) == (None, 0.5, True)
+    assert ours.WARMUP_LR == "WarmupLR" and ours.WARMUP_MIN_LR == "warmup_min_lr"
+    with pytest.raises(AttributeError):
+        _ = ours.WARMUP_MIN
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime import lr_schedules as theirs
+
+    for name, value in vars(theirs).items():
+        if name.isupper() and isinstance(value, (str, list)):
+            found = getattr(ours, name)
+            assert sorted(found) == sorted(value), name
+    plain = ours.add_tuning_arguments(argparse.ArgumentParser()).parse_args([])
+    assert vars(plain) == vars(theirs.add_tuning_arguments(argparse.ArgumentParser()).parse_args([]))

@@ -11,13 +11,29 @@ import torch
 
 from shardwise.deepspeed.runtime.cycles import LRRangeTest, OneCycle
 from shardwise.deepspeed.runtime.schedule_base import Schedule, count, per_group, torch_optimizer
+from shardwise.deepspeed.runtime.schedule_words import SCHEDULES, WORDS, add_tuning_arguments
 from shardwise.deepspeed_config.values import AUTO
 from shardwise.errors import ConfigError, did_you_mean
 
-__all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR", "build_scheduler"]
+__all__ = [
+    "LRRangeTest",
+    "OneCycle",
+    "WarmupCosineLR",
+    "WarmupDecayLR",
+    "WarmupLR",
+    "add_tuning_arguments",
+    "build_scheduler",
+]
 
-VALID_LR_SCHEDULES = ["LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
+VALID_LR_SCHEDULES = list(SCHEDULES.values())
 _SHAPES = ("log", "linear")
+
+
+def __getattr__(name: str) -> str:
+    """The names of arguments as constants: ``WARMUP_MIN_LR``."""
+    if name not in WORDS:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return WORDS[name]
 
 
 class _Warmup(Schedule):
