@@ -188,6 +188,16 @@ def test_of_three_sizes_one_follows(sizes, expected):
         resolved_batch(read_ds_config(config), 2)
 
 
+@pytest.mark.parametrize("path", ["fp16.enabled", "bf16.enabled", "zero_optimization.stage", "wandb.enabled"])
+def test_a_switch_that_is_left_at_auto(path):
+    section, key = path.split(".")
+    facts = read_ds_config({"train_batch_size": 2, section: {key: "auto"}})  # whoever fills it in may still come
+    with pytest.raises(ConfigError, match=f"{path} is 'auto', and nobody has filled it in"):
+        resolved_batch(facts, 1)
+    quiet = {"gradient_clipping": "auto", "zero_optimization": {"reduce_bucket_size": "auto"}, "fp16": "auto"}
+    assert resolved_batch(read_ds_config({"train_batch_size": 2, **quiet}), 1) == (2, 2, 1)
+
+
 # --- where it comes from -----------------------------------------------------------------------------------
 def test_a_dict_a_file_base64_or_what_holds_one(tmp_path):
     config = {"train_batch_size": 2, "zero_optimization": {"stage": 2}}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from shardwise.deepspeed_config.facts import DsFacts
+from shardwise.deepspeed_config.tables import all_keys
 from shardwise.errors import ConfigError
 
 _NAMES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def resolved_batch(facts: DsFacts, world: int, where: str = "DeepSpeed configuration") -> tuple[int, int, int]:
-    """(samples of a step over all ranks, samples of a micro-batch, micro-batches of a step).
+    """(samples of a step over all ranks, samples of a micro-batch, micro-batches of a step), for a run that begins now.
 
     Args:
         facts: what a configuration said of them.
@@ -17,8 +18,17 @@ def resolved_batch(facts: DsFacts, world: int, where: str = "DeepSpeed configura
         where: the configuration, for errors.
 
     Raises:
-        ConfigError: neither batch size is said, or they do not agree.
+        ConfigError: neither batch size is said, or they do not agree; or a switch is left at ``"auto"``: nobody fills
+            it in any more.
     """
+    known = all_keys()
+    for path in facts.unfilled:
+        if known[path].needed:
+            raise ConfigError(
+                f"{path} is 'auto', and nobody has filled it in",
+                where=where,
+                fix="give a value ('auto' is filled by Hugging Face's Trainer only)",
+            )
     train, micro, steps = facts.train_batch, facts.micro_batch, facts.accumulation
     ranks = f"{world} rank{'s' * (world > 1)}"
     if micro is None:

@@ -98,6 +98,7 @@ class OneCycle(Schedule):
                 fix="cycle_first_step_size of more than 0, cycle_second_step_size of 0 or more",
             )
         self.total_size = self.first_step_size + self.second_step_size
+        self.step_ratio = self.first_step_size / self.total_size
         self.first_stair_count = cycle_first_stair_count
         self.second_stair_count = (
             cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count
@@ -152,7 +153,7 @@ class OneCycle(Schedule):
     def _scale(self) -> float:
         """Where between the lower and the upper limit."""
         iteration = self.last_batch_iteration + 1
-        ratio = self.first_step_size / self.total_size
+        ratio = self.step_ratio
         x = 1.0 + iteration / self.total_size - floor(1 + iteration / self.total_size)
         rising = x <= ratio
         stairs = self.first_stair_count if rising else self.second_stair_count
