@@ -3,6 +3,7 @@
 python benchmarks/planner_time.py
 
 Calibrates first, then predicts all steps before one of them has run. Writes JSON and a picture with the identity line.
+With --disk FOLDER only steps are taken whose states live on that disk, into a JSON of their own.
 """
 
 from __future__ import annotations
@@ -78,6 +79,10 @@ SEVERAL = [
     ("zero3,activation_checkpointing=true", 4), ("zero3,param_dtype=bf16", 4),
 ]  # fmt: skip
 
+ON_DISK = [
+    ("zero3,offload_optimizer=nvme", 4), ("zero3,offload_params=nvme,offload_optimizer=nvme", 4), ("zero3", 4),
+]  # fmt: skip
+
 
 class Case(NamedTuple):
     """A step. Those of one model and number of ranks do the same work, and may be chosen between."""
@@ -86,11 +91,14 @@ class Case(NamedTuple):
     ranks: int
     strategy: str
     rows: int
+    disk: str = ""
 
     @property
     def step(self) -> Step:
         build, loss, times = MODELS[self.model]
         strategy, cpu = Strategy.parse(self.strategy), torch.device("cpu")
+        if strategy.offload_optimizer == "nvme":
+            strategy = strategy.replace(nvme_path=self.disk)
         loss = partial(loss, self.rows * times)
         return Step(build, loss, adamw, strategy, cpu, self.ranks, self.ranks, ROWS // self.rows, 1.0)
 
@@ -182,15 +190,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each case")
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--disk", type=Path, help="a folder on a disk: take steps with states there")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     result: dict[str, Any] = head()
     if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
         result["notes"].append(REAL_TIME)
-    cases = [case for case in CASES if args.only in ", ".join(map(str, case))]
+    every = CASES
+    if args.disk is not None:
+        every = [Case(model, ranks, *how, str(args.disk)) for model in MODELS for ranks in (1, 2) for how in ON_DISK]
+    cases = [case for case in every if args.only in ", ".join(map(str, case[:-1]))]
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:  # what was measured before does not count
-        found = {f.ranks: f for f in calibrate(2, threads=args.threads, folder=Path(cache), told=print)}
+        found = {f.ranks: f for f in calibrate(2, threads=args.threads, disk=args.disk, folder=Path(cache), told=print)}
     result["calibration_s"] = time.perf_counter() - begun
     begun = time.perf_counter()
     traces = {case: simulate(case.step).trace for case in cases}
@@ -210,9 +222,9 @@ def main() -> None:
             seconds = statistics.mean(one[index]["seconds"] for one in told)
             timing = predicted[index]
             rows.append({
-                **case._asdict(), "measured": seconds, "predicted": timing.seconds, "fitted": fitted[index].seconds,
-                "bound": timing.bound, "waits": timing.waits, "phases": timing.phases,
-                "measured_phases": told[0][index]["phases"],
+                **{k: v for k, v in case._asdict().items() if k != "disk"}, "measured": seconds,
+                "predicted": timing.seconds, "fitted": fitted[index].seconds, "bound": timing.bound,
+                "waits": timing.waits, "phases": timing.phases, "measured_phases": told[0][index]["phases"],
             })  # fmt: skip
     result["measuring_s"] = time.perf_counter() - begun
     result |= {"threads": args.threads, "rows": rows, "verdict": verdict(rows)}
@@ -222,8 +234,9 @@ def main() -> None:
               f"{1e3 * row['predicted']:8.1f} predicted {share:+6.1%}, "
               f"{row['fitted'] / row['measured'] - 1:+6.1%} by curves, {row['bound']}")  # fmt: skip
     print(json.dumps(result["verdict"], indent=1))
-    save(result, args.out / "planner-time.json")
-    draw(result, args.out / "planner-time.svg")
+    name = "planner-time" if args.disk is None else "planner-time-disk"
+    save(result, args.out / f"{name}.json")
+    draw(result, args.out / f"{name}.svg")
 
 
 if __name__ == "__main__":
