@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,6 +214,20 @@ def test_a_dict_a_file_base64_or_what_holds_one(tmp_path):
             load_ds_config(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_ds_config("no_such_file")
+
+
+def test_a_file_with_comments(tmp_path, monkeypatch):
+    path = tmp_path / "ds.json"
+    path.write_text("{\n  # a step\n  train_batch_size: 2\n}")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "hjson", None)
+        with pytest.raises(ConfigError, match=r"is not JSON(.|\n)*pip install hjson"):
+            load_ds_config(path)
+    pytest.importorskip("hjson")
+    assert load_ds_config(path)[0] == {"train_batch_size": 2}
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        load_ds_config(path)
 
 
 def two_ranks() -> tuple[int, int, int, int]:

@@ -31,8 +31,8 @@ class DeepSpeedConfig:
         train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps: all three, also those that
             follow from the others.
         zero_optimization_stage, zero_enabled, gradient_clipping, steps_per_print, wall_clock_breakdown,
-        optimizer_name, optimizer_params, scheduler_name, scheduler_params, dataloader_drop_last, world_size: as their
-            names say.
+        optimizer_name, optimizer_params, scheduler_name, scheduler_params, dataloader_drop_last, gradient_allreduce_op,
+        prescale_gradients, gradient_predivide_factor, world_size: as their names say.
         zero_config, float16_config, bfloat16_config, monitor_config: the sections, with values as attributes.
 
     Raises:
@@ -51,7 +51,8 @@ class DeepSpeedConfig:
         self.zero_enabled = self.zero_optimization_stage > 0
         self.gradient_clipping = facts.clipping or 0.0
         self.steps_per_print, self.wall_clock_breakdown = facts.steps_per_print, facts.wall_clock
-        self.dataloader_drop_last = facts.drop_last
+        self.dataloader_drop_last, self.gradient_allreduce_op = facts.drop_last, facts.reduce_op
+        self.prescale_gradients, self.gradient_predivide_factor = facts.prescale
         self.optimizer_name, self.optimizer_params = _pair(facts.optimizer)
         self.scheduler_name, self.scheduler_params = _pair(facts.scheduler)
         self.monitor_config = MappingProxyType(facts.monitors)

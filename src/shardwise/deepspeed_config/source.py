@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,8 @@ def load_ds_config(source: Any) -> tuple[dict[str, Any], str]:
     """A configuration as a dict of its own, and where it came from.
 
     Args:
-        source: a mapping, the path of a JSON file, the JSON object in URL-safe base64 (as launchers pass it), or an
-            object that holds a mapping in ``config``.
+        source: a mapping, the path of a JSON file (or HJSON, where that package is installed), the JSON object in
+            URL-safe base64 (as launchers pass it), or an object that holds a mapping in ``config``.
 
     Raises:
         ConfigError: it is none of these, or the file is missing or damaged, or says a key twice.
@@ -34,7 +35,7 @@ def load_ds_config(source: Any) -> tuple[dict[str, Any], str]:
     try:
         if text is None:
             text = Path(source).read_text(encoding="utf-8")
-        config = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
+        config = _parsed(text, where)
     except OSError as error:
         raise ConfigError(
             f"cannot be read: {error.strerror}", where=where, fix="give the path of the DeepSpeed JSON"
@@ -42,10 +43,33 @@ def load_ds_config(source: Any) -> tuple[dict[str, Any], str]:
     except ConfigError:  # a ValueError too
         raise
     except ValueError as error:
-        raise ConfigError(f"is not JSON: {error}", where=where, fix="correct the file") from None
+        fix = "correct the file" if _hjson() is not None else "correct the file; for comments in it, pip install hjson"
+        raise ConfigError(f"is not JSON: {error}", where=where, fix=fix) from None
     if not isinstance(config, dict):
         raise ConfigError("holds no JSON object", where=where, fix="correct the file")
     return config, where
+
+
+def _parsed(text: str, where: str) -> Any:
+    """JSON; or HJSON (comments, no quotes), which DeepSpeed takes too, where its package is installed."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return _once(pairs, where)
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError:
+        human = _hjson()
+        if human is None:
+            raise
+        return human.loads(text, object_pairs_hook=once)
+
+
+def _hjson() -> Any:
+    try:
+        return importlib.import_module("hjson")
+    except ImportError:
+        return None
 
 
 def _encoded(source: str | Path) -> str | None:
