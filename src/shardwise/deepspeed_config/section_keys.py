@@ -133,4 +133,4 @@ AIO: Table = dict.fromkeys(
 COMMS_LOGGER: Table = dict.fromkeys(
     ("enabled", "verbose", "prof_all", "debug", "prof_ops"), tunes("shardwise.stats counts messages and bytes")
 )
-TIMERS: Table = {"throughput": tunes("throughput is always measured")}
+TIMERS: Table = {"throughput": tunes("shardwise report shows the times of a recorded run")}

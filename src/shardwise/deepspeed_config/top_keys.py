@@ -60,14 +60,14 @@ TOP: Table = {
     "disable_allgather": tunes("shards travel in collectives of the strategy's choice"),
     # --- words and figures ---
     "steps_per_print": served(
-        "every so many steps the engine prints the rate and the loss scale", accelerate=always("the script prints")
+        "every so many steps the engine prints how many it took, rates and momenta", accelerate=always("the script prints")
     ),
     "wall_clock_breakdown": served(
         "the engine prints the times of forward, backward and step",
         accelerate=tunes("shardwise report shows the times of a recorded run"),
     ),
     "memory_breakdown": tunes("shardwise.stats and shardwise report show memory"),
-    "dump_state": tunes("str(engine) and shardwise.stats say it"),
+    "dump_state": tunes("shardwise.stats and shardwise report show a run"),
     "flops_profiler": served(
         "one step is measured and printed",
         accelerate=refused(
@@ -75,7 +75,7 @@ TOP: Table = {
         ),
     ),
     "comms_logger": tunes("shardwise.stats counts messages and bytes"),
-    "timers": tunes("throughput is always measured"),
+    "timers": tunes("shardwise report shows the times of a recorded run"),
     "log_level": tunes("the level of the logger is set with the logging module"),
     "tensorboard": served("values of a step, to TensorBoard", accelerate=_TRACKER),
     "wandb": served("values of a step, to Weights & Biases", accelerate=_TRACKER),
@@ -88,7 +88,7 @@ TOP: Table = {
     "datastates_ckpt": refused("checkpoints are written in the background by async_save", "leave it out"),
     "datastates": refused("checkpoints are written in the background by async_save", "leave it out"),
     "compile": served(
-        "what engine.compile() is given to torch.compile", accelerate=tunes("the script calls compile by itself")
+        "enabled, backend and kwargs of older files: initialize calls engine.compile with them", accelerate=tunes("the script calls compile by itself")
     ),
     # --- other ways to split a model ---
     "tensor_parallel": refused("models are not cut into layers' slices", "zero_optimization.stage 3 splits the states"),
