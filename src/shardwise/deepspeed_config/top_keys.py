@@ -60,7 +60,8 @@ TOP: Table = {
     "disable_allgather": tunes("shards travel in collectives of the strategy's choice"),
     # --- words and figures ---
     "steps_per_print": served(
-        "every so many steps the engine prints how many it took, rates and momenta", accelerate=always("the script prints")
+        "every so many steps the engine prints how many it took, rates and momenta",
+        accelerate=always("the script prints")
     ),
     "wall_clock_breakdown": served(
         "the engine prints the times of forward, backward and step",
@@ -88,7 +89,8 @@ TOP: Table = {
     "datastates_ckpt": refused("checkpoints are written in the background by async_save", "leave it out"),
     "datastates": refused("checkpoints are written in the background by async_save", "leave it out"),
     "compile": served(
-        "enabled, backend and kwargs of older files: initialize calls engine.compile with them", accelerate=tunes("the script calls compile by itself")
+        "enabled, backend and kwargs of older files: initialize calls engine.compile with them",
+        accelerate=tunes("the script calls compile by itself")
     ),
     # --- other ways to split a model ---
     "tensor_parallel": refused("models are not cut into layers' slices", "zero_optimization.stage 3 splits the states"),
