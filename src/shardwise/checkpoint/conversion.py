@@ -217,7 +217,7 @@ def compare(
 
 
 def _pairs(a: Source, b: Source, part: str | None) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    distributed = {"shardwise", "dcp"}
+    distributed = {"shardwise", "dcp", "deepspeed"}
     if part is None and (a.kind == b.kind or {a.kind, b.kind} <= distributed):
         return a.everything(), b.everything()
     mine, theirs = (s.sections[s.section(part if len(s.sections) > 1 else None)] for s in (a, b))

@@ -1,191 +1,320 @@
-"""Folders that DeepSpeed wrote under ZeRO stage 0, 1, 2 or 3: the weights in them, fp32 where there are any.
+"""Folders that DeepSpeed wrote under ZeRO stage 0, 1, 2 or 3, and "universal" ones: every tensor in them, by name.
 
-DeepSpeed's files hold objects of its own classes. They are read without DeepSpeed and without making those objects.
+Weights are fp32 where there are any. Optimizer state is told apart by the parameter it belongs to, whatever the ranks
+held that wrote it. Nothing is read but indexes: a tensor is where its bytes are.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from shardwise.checkpoint.stored_tensor import Segment, Source, Stored
-from shardwise.checkpoint.torch_format import StandIn, read_nest
-from shardwise.errors import CheckpointError
+from shardwise.checkpoint.deepspeed_folder import Folder, read_folder, read_universal, shapes, step_folder
+from shardwise.checkpoint.stored_tensor import Section, Segment, Source, Stored
+from shardwise.naming import clean_names
 
-_CLASSES = frozenset(
-    {
-        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
-        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
-        ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
-        ("deepspeed.utils.tensor_fragment", "fragment_address"),
-    }
-)
-"""What the optimizer's files contain of DeepSpeed's own. Stand-ins take their places."""
-_FILE = re.compile(r"(bf16_)?(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_(?P<what>model|optim)_states\.pt")
-_FIX = "convert it with DeepSpeed's own tools (zero_to_fp32.py, ds_to_universal), and load what they write"
+__all__ = ["ReadFolder", "open_folder", "read", "step_folder"]
+
+Piece = tuple[int, int, int]
+"""Rank, first element in that rank's flat group, and how many."""
 
 
-def is_one(path: Path, names: set[str]) -> bool:
-    """Whether a folder is DeepSpeed's: one step's, or the one with several in it."""
-    if any(_FILE.fullmatch(name) for name in names):
-        return True
-    step = _latest(path) if "latest" in names else None
-    return step is not None and step.is_dir() and any(_FILE.fullmatch(p.name) for p in step.iterdir())
+@dataclass
+class OptimizerGroup:
+    """One group of the optimizer.
+
+    Args:
+        params: names; empty where the folder does not say them (stage 0).
+        values: hyperparameters; empty where the folder does not say them.
+        state: by number or name of the parameter, what the optimizer has of it: tensors, numbers, ``None``.
+        masters: fp32 weights by the same.
+    """
+
+    params: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    state: list[dict[str, Any]] = field(default_factory=list)
+    masters: list[Stored] = field(default_factory=list)
 
 
-def _latest(path: Path) -> Path | None:
-    with (path / "latest").open("rb") as file:
-        tag = file.read(256).decode("utf-8", "replace").strip()
-    return path / tag if tag and Path(tag).name == tag else None
+@dataclass
+class ReadFolder:
+    """What is in a folder.
+
+    Args:
+        folder: its files.
+        weights: whole tensors by name; masters in fp32 where the optimizer has them, else what the model computed with.
+        groups: of the optimizer; ``None``: there is no optimizer in it.
+        flat: stage 0 with all of a group's parameters in one tensor: only their shapes say where they are.
+    """
+
+    folder: Folder
+    weights: dict[str, Stored]
+    groups: list[OptimizerGroup] | None
+    flat: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        first = self.folder.first
+        facts = {"stage": self.folder.stage, "world size": first.get("dp_world_size")}
+        facts |= {"step": first.get("global_steps"), "skipped steps": first.get("skipped_steps")}
+        facts |= {"samples": first.get("global_samples"), "version of DeepSpeed": first.get("ds_version")}
+        facts = {k: v for k, v in facts.items() if isinstance(v, (int, str))}
+        return facts | ({"universal": "yes"} if self.folder.universal is not None else {})
 
 
 def open_folder(path: Path) -> Source:
-    """The weights of a folder of DeepSpeed, with the partitions of all ranks put together.
+    """All tensors of a folder of DeepSpeed, with the partitions of all ranks put together.
 
     Raises:
         CheckpointError: a file is missing or damaged; tensor, pipeline or expert parallelism.
     """
-    if not any(_FILE.fullmatch(p.name) for p in path.iterdir()):
-        path = _latest(path) or path
-    files: dict[str, dict[int, Path]] = {"model": {}, "optim": {}}
-    for file in sorted(path.iterdir()):
-        if match := _FILE.fullmatch(file.name):
-            if int(match["mp"]):
-                raise CheckpointError("written with tensor parallelism", where=str(path), fix=_FIX)
-            files[match["what"]][int(match["rank"] or 0)] = file
-        elif file.name.startswith(("layer_", "expert_")):
-            raise CheckpointError("written with pipeline or expert parallelism", where=str(path), fix=_FIX)
-    for what, found in files.items():
-        if found and sorted(found) != list(range(len(found))):
-            missing = min(set(range(max(found))) - found.keys())
-            raise CheckpointError(f"rank {missing}'s file of {what} states is missing", where=str(path), fix=_FIX)
-    if not files["model"]:
-        raise CheckpointError("there is no file of model states", where=str(path), fix="use a complete copy")
-    folder = _Folder(path, list(files["model"].values()), list(files["optim"].values()))
-    return Source(path, "deepspeed", {("module",): folder.weights()}, folder.facts, dict.fromkeys(folder.all, 0))
+    found = read(step_folder(path) or path)
+    sections: dict[Section, dict[str, Stored]] = {("model",): found.weights}
+    for g, group in enumerate(found.groups or ()):
+        for i, state in enumerate(group.state):
+            name = group.params[i] if group.params else f"group{g}.{i}"
+            if tensors := {key: value for key, value in state.items() if isinstance(value, Stored)}:
+                sections["optimizer", "state", name] = tensors
+    return Source(found.folder.path, "deepspeed", sections, found.facts(), dict.fromkeys(found.folder.files, 0))
 
 
-class _Folder:
-    def __init__(self, path: Path, models: Sequence[Path], optims: Sequence[Path]) -> None:
-        self.path, self.all = path, [*models, *optims]
-        self.models = [self._mapping(read_nest(file, also=_CLASSES), file) for file in models]
-        self.optims = [
-            self._mapping(self._mapping(read_nest(file, also=_CLASSES), file).get("optimizer_state_dict"), file)
-            for file in optims
-        ]
-        first = self.models[0]
-        stage = self.optims[0].get("zero_stage", 0) if self.optims else 0
-        self.stage = int(stage.arguments[0]) if isinstance(stage, StandIn) else int(stage)
-        self.ranks = len(self.optims) or 1
-        counts = self.optims[0].get("partition_count", self.ranks) if self.optims else 1
-        expected = max(counts) if isinstance(counts, list) else int(counts)
-        if self.ranks != expected:
-            raise CheckpointError(
-                f"written by {expected} ranks, and {self.ranks} of their files are there", where=str(path),
-                fix="fetch the others too",
-            )  # fmt: skip
-        facts = {"stage": self.stage, "world size": first.get("dp_world_size"), "step": first.get("global_steps")}
-        facts["version of DeepSpeed"] = first.get("ds_version")
-        self.facts = {k: v for k, v in facts.items() if isinstance(v, (int, str))}
+def read(path: Path) -> ReadFolder:
+    """Everything in one step's folder.
 
-    def _mapping(self, value: Any, file: Path) -> Mapping[str, Any]:
-        if not isinstance(value, Mapping):
-            raise CheckpointError("not a file that DeepSpeed's ZeRO writes", where=str(file), fix=_FIX)
-        return value
+    Raises:
+        CheckpointError: see :func:`open_folder`.
+    """
+    folder = read_folder(path)
+    groups: list[OptimizerGroup] | None = None
+    flat = False
+    if folder.optims and folder.stage <= 2:
+        groups = _flat(folder)
+    elif folder.optims:
+        groups = _partitioned(folder)
+    elif folder.universal is not None:
+        groups = _universal(folder)
+    elif isinstance(folder.first.get("optimizer"), Mapping):
+        groups, flat = _whole(folder, folder.first["optimizer"])
+    out = {n: t for group in groups or () for n, t in zip(group.params, group.masters, strict=bool(group.params))}
+    weights = _weights(folder, out)
+    names = clean_names(weights.keys())
+    for group in groups or ():
+        group.params = [names[name] for name in group.params]
+    return ReadFolder(folder, {names[name]: t for name, t in weights.items()}, groups, flat)
 
-    def weights(self) -> dict[str, Stored]:
-        """Whole tensors by name. Masters in fp32 where the optimizer has them, else what the model computed with."""
-        first = self.models[0]
-        if any("autoep" in str(key).lower() or (key == "num_experts" and first[key]) for key in first):
-            raise CheckpointError("written with expert parallelism", where=str(self.path), fix=_FIX)
-        module = self._mapping(first.get("module"), self.all[0])
-        known = {str(name): value for name, value in module.items() if isinstance(value, Stored)}
-        shapes = self._shapes(first.get("param_shapes") or [])
-        out: dict[str, Stored] = {}
-        if self.optims and self.stage <= 2:
-            out = self._flat(shapes)
-        elif self.optims and self.stage == 3:
-            out = self._partitioned([item for group in shapes for item in group])
-            frozen = self._shapes([first.get("frozen_param_shapes") or {}])[0]
-            for name, shape in frozen:
-                pieces = [self._fragment(model, name) for model in self.models]
-                out[name] = self._joined(name, shape, [(piece, 0, piece.numel) for piece in pieces])
-        for alias, name in (first.get("shared_params") or {}).items():
-            if str(name) in out:
-                out[str(alias)] = out[str(name)]
-        if self.stage == 3:
-            buffers = {str(name) for name in first.get("buffer_names") or ()}
-            known = {name: value for name, value in known.items() if name in buffers}
-        order = {str(name): i for i, name in enumerate(module)}
-        return dict(sorted({**known, **out}.items(), key=lambda item: order.get(item[0], len(order))))
 
-    def _shapes(self, groups: Any) -> list[list[tuple[str, tuple[int, ...]]]]:
-        return [[(str(name), tuple(map(int, shape))) for name, shape in group.items()] for group in groups]
+def _weights(folder: Folder, masters: Mapping[str, Stored]) -> dict[str, Stored]:
+    first, out = folder.first, dict(masters)
+    module = first["module"]
+    known = {str(name): value for name, value in module.items() if isinstance(value, Stored)}
+    if folder.stage == 3:
+        for name, shape in shapes([first.get("frozen_param_shapes") or {}])[0]:
+            pieces = [_fragment(folder, model, name) for model in folder.models]
+            out[name] = _joined(folder, name, shape, [(piece, 0, piece.numel) for piece in pieces])
+        buffers = {str(name) for name in first.get("buffer_names") or ()}
+        known = {name: value for name, value in known.items() if name in buffers}
+    for alias, name in (first.get("shared_params") or {}).items():
+        if str(name) in out:
+            out[str(alias)] = out[str(name)]
+    order = {str(name): i for i, name in enumerate(module)}
+    return dict(sorted({**known, **out}.items(), key=lambda item: order.get(item[0], len(order))))
 
-    def _fragment(self, model: Mapping[str, Any], name: str) -> Stored:
-        found = (model.get("frozen_param_fragments") or {}).get(name)
-        if not isinstance(found, Stored):
-            raise CheckpointError(f"the frozen parameter '{name}' is missing", where=str(self.path), fix=_FIX)
-        return found
 
-    def _flat(self, shapes: Sequence[Sequence[tuple[str, tuple[int, ...]]]]) -> dict[str, Stored]:
-        """Stages 1 and 2: each group's parameters lie end to end, and ranks hold equal slices of that."""
-        paddings = self.optims[0].get("param_alignment_paddings") or []
-        groups = [self._groups(optim, "single_partition_of_fp32_groups") for optim in self.optims]
-        out: dict[str, Stored] = {}
-        for g, members in enumerate(shapes):
-            if any(len(rank) <= g for rank in groups):
-                raise CheckpointError("the optimizer has fewer groups than the model", where=str(self.path), fix=_FIX)
-            line = [(rank[g], 0, rank[g].numel) for rank in groups]
-            at = 0
-            for i, (name, shape) in enumerate(members):
-                out[name] = self._joined(name, shape, _cut(line, at, prod(shape)))
-                at += prod(shape) + (int(paddings[g][i]) if g < len(paddings) else 0)
-        return out
+def _fragment(folder: Folder, model: Mapping[str, Any], name: str) -> Stored:
+    found = (model.get("frozen_param_fragments") or {}).get(name)
+    if not isinstance(found, Stored):
+        raise folder.damaged(f"the frozen parameter '{name}' is missing")
+    return found
 
-    def _partitioned(self, members: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, Stored]:
-        """Stage 3: each parameter is padded and cut into equal slices, one per rank, which lie end to end there."""
-        lines = [[(t, 0, t.numel) for t in self._groups(optim, "fp32_flat_groups")] for optim in self.optims]
-        out: dict[str, Stored] = {}
+
+# --- stages 1 to 3 -----------------------------------------------------------------------------------
+def _flat(folder: Folder) -> list[OptimizerGroup]:
+    """Stages 1 and 2: each group's parameters lie end to end, and ranks hold equal slices of that."""
+    paddings = folder.optims[0].get("param_alignment_paddings") or []
+    masters = [_tensors(folder, optim, "single_partition_of_fp32_groups") for optim in folder.optims]
+    bases = [_base(folder, optim.get("base_optimizer_state")) for optim in folder.optims]
+    out: list[OptimizerGroup] = []
+    for g, members in enumerate(folder.groups):
+        if any(len(rank) <= g for rank in masters):
+            raise folder.damaged("the optimizer has fewer groups than the model")
+        sizes = [rank[g].numel for rank in masters]
+        group = OptimizerGroup(values=_values(bases[0][1], g))
+        at = 0
+        for i, (name, shape) in enumerate(members):
+            pieces = list(_cut(sizes, at, prod(shape)))
+            _add(folder, group, name, shape, pieces, [r[g] for r in masters], [base.get(g, {}) for base, _ in bases])
+            at += prod(shape) + (int(paddings[g][i]) if g < len(paddings) else 0)
+        out.append(group)
+    return out
+
+
+def _base(folder: Folder, found: Any) -> tuple[dict[int, Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """An optimizer's state by number, and its groups. "Elastic" checkpoints have a list of states alone."""
+    if isinstance(found, list):
+        return {i: state for i, state in enumerate(found) if isinstance(state, Mapping)}, []
+    if not isinstance(found, Mapping) or not isinstance(found.get("state"), Mapping):
+        raise folder.damaged("there is no state of the optimizer in it")
+    state = {int(k): v for k, v in found["state"].items() if isinstance(v, Mapping)}
+    return state, [group for group in found.get("param_groups") or [] if isinstance(group, Mapping)]
+
+
+def _values(groups: Sequence[Mapping[str, Any]], index: int) -> dict[str, Any]:
+    return {k: v for k, v in groups[index].items() if k != "params"} if index < len(groups) else {}
+
+
+def _partitioned(folder: Folder) -> list[OptimizerGroup]:
+    """Stage 3: each parameter is padded and cut into equal slices, one per rank. They lie end to end in sub-groups."""
+    masters = [_tensors(folder, optim, "fp32_flat_groups") for optim in folder.optims]
+    bases = [_base(folder, optim.get("optimizer_state_dict")) for optim in folder.optims]
+    params = [[int(i) for i in group.get("params") or ()] for group in bases[0][1]]
+    groups = [OptimizerGroup(values=_values(bases[0][1], g)) for g in range(len(params))]
+    ranks = len(folder.optims)
+    for s, members in enumerate(folder.groups):
+        owner = next((g for g, inside in enumerate(params) if s in inside), None)
+        if owner is None or any(len(rank) <= s for rank in masters):
+            raise folder.damaged("the optimizer has fewer groups than the model")
         at = 0
         for name, shape in members:
-            each = -(-prod(shape) // self.ranks)
-            out[name] = self._joined(name, shape, [piece for line in lines for piece in _cut(line, at, each)])
+            each = -(-prod(shape) // ranks)
+            pieces = [(r, at, each) for r in range(ranks)]
+            states = [base.get(s, {}) for base, _ in bases]
+            _add(folder, groups[owner], name, shape, pieces, [r[s] for r in masters], states)
             at += each
-        return out
-
-    def _groups(self, optim: Mapping[str, Any], key: str) -> list[Stored]:
-        found = optim.get(key)
-        if not isinstance(found, list) or not all(isinstance(t, Stored) and t.segments for t in found):
-            raise CheckpointError(f"the optimizer's file has no '{key}'", where=str(self.path), fix=_FIX)
-        return found
-
-    def _joined(self, name: str, shape: tuple[int, ...], pieces: Sequence[tuple[Stored, int, int]]) -> Stored:
-        """One tensor of slices ``(stored, start, length)``, one behind the other. What is too much is padding."""
-        segments: list[Segment] = []
-        at, numel = 0, prod(shape)
-        for stored, start, length in pieces:
-            length = min(length, numel - at)
-            if length > 0:
-                first = stored.segments[0]
-                segments.append(replace(first, start=at, length=length, skip=first.skip + start))
-                at += length
-        if at != numel or any(stored.segments[0].layout for stored, _, _ in pieces):
-            raise CheckpointError(f"parts of '{name}' are missing", where=str(self.path), fix="use a complete copy")
-        dtype = pieces[0][0].dtype if pieces else next(iter(self._groups(self.optims[0], "fp32_flat_groups"))).dtype
-        return Stored(dtype, shape, tuple(segments))
+    return groups
 
 
-def _cut(line: Sequence[tuple[Stored, int, int]], at: int, length: int) -> list[tuple[Stored, int, int]]:
-    """Elements ``at:at + length`` of slices that lie end to end."""
-    out, begin = [], 0
-    for stored, start, size in line:
+def _add(
+    folder: Folder,
+    group: OptimizerGroup,
+    name: str,
+    shape: tuple[int, ...],
+    pieces: Sequence[Piece],
+    masters: Sequence[Stored],
+    states: Sequence[Mapping[str, Any]],
+) -> None:
+    """One parameter, of which every rank's flat tensors have some pieces."""
+    group.params.append(name)
+    group.masters.append(_of_ranks(folder, name, shape, pieces, masters))
+    state: dict[str, Any] = {}
+    for key, value in states[0].items():
+        if not isinstance(value, Stored) or not value.shape:
+            state[key] = value
+            continue
+        found = [other.get(key) for other in states]
+        if all(isinstance(t, Stored) and t.numel >= m.numel for t, m in zip(found, masters, strict=True)):
+            state[key] = _of_ranks(folder, f"{key} of {name}", shape, pieces, found)
+    group.state.append(state)
+
+
+def _of_ranks(
+    folder: Folder, name: str, shape: tuple[int, ...], pieces: Sequence[Piece], ranks: Sequence[Any]
+) -> Stored:
+    if not pieces:  # a parameter without elements
+        return Stored(ranks[0].dtype, shape)
+    return _joined(folder, name, shape, [(ranks[rank], start, length) for rank, start, length in pieces])
+
+
+def _tensors(folder: Folder, optim: Mapping[str, Any], key: str) -> list[Stored]:
+    found = optim.get(key)
+    if not isinstance(found, list) or not all(isinstance(t, Stored) and t.segments for t in found):
+        raise folder.damaged(f"the optimizer's file has no '{key}'")
+    return found
+
+
+def _joined(folder: Folder, name: str, shape: tuple[int, ...], pieces: Sequence[tuple[Stored, int, int]]) -> Stored:
+    """One tensor of slices ``(stored, start, length)``, one behind the other. What is too much is padding."""
+    segments: list[Segment] = []
+    at, numel = 0, prod(shape)
+    for stored, start, length in pieces:
+        length = min(length, numel - at, stored.numel - start)
+        if length > 0:
+            first = stored.segments[0]
+            segments.append(replace(first, start=at, length=length, skip=first.skip + start))
+            at += length
+    if at != numel or any(segment.layout for segment in segments):
+        raise folder.damaged(f"parts of '{name}' are missing")
+    return Stored(pieces[0][0].dtype, shape, tuple(segments))
+
+
+def _cut(sizes: Sequence[int], at: int, length: int) -> Iterator[Piece]:
+    """Where elements ``at:at + length`` are, of slices of these sizes that lie end to end."""
+    begin = 0
+    for rank, size in enumerate(sizes):
         lo, hi = max(at, begin), min(at + length, begin + size)
         if lo < hi:
-            out.append((stored, start + lo - begin, hi - lo))
+            yield rank, lo - begin, hi - lo
         begin += size
-    return out
+
+
+# --- universal ones, and stage 0 ---------------------------------------------------------------------
+def _universal(folder: Folder) -> list[OptimizerGroup]:
+    """A folder per parameter, with a file per tensor."""
+    common = folder.universal or {}
+    inner = common.get("optimizer_state_dict")
+    inner = inner if isinstance(inner, Mapping) else {}
+    saved = common.get("param_groups") or inner.get("param_groups") or []
+    subgroups = [[int(i) for i in group.get("params") or ()] for group in saved]
+    states = inner.get("state")
+    steps = {int(k): v.get("step") for k, v in states.items()} if isinstance(states, Mapping) else {}
+    groups = [OptimizerGroup(values=_values(saved, g)) for g in range(len(saved))]
+    for s, members in enumerate(folder.groups):
+        owner = next((g for g, inside in enumerate(subgroups) if s in inside), s)
+        if owner >= len(groups):
+            raise folder.damaged("the optimizer has fewer groups than the model")
+        for name, shape in members:
+            found = read_universal(folder, name)
+            tensors = {key: _shaped(folder, name, t, shape) for key, t in found.items() if key != "step"}
+            step = found.get("step", steps.get(s, common.get("base_optimizer_state_step")))
+            groups[owner].params.append(name)
+            groups[owner].masters.append(tensors.pop("fp32"))
+            groups[owner].state.append({**({} if step is None else {"step": step}), **tensors})
+    return groups
+
+
+def _shaped(folder: Folder, name: str, found: Any, shape: tuple[int, ...]) -> Any:
+    if not isinstance(found, Stored) or not found.shape:
+        return found
+    if found.numel != prod(shape):
+        raise folder.damaged(f"'{name}' has {found.numel} elements in one of its files, not {prod(shape)}")
+    return replace(found, shape=shape)
+
+
+def _whole(folder: Folder, optimizer: Mapping[str, Any]) -> tuple[list[OptimizerGroup] | None, bool]:
+    """Stage 0: what the optimizer's own ``state_dict()`` gave, where parameters have numbers and no names.
+
+    Names are only told where there is no doubt: one group that has all of the model's tensors in its order.
+    """
+    inner = optimizer.get("optimizer_state_dict", optimizer)
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("state"), Mapping):
+        return None, False
+    state, saved = _base(folder, inner)
+    flat = "fp32_groups_flat" in optimizer
+    masters = optimizer.get("fp32_groups_flat" if flat else "fp32_groups") or []
+    groups: list[OptimizerGroup] = []
+    for g, group in enumerate(saved):
+        one = OptimizerGroup(values=_values(saved, g))
+        one.state = [dict(state.get(int(i), {})) for i in group.get("params") or ()]
+        if g < len(masters):
+            one.masters = [masters[g]] if flat else list(masters[g])
+        if not all(isinstance(t, Stored) for t in one.masters):
+            raise folder.damaged("the optimizer's weights are not tensors")
+        groups.append(one)
+    if len(groups) == 1 and not flat:
+        _name(folder, groups[0])
+    return groups, flat
+
+
+def _name(folder: Folder, group: OptimizerGroup) -> None:
+    buffers = {str(name) for name in folder.first.get("buffer_names") or ()}
+    first: dict[int, tuple[str, Stored]] = {}
+    for name, stored in folder.first["module"].items():
+        if isinstance(stored, Stored) and str(name) not in buffers:
+            first.setdefault(id(stored), (str(name), stored))
+    found = list(first.values())
+    mine = [next((t.shape for t in state.values() if isinstance(t, Stored) and t.shape), None) for state in group.state]
+    if len(found) == len(mine) and all(s in (None, t.shape) for s, (_, t) in zip(mine, found, strict=True)):
+        group.params = [name for name, _ in found]
+        if not group.masters:
+            group.masters = [stored for _, stored in found]
