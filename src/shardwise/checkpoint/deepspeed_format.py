@@ -318,3 +318,8 @@ def _name(folder: Folder, group: OptimizerGroup) -> None:
         group.params = [name for name, _ in found]
         if not group.masters:
             group.masters = [stored for _, stored in found]
+
+
+def buffers_of(path: Path) -> list[str]:
+    """Names of the model's buffers."""
+    return [str(name) for name in read_folder(path).first.get("buffer_names") or ()]

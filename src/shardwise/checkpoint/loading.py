@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.optim import Optimizer
 
 from shardwise.checkpoint import directory as directories
-from shardwise.checkpoint import small_state
 from shardwise.checkpoint.contents import Contents
 from shardwise.checkpoint.coordination import CollectiveBlock, Progress
 from shardwise.checkpoint.deepspeed_contents import contents_of
@@ -28,12 +27,12 @@ from shardwise.checkpoint.load_plan import LoadPlan
 from shardwise.checkpoint.manifest import METADATA, Manifest, entries_at
 from shardwise.checkpoint.model_state import LoadBatches, ModelState, model_states, parameter_labels
 from shardwise.checkpoint.optimizer_state import OptimizerState
+from shardwise.checkpoint.own_state import clean, cleaned, parts_of
 from shardwise.checkpoint.saving import settle_saves
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.comm import World
 from shardwise.engine.state_dict import held, publish, units_of
 from shardwise.errors import CheckpointError
-from shardwise.naming import clean_name
 
 _SHOWN = 10  # differences that an error lists
 
@@ -177,9 +176,8 @@ def _located(directory: str | os.PathLike[str], verify: bool, progress: bool) ->
 
 def _seen(metadata: Metadata) -> bytes:
     """The same on all ranks that see the same tensors."""
-    return str(
-        zlib.crc32(repr([(n, tuple(t.size)) for n, t in metadata.state_dict_metadata.items()]).encode())
-    ).encode()
+    entries: dict[str, Any] = metadata.state_dict_metadata
+    return str(zlib.crc32(repr([(name, tuple(entry.size)) for name, entry in entries.items()]).encode())).encode()
 
 
 def _own_contents(path: Path, manifest: Manifest, world: World) -> Contents:
@@ -187,36 +185,16 @@ def _own_contents(path: Path, manifest: Manifest, world: World) -> Contents:
     names = [METADATA, "state.pt", *([own_name] if own_name in manifest.files else [])]
     small = read_whole(path, manifest.files, names)
     metadata = parse_metadata(small[METADATA], path / METADATA, manifest.files)
-    common = _needs(small["state.pt"], path / "state.pt", ("state", "extra", "optimizers"))
-    own = _needs(small[own_name], path / own_name, ("rank_state", "buffers")) if own_name in small else None
-    _clean(common, own)
+    common = parts_of(small["state.pt"], path / "state.pt")
+    own = parts_of(small[own_name], path / own_name, ("rank_state", "buffers")) if own_name in small else None
+    clean(common)
+    if own is not None:
+        own["buffers"] = {label: cleaned(found) for label, found in own["buffers"].items()}
     entries = entries_at(path, manifest.files)
     return Contents(
         path, manifest, metadata, common, own,
         lambda tensors, seen: LoadPlan(path, StorageReader(entries, seen), metadata, tensors),
     )  # fmt: skip
-
-
-def _needs(data: bytes, path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    value = small_state.loads(data, path)
-    if not isinstance(value, dict) or any(key not in value for key in keys):
-        raise CheckpointError("not the file that Shardwise wrote", where=str(path), fix="load another checkpoint")
-    return value
-
-
-def _clean(common: dict[str, Any], own: dict[str, Any] | None) -> None:
-    """Leave wrappers' components out of the names in small state, as in those of tensors."""
-
-    def cleaned(by_name: Mapping[str, Any]) -> dict[str, Any]:
-        return {clean_name(name): value for name, value in by_name.items()}
-
-    common["extra"] = {label: cleaned(found) for label, found in common["extra"].items()}
-    for saved in common["optimizers"]:
-        saved["state"] = cleaned(saved["state"])
-        for group in saved["groups"]:
-            group["params"] = [clean_name(name) for name in group["params"]]
-    if own is not None:
-        own["buffers"] = {label: cleaned(found) for label, found in own["buffers"].items()}
 
 
 def _differences(
