@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from shardwise.checkpoint import deepspeed_format
 from shardwise.checkpoint.conversion import check
 from shardwise.checkpoint.coordination import Progress
-from shardwise.checkpoint.deepspeed_contents import contents_of
 from shardwise.checkpoint.deepspeed_state import COUNTERS, ENGINE
 from shardwise.checkpoint.directory import sync_directory
 from shardwise.checkpoint.model_saving import writable
 from shardwise.checkpoint.optimizer_state import NUMBERS
-from shardwise.checkpoint.own_state import common_of
+from shardwise.checkpoint.source_state import state_of
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.checkpoint.stored_tensor import Source, Stored
 from shardwise.checkpoint.torch_archive import Foreign, Joined, Part, write_archive
@@ -152,18 +150,13 @@ def export_deepspeed(
 
 # --- what there is ---------------------------------------------------------------------------------------
 def _training(source: Source, stage: int) -> _Training:
-    if source.kind == "deepspeed":
-        found = contents_of(source.path, [])
-        common = {**found.common, "buffers": {"model": deepspeed_format.buffers_of(source.path)}}
-        info: Mapping[str, Any] = found.manifest.info
-    elif source.kind == "shardwise":
-        manifest = source.facts["manifest"]
-        common, info = common_of(source.path, manifest), manifest.info
-    else:
+    found = state_of(source)
+    if found is None:
         raise CheckpointError(
             "only checkpoints of Shardwise and of DeepSpeed have what a training needs to go on",
             where=str(source.path), fix="export the weights: without --format",
         )  # fmt: skip
+    common, info = found
     optimizers = common["optimizers"]
     if len(optimizers) != 1 or ("model",) not in source.sections or ("model_1",) in source.sections:
         raise CheckpointError(
