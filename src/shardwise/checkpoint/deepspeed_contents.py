@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from shardwise.checkpoint.contents import Contents, StoredPlan, metadata_of
-from shardwise.checkpoint.deepspeed_format import OptimizerGroup, ReadFolder, read
+from shardwise.checkpoint.deepspeed_format import ReadFolder, read
+from shardwise.checkpoint.deepspeed_groups import OptimizerGroup
 from shardwise.checkpoint.deepspeed_state import small_state_of
-from shardwise.checkpoint.manifest import Manifest
+from shardwise.checkpoint.manifest import FileEntry, Manifest
 from shardwise.checkpoint.optimizer_state import NUMBERS, OptimizerEntry, OptimizerState
 from shardwise.checkpoint.stored_tensor import Segment, Stored
 from shardwise.errors import CheckpointError
@@ -51,6 +52,7 @@ def contents_of(path: Path, steppers: Sequence[OptimizerState]) -> Contents:
         optimizers=["an optimizer of DeepSpeed"] * len(optimizers),
         torch="",
         saved_at=max(file.stat().st_mtime for file in found.folder.files),
+        files={file.name: FileEntry(file.stat().st_size, []) for file in found.folder.files},
         info={"deepspeed": str(first.get("ds_version", "")), **({"step": steps} if isinstance(steps, int) else {})},
     )
     common = {"state": state, "extra": {"model": extra}, "optimizers": optimizers}

@@ -6,7 +6,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ import torch
 from shardwise.checkpoint.conversion import check
 from shardwise.checkpoint.coordination import Progress
 from shardwise.checkpoint.deepspeed_state import COUNTERS, ENGINE
+from shardwise.checkpoint.deepspeed_training import Group, Param, Training, training_of
 from shardwise.checkpoint.directory import sync_directory
 from shardwise.checkpoint.model_saving import writable
-from shardwise.checkpoint.optimizer_state import NUMBERS
-from shardwise.checkpoint.source_state import state_of
 from shardwise.checkpoint.storage_reader import StorageReader
-from shardwise.checkpoint.stored_tensor import Source, Stored
+from shardwise.checkpoint.stored_tensor import Stored
 from shardwise.checkpoint.torch_archive import Foreign, Joined, Part, write_archive
 from shardwise.errors import CheckpointError
 
@@ -31,51 +29,6 @@ _ALIGN = 2  # flat groups end at a multiple of this times the ranks
 SUB_GROUP = 1_000_000_000
 """DeepSpeed's default of ``sub_group_size``, elements of one rank."""
 _SCALER = "deepspeed.runtime.fp16.loss_scaler"
-
-
-@dataclass
-class _Param:
-    """A parameter that the optimizer has."""
-
-    name: str
-    master: Stored
-    state: dict[str, Stored]  # of its shape
-
-    @property
-    def numel(self) -> int:
-        return self.master.numel
-
-    def line(self, key: str | None) -> Part:
-        """Its fp32 weights, or what the optimizer has under a key: zeros if it has nothing."""
-        return (self.master if key is None else self.state.get(key)), 0, self.numel
-
-
-@dataclass
-class _Group:
-    params: list[_Param]
-    values: dict[str, Any]
-    numbers: dict[str, Any]  # one for the whole group: step
-    keys: list[str]
-
-
-@dataclass
-class _Training:
-    """All that a folder is made of.
-
-    Args:
-        module: every name of the model, and what is under it.
-        groups: of the optimizer.
-        frozen: names of parameters that the optimizer does not have.
-        aliases: other names of tied parameters, and the first one.
-        state: small state.
-    """
-
-    module: dict[str, Stored]
-    groups: list[_Group]
-    frozen: list[str] = field(default_factory=list)
-    buffers: list[str] = field(default_factory=list)
-    aliases: dict[str, str] = field(default_factory=dict)
-    state: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -121,7 +74,7 @@ def export_deepspeed(
     source, problems = check(path, progress)
     if problems:
         raise CheckpointError(problems[0], where=str(source.path), fix="export another checkpoint")
-    training = _training(source, stage)
+    training = training_of(source, stage)
     name = tag or f"global_step{training.state['global_steps']}"
     root = Path(os.path.realpath(directory))
     if Path(name).name != name:
@@ -148,101 +101,9 @@ def export_deepspeed(
     return root / name
 
 
-# --- what there is ---------------------------------------------------------------------------------------
-def _training(source: Source, stage: int) -> _Training:
-    found = state_of(source)
-    if found is None:
-        raise CheckpointError(
-            "only checkpoints of Shardwise and of DeepSpeed have what a training needs to go on",
-            where=str(source.path), fix="export the weights: without --format",
-        )  # fmt: skip
-    common, info = found
-    optimizers = common["optimizers"]
-    if len(optimizers) != 1 or ("model",) not in source.sections or ("model_1",) in source.sections:
-        raise CheckpointError(
-            f"holds {len(optimizers)} optimizers; DeepSpeed's folders have one, and one model",
-            where=str(source.path), fix="save the model with its optimizer; the weights alone: export without --format",
-        )  # fmt: skip
-    module = source.sections[("model",)]
-    groups = [_group(source, optimizers[0], group, module) for group in optimizers[0]["groups"]]
-    out = _Training(module, groups, state=_state(common["state"], info))
-    first = {id(p.master): p.name for group in groups for p in group.params}
-    trained = set(first.values())
-    buffers = common.get("buffers", {}).get("model")
-    for name, stored in module.items():
-        known = first.setdefault(id(stored), name)
-        if known != name:
-            out.aliases[name] = known
-        elif name in trained:
-            continue
-        elif name in (buffers or ()) or not stored.dtype.is_floating_point:
-            out.buffers.append(name)
-        elif buffers is None and stage == 3:
-            raise CheckpointError(
-                f"there is no telling whether '{name}' is a buffer or a frozen parameter: an older version saved it",
-                where=str(source.path), fix="load and save it once more, or export --stage 2",
-            )  # fmt: skip
-        else:
-            out.frozen.append(name)
-    return out
-
-
-def _group(
-    source: Source, optimizer: Mapping[str, Any], group: Mapping[str, Any], module: Mapping[str, Stored]
-) -> _Group:
-    params: list[_Param] = []
-    keys: dict[str, None] = {}
-    numbers: dict[str, Any] = {}
-    with StorageReader() as reader:
-        for name in group["params"]:
-            if name not in module:
-                raise CheckpointError(
-                    f"the optimizer has '{name}', and the model does not", where=str(source.path),
-                    fix="DeepSpeed's optimizers have parameters of one model only",
-                )  # fmt: skip
-            stored = source.sections.get(("optimizer", "state", name), {})
-            state: dict[str, Stored] = {}
-            for key, kind in optimizer["state"].get(name, {}).items():
-                if kind == "none":
-                    continue
-                if kind == "sliced":
-                    state[key], keys[key] = stored[key], None
-                    continue
-                value = stored[key].values if key in stored and stored[key].values is not None else None
-                value = reader.values(stored[key]) if value is None else value
-                if value.numel() != 1:
-                    raise _cannot(source, f"'{key}' of '{name}' has shape {stored[key].shape}")
-                number = NUMBERS[kind][0](value.item()) if kind in NUMBERS else value.reshape(()).clone()
-                if float(numbers.setdefault(key, number)) != float(number):
-                    raise _cannot(source, f"'{key}' of '{name}' is {float(number):g}, and of others in its group not")
-            params.append(_Param(name, module[name], state))
-    values = {k: v for k, v in group["values"].items() if k not in ("foreach", "fused", "capturable")}
-    if "betas" in values:
-        values.setdefault("bias_correction", True)  # DeepSpeed's own kinds of Adam look for it
-    return _Group(params, values, numbers, list(keys))
-
-
-def _cannot(source: Source, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{what}: DeepSpeed has one for all of a group", where=str(source.path),
-        fix="export the weights: without --format",
-    )  # fmt: skip
-
-
-def _state(state: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
-    out = {key: state.get(key, 0) for key in COUNTERS}
-    if not out["global_steps"]:
-        step = state.get("step", info.get("step", 0))
-        out["global_steps"] = step if isinstance(step, int) else 0
-    schedulers = state.get("schedulers") or [None]
-    out["lr_scheduler"] = state["scheduler"] if "scheduler" in state else schedulers[0]
-    client = state.get("client_state")
-    return {**(client if isinstance(client, Mapping) else {}), **out}
-
-
 # --- files -----------------------------------------------------------------------------------------------
 def _files(
-    training: _Training, stage: int, ranks: int, dtype: torch.dtype, sub_group_size: int
+    training: Training, stage: int, ranks: int, dtype: torch.dtype, sub_group_size: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each file's name and contents."""
     groups = [[group.params] for group in training.groups]
@@ -300,12 +161,12 @@ def _stage_of(stage: int) -> Foreign:
     return Foreign("deepspeed.runtime.zero.config", "ZeroStageEnum", stage)
 
 
-def _states(group: _Group, flat: Mapping[str, Joined]) -> dict[str, Any]:
+def _states(group: Group, flat: Mapping[str, Joined]) -> dict[str, Any]:
     """Of one flat parameter."""
     return {**group.numbers, **flat} if flat or group.numbers else {}
 
 
-def _base(groups: Sequence[tuple[_Group, list[dict[str, Any]]]]) -> dict[str, Any]:
+def _base(groups: Sequence[tuple[Group, list[dict[str, Any]]]]) -> dict[str, Any]:
     """What an optimizer's ``state_dict()`` is, whose parameters are flat ones."""
     state: dict[int, Any] = {}
     said = []
@@ -317,7 +178,7 @@ def _base(groups: Sequence[tuple[_Group, list[dict[str, Any]]]]) -> dict[str, An
 
 
 # --- stages 1 and 2 --------------------------------------------------------------------------------------
-def _partition(training: _Training, stage: int, rank: int, ranks: int) -> dict[str, Any]:
+def _partition(training: Training, stage: int, rank: int, ranks: int) -> dict[str, Any]:
     masters, paddings, mappings, base = [], [], [], []
     for group in training.groups:
         total = sum(p.numel for p in group.params)
@@ -345,7 +206,7 @@ def _partition(training: _Training, stage: int, rank: int, ranks: int) -> dict[s
     }  # fmt: skip
 
 
-def _flat(group: _Group, key: str | None, lo: int, hi: int) -> Joined:
+def _flat(group: Group, key: str | None, lo: int, hi: int) -> Joined:
     """Elements ``lo:hi`` of a group's parameters end to end, and zeros behind them."""
     parts: list[Part] = []
     at = 0
@@ -360,13 +221,13 @@ def _flat(group: _Group, key: str | None, lo: int, hi: int) -> Joined:
 
 
 # --- stage 3 ---------------------------------------------------------------------------------------------
-def _sub_groups(params: Sequence[_Param], ranks: int, limit: int) -> Iterator[list[_Param]]:
+def _sub_groups(params: Sequence[Param], ranks: int, limit: int) -> Iterator[list[Param]]:
     """Parameters that are updated together: by what one rank has of them."""
     each = [-(-p.numel // ranks) for p in params]
     if limit >= sum(each):
         yield list(params)
         return
-    some: list[_Param] = []
+    some: list[Param] = []
     size = 0
     for p, part in zip(params, each, strict=True):
         some.append(p)
@@ -378,9 +239,9 @@ def _sub_groups(params: Sequence[_Param], ranks: int, limit: int) -> Iterator[li
         yield some
 
 
-def _partition_3(training: _Training, groups: Sequence[Sequence[list[_Param]]], rank: int, ranks: int) -> Any:
+def _partition_3(training: Training, groups: Sequence[Sequence[list[Param]]], rank: int, ranks: int) -> Any:
     masters: list[Joined] = []
-    base: list[tuple[_Group, list[dict[str, Any]]]] = []
+    base: list[tuple[Group, list[dict[str, Any]]]] = []
     for group, subs in zip(training.groups, groups, strict=True):
         flats = []
         for sub in subs:
@@ -393,7 +254,7 @@ def _partition_3(training: _Training, groups: Sequence[Sequence[list[_Param]]], 
     }  # fmt: skip
 
 
-def _flat_3(params: Sequence[_Param], key: str | None, rank: int, ranks: int) -> Joined:
+def _flat_3(params: Sequence[Param], key: str | None, rank: int, ranks: int) -> Joined:
     parts = tuple(part for p in params for part in _slice_3(p.line(key), rank, ranks))
     return Joined(torch.float32, (_length(parts),), parts)
 
