@@ -125,8 +125,9 @@ def _files(
         body = {
             "module": module, "buffer_names": training.buffers, "optimizer": None, "param_shapes": shapes,
             "frozen_param_shapes": {name: torch.Size(training.module[name].shape) for name in training.frozen},
-            "shared_params": training.aliases, "frozen_param_fragments": frozen, "data_sampler": None,
-            "random_ltd": None, "dp_world_size": ranks, "mp_world_size": 1, "ds_config": config,
+            "shared_params": {} if rank else training.aliases, "frozen_param_fragments": frozen, "data_sampler": None,
+            "random_ltd": None, "dp_world_size": ranks, "mp_world_size": 1,
+            "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1}, "ds_config": config,
             "ds_version": VERSION,
         }  # fmt: skip
         kept = {k: v for k, v in training.state.items() if k not in body and (k not in ENGINE or k in _WRITTEN)}

@@ -174,7 +174,7 @@ def _files(path: Path) -> dict[str, list[Path]]:
             raise CheckpointError(f"rank {missing}'s file of {what} states is missing", where=str(path), fix=_COPY)
     if not files["model"]:
         raise CheckpointError("there is no file of model states", where=str(path), fix=_COPY)
-    return {what: list(found.values()) for what, found in files.items()}
+    return {what: [found[rank] for rank in sorted(found)] for what, found in files.items()}
 
 
 def _check_version(folder: Folder, version: Any) -> None:
@@ -190,7 +190,11 @@ def _check_parallel(folder: Folder, first: Mapping[str, Any]) -> None:
     autoep = any("autoep" in str(key).lower() and value for key, value in first.items())
     if autoep or first.get("num_experts"):
         raise CheckpointError("written with expert parallelism", where=str(folder.path), fix=FIX)
-    if isinstance(first.get("mp_world_size"), int) and first["mp_world_size"] > 1:
+    dimensions = first.get("checkpoint_parallel_dimensions")
+    degrees = dict(dimensions) if isinstance(dimensions, Mapping) else {}
+    if degrees.get("pp_degree", 1) != 1:
+        raise CheckpointError("written with pipeline parallelism", where=str(folder.path), fix=FIX)
+    if first.get("mp_world_size", 1) != 1 or degrees.get("tp_degree", 1) != 1:
         raise CheckpointError("written with tensor parallelism", where=str(folder.path), fix=FIX)
 
 

@@ -33,6 +33,8 @@ def plain(value: Any, reader: StorageReader) -> Any:
         return type(value)([plain(v, reader) for v in value])
     if isinstance(value, StandIn):
         return _made(value, reader)
+    if isinstance(value, type):
+        raise Unknown(f"class {value.__name__}")
     return value
 
 
