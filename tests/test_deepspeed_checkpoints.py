@@ -435,3 +435,36 @@ def test_zero_to_fp32(tmp_path, stage):
     loaded = checkpoint.load_model(build(6)[0], tmp_path / "safe")
     assert loaded.kind == "safetensors" and not loaded.missing_keys
     assert "no complete checkpoint" in failure(zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint, tmp_path / "safe")
+
+
+# --- the Accelerator --------------------------------------------------------------------------------------
+def into_an_accelerator(root, expected):
+    accelerator = shardwise.Accelerator(strategy="zero2", cpu=True)
+    model, stepper = build(5)
+    scheduler = torch.optim.lr_scheduler.StepLR(stepper, 1, 0.5)
+    model, stepper, scheduler = accelerator.prepare(model, stepper, scheduler)
+    assert accelerator.load_state(root)
+    assert_same(whole(model), expected)
+    assert accelerator.step == 2 and scheduler.scheduler.last_epoch == 2
+    assert stepper.optimizer.param_groups[0]["lr"] == 0.02
+    damaged = root.parent / "damaged"
+    text = failure(accelerator.load_state, damaged)
+    assert_same(whole(model), expected)
+    return text
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_load_state_of_an_accelerator(tmp_path, beside):
+    """Alone, and as accelerate saves under DeepSpeed: the scheduler in a file of its own."""
+    model, stepper = trained()
+    saved = {"last_epoch": 2, "_step_count": 3, "base_lrs": [0.08, 0.08], "_last_lr": [0.02, 0.02]}
+    scheduler = None if beside else saved
+    for name in ("run", "damaged"):
+        folder = deepspeed_folders.write(
+            tmp_path / name, model, stepper, 2, 3, tag="pytorch_model", scheduler=scheduler
+        )
+    without(folder)
+    if beside:
+        torch.save(saved, tmp_path / "run" / "scheduler.bin")
+    for text in run(2, into_an_accelerator, tmp_path / "run", whole(model)):
+        assert "rank 1's file of optim states is missing" in text
