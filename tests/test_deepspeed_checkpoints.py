@@ -299,6 +299,14 @@ def pipeline(folder):
     shutil.copy(next(folder.glob("*model*")), folder / "layer_01-model_00-model_states.pt")
 
 
+def pipeline_degree(folder):
+    edit(folder, "*model*", checkpoint_parallel_dimensions={"pp_degree": 2, "tp_degree": 1})
+
+
+def offloaded_to_a_disk(folder):
+    (folder / "offloaded_tensors" / "rank0").mkdir(parents=True)
+
+
 def experts(folder):
     edit(folder, "*model*", num_experts=[4])
 
@@ -319,6 +327,7 @@ HARM = [
     (cut, "rank_1"), (without, "rank 1"), (all_without, "optimizer states are missing"), (no_model, "no file of model"),
     (other_tag, "latest"), (strange_tag, "latest"), (newer, "1.2.0"), (tensor_parallel, "tensor parallelism"),
     (tensor_parallel_files, "tensor parallelism"), (pipeline, "pipeline"), (experts, "expert"),
+    (pipeline_degree, "pipeline"), (offloaded_to_a_disk, "NVMe"),
     (more_ranks, "written by 3 ranks"), (empty_index, "global_step2"), (nothing, "rank_0"),
 ]  # fmt: skip
 

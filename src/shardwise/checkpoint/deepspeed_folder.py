@@ -168,6 +168,11 @@ def _files(path: Path) -> dict[str, list[Path]]:
             files[match["what"]][rank] = file
         elif file.name.startswith(("layer_", "expert_")):
             raise CheckpointError("written with pipeline or expert parallelism", where=str(path), fix=FIX)
+    if (path / "offloaded_tensors").is_dir():
+        raise CheckpointError(
+            "its optimizer state was offloaded to NVMe, and stands in raw files that do not say what is in them",
+            where=str(path), fix="nothing was loaded; save it once more with offload_optimizer to cpu",
+        )  # fmt: skip
     for what, found in files.items():
         if found and sorted(found) != list(range(len(found))):
             missing = min(set(range(max(found))) - found.keys())
