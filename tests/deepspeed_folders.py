@@ -62,7 +62,7 @@ class _Stage:
 
 def named_groups(model, optimizer):
     names = {id(p): name for name, p in model.named_parameters()}
-    return [[(names[id(p)], p) for p in group["params"]] for group in optimizer.param_groups]
+    return [[(names[id(p)], p) for p in group["params"] if p.numel()] for group in optimizer.param_groups]
 
 
 def sub_groups(groups, ranks, limit):
@@ -91,7 +91,7 @@ def split_1(tensors, ranks):
 
 def split_3(tensors, ranks):
     """Stage 3: each tensor is cut, and a rank's slices stand end to end."""
-    pieces = [padded(t.reshape(-1), ranks).chunk(ranks) for t in tensors]
+    pieces = [padded(t.reshape(-1), ranks).view(ranks, -1) for t in tensors]
     return [torch.cat([piece[r] for piece in pieces]) for r in range(ranks)]
 
 
@@ -128,7 +128,7 @@ def write(root, model, optimizer, stage, ranks, *, dtype=torch.float32, universa
             "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
             "ds_config": {"zero_optimization": {"stage": stage}}, "ds_version": VERSION, **(client or {}),
         }  # fmt: skip
-        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        frozen = {name: p for name, p in model.named_parameters() if not (p.requires_grad and p.numel())}
         if stage == 0:
             body |= {"optimizer": _stage_0(optimizer, groups, scaler, masters), "param_shapes": None}
         if stage >= 2:

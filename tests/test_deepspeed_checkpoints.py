@@ -186,6 +186,39 @@ def test_any_optimizer(tmp_path, optimizer, stage):
     resumes(2, tmp_path / "run", "zero3", given, optimizer)
 
 
+def odd_ones():
+    model = make(2)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.02)
+
+
+def loads_odd(path, expected, states):
+    model, stepper = odd_ones()
+    shardwise.fully_shard(model, strategy="zero3")
+    checkpoint.load(path, models=[model], optimizers=None)
+    assert_same(whole(model), expected)
+    assert not stepper.state_dict()["state"]
+    checkpoint.load(path, models=[model], optimizers=[stepper])
+    checkpoint.save(path.parent / "ours", models=[model], optimizers=[stepper])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameters_without_a_dimension_and_without_an_element(tmp_path, stage):
+    """And there and back again, and without the optimizer."""
+    model, stepper = odd_ones()
+    for index in range(2):
+        advance(model, stepper, index)
+    deepspeed_folders.write(tmp_path / "run", model, stepper, stage, 3)
+    states = {name: state for name, state in state_by_name(model, stepper).items() if name != "nothing"}
+    run(2, loads_odd, tmp_path / "run", whole(model), states)
+    check_state(tmp_path / "ours", states)
+    again = checkpoint.export_deepspeed(tmp_path / "ours", tmp_path / "again", stage=stage, ranks=3)
+    assert checkpoint.compare(again, tmp_path / "run").differences == []
+    nest = next(again.glob("*model*"))
+    with deepspeed_folders.classes():
+        frozen = torch.load(nest, weights_only=False)["frozen_param_shapes"]
+    assert dict(frozen) == {"nothing": torch.Size([0, 4])}
+
+
 def bf16_weights(path, masters):
     model, stepper = build(5)
     shardwise.fully_shard(model, strategy="zero2,param_dtype=bf16")

@@ -16,6 +16,7 @@ from shardwise.checkpoint.deepspeed_state import small_state_of
 from shardwise.checkpoint.manifest import FileEntry, Manifest
 from shardwise.checkpoint.optimizer_state import NUMBERS, OptimizerEntry, OptimizerState
 from shardwise.checkpoint.stored_tensor import Segment, Stored
+from shardwise.engine.optimizer_state import PER_PARAMETER
 from shardwise.errors import CheckpointError
 
 _HOW = {"foreach", "fused", "capturable", "differentiable", "params"}
@@ -84,7 +85,15 @@ def _optimizer(
                     kinds[name][key] = kind
                 if tensor is not None:
                     stored[f"optimizer.state.{name}.{key}"] = tensor
+    _add_empty(said, stepper)
     return {"groups": said, "named": {}, "extra": {}, "state": kinds}
+
+
+def _add_empty(said: Sequence[dict[str, Any]], stepper: OptimizerState | None) -> None:
+    """DeepSpeed takes parameters without elements out of the optimizer. Ours may have them."""
+    there = {name for group in said for name in group["params"]}
+    for group, entries in zip(said, [] if stepper is None else stepper.groups, strict=False):
+        group["params"] += [e.label for e in entries if not prod(e.shape) and e.label not in there]
 
 
 def _known(stepper: OptimizerState | None, g: int) -> Mapping[str, Any] | None:
@@ -102,7 +111,7 @@ def _kind(
         return "none", None
     if isinstance(value, Stored):
         weight = stored.get(f"model.{name}")
-        sliced = value.shape and (weight is None or value.shape == weight.shape)
+        sliced = key not in PER_PARAMETER and (value.shape == weight.shape if weight else bool(value.shape))
         return ("sliced" if sliced else "whole"), value
     if type(value) in (int, float) and key == "step" and _counts_in_tensors(stepper):
         return "whole", Stored(torch.float32, (), values=torch.tensor(float(value)))

@@ -127,6 +127,8 @@ def _group(
                     f"the optimizer has '{name}', and the model does not", where=str(source.path),
                     fix="DeepSpeed's optimizers have parameters of one model only",
                 )  # fmt: skip
+            if not module[name].numel:
+                continue  # DeepSpeed counts it among the frozen ones
             stored = source.sections.get(("optimizer", "state", name), {})
             state: dict[str, Stored] = {}
             for key, kind in optimizer["state"].get(name, {}).items():

@@ -60,7 +60,7 @@ def load(
     *,
     models: Sequence[nn.Module] = (),
     excluded: Collection[nn.Module] = (),
-    optimizers: Sequence[Optimizer] = (),
+    optimizers: Sequence[Optimizer] | None = (),
     strict: bool = True,
     verify: bool = False,
     progress: bool = True,
@@ -71,7 +71,8 @@ def load(
         directory: what :func:`save` returned, or ``folder/latest`` for the newest complete one in a folder. Or a folder
             that DeepSpeed wrote, under any stage and on any number of ranks, "universal" or not: one step's, or the one
             with the file ``latest`` in it.
-        models, optimizers: in the order they were saved in.
+        models, optimizers: in the order they were saved in. ``optimizers=None``: leave the state of optimizers out,
+            whatever is there.
         excluded: those of ``models`` whose values somebody else loads. What optimizers have of them is loaded.
         strict: raise if names, shapes or groups differ. Otherwise load what fits and list the rest.
         verify: compare every byte with its checksum before anything changes. Otherwise each block is compared when it
@@ -95,7 +96,7 @@ def load(
     """
     settle_saves()
     mine = [model for model in models if not any(model is other for other in excluded)]
-    with recovery(mine, optimizers) as recovered:
+    with recovery(mine, optimizers or ()) as recovered:
         loaded = _load(directory, models, excluded, optimizers, strict, verify, progress)
         recovered.complete = not loaded.differences
     return loaded
@@ -105,7 +106,7 @@ def _load(
     directory: str | os.PathLike[str],
     models: Sequence[nn.Module],
     excluded: Collection[nn.Module],
-    optimizers: Sequence[Optimizer],
+    optimizers: Sequence[Optimizer] | None,
     strict: bool,
     verify: bool,
     progress: bool,
@@ -116,10 +117,10 @@ def _load(
     with CollectiveBlock(doing, slow=True) as ranks:
         states = model_states(models, excluded)
         labels = parameter_labels(states)
-        steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers)]
+        steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers or ())]
         found = contents_of(path, steppers) if manifest is None else _own_contents(path, manifest, world)
         common, own, metadata = found.common, found.own, found.metadata
-        differences = _differences(states, steppers, common, metadata, found.manifest)
+        differences = _differences(states, None if optimizers is None else steppers, common, metadata, found.manifest)
         if differences and strict:
             shown = "\n    ".join(differences[:_SHOWN])
             more = f"\n    and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
@@ -199,14 +200,14 @@ def _own_contents(path: Path, manifest: Manifest, world: World) -> Contents:
 
 def _differences(
     states: Sequence[ModelState],
-    steppers: Sequence[OptimizerState],
+    steppers: Sequence[OptimizerState] | None,
     common: Mapping[str, Any],
     metadata: Metadata,
     manifest: Manifest,
 ) -> list[str]:
     out: list[str] = []
     for what, given, saved in (("models", states, manifest.models), ("optimizers", steppers, manifest.optimizers)):
-        if len(given) != len(saved):
+        if given is not None and len(given) != len(saved):
             out.append(f"{len(given)} {what} were given, the checkpoint has {len(saved)}: {', '.join(saved)}")
     stored: dict[str, Any] = metadata.state_dict_metadata
     labels = {s.label for s in states[: len(manifest.models)]}  # of those that the checkpoint has too
@@ -232,7 +233,7 @@ def _differences(
                 out.append(f"{s.label}: '{alias}' and '{name}' are tied, and two tensors in the checkpoint")
         saved_extra = common["extra"].get(s.label, {})
         out += [f"{s.label}: '{name}' is on one side only" for name in sorted(s.extra.keys() ^ saved_extra.keys())]
-    for stepper, saved_optimizer in zip(steppers, common["optimizers"], strict=False):
+    for stepper, saved_optimizer in zip(steppers or (), common["optimizers"], strict=False):
         out += stepper.differences(saved_optimizer, metadata)
     return out
 
