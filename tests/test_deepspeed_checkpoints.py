@@ -479,6 +479,23 @@ def test_zero_to_fp32(tmp_path, stage):
     assert "no complete checkpoint" in failure(zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint, tmp_path / "safe")
 
 
+def test_a_folder_with_checkpoints_of_both_kinds(tmp_path):
+    """As of a run that went on from DeepSpeed's: what ``latest`` names is taken."""
+    model, stepper = trained()
+    deepspeed_folders.write(tmp_path, model, stepper, 2, 2)
+    advance(model, stepper, 2)
+    checkpoint.save(tmp_path / "global_step3", models=[model], optimizers=[stepper], info={"step": 3})
+    for tag, step in (("global_step3", 3), ("global_step2", 2)):
+        (tmp_path / "latest").write_text(tag)
+        for path in (tmp_path, tmp_path / "latest"):
+            other, second = build(4)
+            assert checkpoint.load(path, models=[other], optimizers=[second]).manifest.info["step"] == step
+            assert open_source(path).path == tmp_path / tag
+            assert checkpoint.load_model(build(4)[0], path).path.is_relative_to(tmp_path)
+    (tmp_path / "latest").write_text("global_step9")
+    assert "latest" in failure(checkpoint.load, tmp_path, models=[model], optimizers=[stepper])
+
+
 # --- the Accelerator --------------------------------------------------------------------------------------
 def into_an_accelerator(root, expected):
     accelerator = shardwise.Accelerator(strategy="zero2", cpu=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shardwise.checkpoint.manifest import MANIFEST
 from shardwise.checkpoint.stored_tensor import Stored
 from shardwise.checkpoint.torch_format import StandIn, read_nest
 from shardwise.errors import CheckpointError
@@ -46,8 +47,11 @@ def step_folder(path: Path) -> Path | None:
     names = {p.name for p in path.iterdir()}
     if any(_FILE.fullmatch(name) for name in names):
         return path
-    found = _tagged(path, names)
-    if found is None and names & set(_LATEST):
+    said = [step for name in _LATEST if name in names and (step := _named(path / name)) is not None]
+    for step in said:
+        if _holds(step):
+            return step
+    if names & set(_LATEST) and not any((step / MANIFEST).is_file() for step in said):
         inside = sorted(p.name for p in path.iterdir() if p.is_dir() and _holds(p))
         if inside:
             raise CheckpointError(
@@ -55,21 +59,20 @@ def step_folder(path: Path) -> Path | None:
                 where=str(path / ("latest" if "latest" in names else "latest_universal")),
                 fix=f"nothing was loaded; give one of the folders beside it: {', '.join(inside[-5:])}",
             )
-    return found
+    return None
 
 
 _LATEST = ("latest", "latest_universal")
 
 
-def _tagged(path: Path, names: set[str]) -> Path | None:
-    for name in _LATEST:
-        if name in names and (path / name).is_file():
-            with (path / name).open("rb") as file:
-                tag = file.read(256).decode("utf-8", "replace").strip()
-            step = path / tag
-            if tag and Path(tag).name == tag and "\0" not in tag and step.is_dir() and _holds(step):
-                return step
-    return None
+def _named(file: Path) -> Path | None:
+    """The folder that a file names, if it is there and beside it."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        tag = stream.read(256).decode("utf-8", "replace").strip()
+    step = file.parent / tag if tag and "\0" not in tag and Path(tag).name == tag else None
+    return step if step is not None and step.is_dir() else None
 
 
 def _holds(step: Path) -> bool:

@@ -67,7 +67,8 @@ def resolve(directory: Path) -> Path:
     """The directory to read for a checkpoint of this name.
 
     That is the directory itself, unless a run was killed between taking the old one away and putting the new
-    one in its place: then the new one, which is complete, or else the old one.
+    one in its place: then the new one, which is complete, or else the old one. A folder with a file ``latest`` stands
+    for the one that it names.
     """
     directory = resolve_latest(directory)
     if (directory / MANIFEST).is_file():
@@ -78,6 +79,8 @@ def resolve(directory: Path) -> Path:
         if complete:
             return max(complete, key=lambda p: p.stat().st_mtime_ns)
     where = str(directory)
+    if (directory / "latest").is_file():
+        return resolve(directory / "latest")
     if directory.is_dir():
         raise CheckpointError(
             f"not a complete checkpoint of Shardwise: it has no {MANIFEST}",
