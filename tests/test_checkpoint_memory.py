@@ -62,3 +62,49 @@ def test_it_does_not_grow_with_the_state(tmp_path, strategy, width, depth):
         # Saving has five blocks, loading three. What lives on a disk is a unit coming and one going.
         assert saved <= 5 * BLOCK + 2 * unit + MIB < state, saved / MIB
         assert loaded <= 3 * BLOCK + 2 * unit + MIB < state, loaded / MIB
+
+
+def grown_from_deepspeed(path, strategy: str, width: int, depth: int) -> tuple[int, bool]:
+    """Bytes by which this rank grows while it loads a folder in DeepSpeed's layout, and whether it has its values."""
+    large_blocks_apart()
+    model = shardwise.fully_shard(Deep(1, width, depth), strategy=strategy, units=nn.Linear)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def load() -> None:
+        checkpoint.load(path, models=[model], optimizers=[optimizer])
+
+    def everything() -> list[float]:
+        with torch.no_grad(), shardwise.gathered(model):
+            values = [p.double().sum().item() for p in model.parameters()]
+        with shardwise.optimizer_state(optimizer) as state:
+            return values + [s["exp_avg"].double().sum().item() for s in state.values()]
+
+    load()  # imports, and what is allocated once
+    before = everything()
+    model(torch.randn(2, width)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return peak_of(load), everything() == before
+
+
+def export_for(path, width: int, depth: int, stage: int) -> int:
+    """Write such a folder, of five ranks; bytes by which this process grows."""
+    large_blocks_apart()
+    model = Deep(1, width, depth)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model(torch.randn(2, width)).square().mean().backward()
+    optimizer.step()
+    checkpoint.save(path / "ours", models=[model], optimizers=[optimizer])
+    checkpoint.export_deepspeed(path / "ours", path / "first", stage=stage, ranks=5)
+    return peak_of(lambda: checkpoint.export_deepspeed(path / "ours", path / "run", stage=stage, ranks=5))
+
+
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_deepspeeds_folders_in_blocks(tmp_path, stage):
+    width, depth = 1024, 16
+    state = 3 * 4 * width * width * depth // 2  # of each of two ranks: 96 MiB
+    (written,) = run(1, export_for, tmp_path, width, depth, stage, fresh=True)
+    assert written <= 5 * BLOCK + 2 * MIB < state, written / MIB
+    for loaded, equal in run(2, grown_from_deepspeed, tmp_path / "run", "zero3", width, depth, fresh=True):
+        assert equal
+        assert loaded <= BLOCK + 2 * MIB < state, loaded / MIB

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from shardwise import checkpoint, operations
+from shardwise.accelerator import deepspeed_folders
 from shardwise.accelerator.base import Base
 from shardwise.accelerator.loader_positions import LoaderFacts, check_fit
 from shardwise.accelerator.state_hooks import run_load_hooks, run_save_hooks
@@ -214,6 +215,9 @@ class Saving(Base):
     ) -> bool:
         """Load what :meth:`save_state` saved, under this or another strategy and number of ranks.
 
+        Also a folder that DeepSpeed wrote, by itself or under accelerate: model, optimizer, scheduler, loss scale and
+        the number of steps. Positions of dataloaders and registered objects are not in there.
+
         Prepare and register the same things in the same order first; dataloaders that were prepared last, for an
         evaluation say, may come later. A new accumulation window begins, without the gradients there are. The next
         iteration of a dataloader goes on with the batches that were left; :meth:`skip_first_batches` does it the
@@ -247,6 +251,9 @@ class Saving(Base):
         path = self._checkpoint_at(input_dir, resume)
         if path is None:
             return False
+        if (step := deepspeed_folders.found_at(path)) is not None:
+            self._load_deepspeed(step, path, strict)
+            return True
         self._check_same_things(path)
         excluded = run_load_hooks(self._load_hooks.values(), self._models, path)
         loaded = checkpoint.load(
@@ -278,6 +285,25 @@ class Saving(Base):
         if path.name.startswith("checkpoint_") and number.isdigit():
             self.project_configuration.iteration = int(number) + 1
         return True
+
+    def _load_deepspeed(self, step: Path, beside: Path, strict: bool) -> None:
+        optimizers = [o.optimizer for o in self._optimizers]
+        state = checkpoint.load(step, models=self._models, optimizers=optimizers, strict=strict).state
+        self._steps.restart()
+        self._steps.drop_gradients()
+        with CollectiveBlock(f"load_state('{beside}')"):
+            values = deepspeed_folders.scheduler_state(state, beside)
+        known = values is not None and len(self._schedulers) == 1
+        if known and values is not None:
+            self._schedulers[0].scheduler.load_state_dict(values)
+        if self.scaler is not None:
+            deepspeed_folders.take_loss_scale(self.scaler, state["loss_scaler"])
+        self.step = state["global_steps"]
+        for optimizer in self._optimizers:
+            optimizer.steps_taken = state["global_steps"] - state["skipped_steps"]
+        missing = {"state of schedulers": bool(self._schedulers) and not known, "positions of dataloaders":
+                   bool(self._dataloaders), "registered objects": bool(self._custom_objects)}  # fmt: skip
+        deepspeed_folders.say_what_begins_anew(step, [what for what, is_so in missing.items() if is_so])
 
     def _checkpoint_at(self, input_dir: str | os.PathLike[str] | None, resume: str | None) -> Path | None:
         given = None if input_dir is None else Path(os.fspath(input_dir))

@@ -49,6 +49,10 @@ What goes into ``state`` and ``rank_state``: tensors, numbers, strings, bytes, N
 lists, tuples and sets of these. Tensors come back on the CPU. Anything else is refused when saving, with the
 place in the nest. Nothing in a checkpoint is ever unpickled without a closed list of harmless classes.
 
+``load`` also takes a folder that DeepSpeed wrote, under any stage and on any number of ranks, with optimizer state, and
+without a conversion: ``loaded.state`` then has ``scheduler``, ``loss_scaler``, ``client_state``, ``global_steps``,
+``skipped_steps`` and ``global_samples``.
+
 Wherever a checkpoint is read, ``checkpoints/latest`` stands for the newest complete one in ``checkpoints``.
 
 Ranks without a file of their own (the saving run had fewer) get ``rank_state=None``; keep their fresh random
@@ -81,6 +85,7 @@ from shardwise.lazy import importing
 
 if TYPE_CHECKING:  # torch.distributed.checkpoint takes most of a second to import: only those who save wait for it
     from shardwise.checkpoint.conversion import compare, export
+    from shardwise.checkpoint.deepspeed_export import export_deepspeed
     from shardwise.checkpoint.directory import find, latest, next_path, prune, read_manifest, verify
     from shardwise.checkpoint.loading import Loaded, load
     from shardwise.checkpoint.manifest import Manifest
@@ -97,6 +102,7 @@ _HOME = {
     "async_save": "saving",
     "compare": "conversion",
     "export": "conversion",
+    "export_deepspeed": "deepspeed_export",
     "find": "directory",
     "full_state_dict": "model_saving",
     "latest": "directory",
@@ -121,6 +127,7 @@ __all__ = [
     "async_save",
     "compare",
     "export",
+    "export_deepspeed",
     "find",
     "full_state_dict",
     "latest",

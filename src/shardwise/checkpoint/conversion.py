@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from shardwise.checkpoint.directory import every_grain
 from shardwise.checkpoint.formats import open_source
 from shardwise.checkpoint.manifest import BLOCK, MANIFEST, FileEntry, check_size
 from shardwise.checkpoint.model_loading import match_names
-from shardwise.checkpoint.model_saving import SafeWriter, shard_limit, shards_of, writable
+from shardwise.checkpoint.model_saving import BinWriter, SafeWriter, Writer, shard_limit, shards_of, writable
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.checkpoint.stored_tensor import KINDS, SAFETENSORS_DTYPES, Source, Stored
+from shardwise.checkpoint.torch_archive import Joined, write_archive
 from shardwise.errors import CheckpointError
 
 
@@ -83,6 +84,8 @@ def export(
     part: str | None = None,
     max_shard_size: int | str = "10GB",
     dtype: torch.dtype | None = None,
+    safe_serialization: bool = True,
+    without: Collection[str] = (),
     progress: bool = True,
 ) -> Path:
     """Write the weights in a checkpoint as transformers reads them: ``model.safetensors``, or several and an index.
@@ -96,6 +99,8 @@ def export(
         part: which dict holds the weights, where there are several: ``model_1`` for the second model.
         max_shard_size: bytes per file at most (one tensor is never cut), or a text: ``500MB``, ``10GiB``.
         dtype: of floating-point tensors; by default what the checkpoint has.
+        safe_serialization: if false, ``pytorch_model.bin`` files of ``torch.save`` instead.
+        without: names to leave out.
         progress: show bars, on a terminal.
 
     Returns:
@@ -115,23 +120,47 @@ def export(
     root = Path(os.path.realpath(directory))
     if root == source.path or any(file.parent == root for file in source.files):
         raise CheckpointError("would be written among the files it reads", where=str(root), fix="choose another folder")
-    tensors = source.sections[source.section(part)]
+    tensors = {name: t for name, t in source.sections[source.section(part)].items() if name not in without}
     first: dict[int, str] = {}
     aliases = {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name}
     kept = {name: t for name, t in tensors.items() if name not in aliases}
     wanted = {name: _dtype_of(name, t, dtype) for name, t in kept.items()}
     shards = shards_of({name: (wanted[name], t.shape) for name, t in kept.items()}, limit)
     total = sum(t.nbytes for t in kept.values())
-    with (
-        writable(root), SafeWriter(root, shards, aliases) as writer,
-        Progress("writing", total, progress) as bar, StorageReader(seen=bar.add) as reader,
-    ):  # fmt: skip
-        for name, stored in kept.items():
-            for lo, hi in _blocks(stored.numel, max(stored.dtype.itemsize, wanted[name].itemsize)):
-                values = torch.empty(hi - lo, dtype=wanted[name])
-                reader.read_tensor(stored, lo, hi, values)
-                writer.add(name, values, lo)
+    kind = SafeWriter if safe_serialization else ArchiveWriter
+    with writable(root), kind(root, shards, aliases) as writer, Progress("writing", total, progress) as bar:
+        if isinstance(writer, ArchiveWriter):
+            whole = {name: Joined(wanted[name], t.shape, ((t, 0, t.numel),)) for name, t in kept.items()}
+            writer.add_all(whole, bar.add)
+            return root
+        with StorageReader(seen=bar.add) as reader:
+            for name, stored in kept.items():
+                for lo, hi in _blocks(stored.numel, max(stored.dtype.itemsize, wanted[name].itemsize)):
+                    values = torch.empty(hi - lo, dtype=wanted[name])
+                    reader.read_tensor(stored, lo, hi, values)
+                    writer.add(name, values, lo)
     return root
+
+
+class ArchiveWriter(Writer):
+    """Writes a file of ``torch.save`` after the other, in blocks."""
+
+    stem, ending = BinWriter.stem, BinWriter.ending
+
+    def prepare(self) -> None:
+        """Nothing."""
+
+    def add_all(self, tensors: Mapping[str, Joined], seen: Callable[[int], None]) -> None:
+        """Write all of them."""
+        with StorageReader() as reader:
+            for i, shard in enumerate(self.shards):
+                nest = {name: tensors[name] for name in shard.tensors}
+                nest |= {alias: tensors[name] for alias, name in self.aliases(shard).items()}
+                write_archive(self.temporary(self.names[i]), nest, reader, seen)
+
+    def weight_map(self) -> dict[str, str]:
+        tied = {alias: self.names[self.shard_of[name]] for alias, name in self.all_aliases.items()}
+        return dict(sorted({**super().weight_map(), **tied}.items()))
 
 
 def _dtype_of(name: str, stored: Stored, wanted: torch.dtype | None) -> torch.dtype:
@@ -217,7 +246,7 @@ def compare(
 
 
 def _pairs(a: Source, b: Source, part: str | None) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    distributed = {"shardwise", "dcp"}
+    distributed = {"shardwise", "dcp", "deepspeed"}
     if part is None and (a.kind == b.kind or {a.kind, b.kind} <= distributed):
         return a.everything(), b.everything()
     mine, theirs = (s.sections[s.section(part if len(s.sections) > 1 else None)] for s in (a, b))

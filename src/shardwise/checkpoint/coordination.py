@@ -160,13 +160,13 @@ class Progress:
 
     Args:
         what: one or two words: ``checking``, ``loading``.
-        total: bytes.
+        total: bytes; may be set until the first are done.
         shown: whether anybody wants it.
     """
 
     def __init__(self, what: str, total: int, shown: bool = True) -> None:
         self._bar: Any = None
-        self._what, self._total, self._done = what, total, 0
+        self._what, self.total, self._done = what, total, 0
         self._shown = shown and sys.stderr.isatty() and World.current().rank == 0
         self._from = monotonic() + _MOMENT_S
         self._lock = threading.Lock()
@@ -192,7 +192,7 @@ class Progress:
         size, speed = rich.DownloadColumn(), rich.TransferSpeedColumn()
         columns = rich.TextColumn("{task.description}"), rich.BarColumn(), size, speed, rich.TimeRemainingColumn()
         self._bar = rich.Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(self._what, total=self._total)
+        self._task = self._bar.add_task(self._what, total=self.total)
         self._bar.start()
 
     def __exit__(

@@ -44,7 +44,17 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 # --- one directory ---------------------------------------------------------------------------
 def resolve_latest(directory: Path) -> Path:
-    """``folder/latest`` stands for the newest complete checkpoint in a folder, if nothing there has that name."""
+    """``folder/latest`` stands for the newest complete checkpoint in a folder, if nothing there has that name.
+
+    A file ``latest``, such as ``shardwise.deepspeed`` writes, names it.
+    """
+    if directory.name == "latest" and directory.is_file():
+        tag = directory.read_text(encoding="utf-8", errors="replace").strip()
+        if not tag or Path(tag).name != tag or not (directory.parent / tag).is_dir():
+            raise CheckpointError(
+                "it does not name a folder that is there", where=str(directory), fix="give the folder itself"
+            )
+        return directory.parent / tag
     if directory.name != "latest" or directory.exists():
         return directory
     found = latest(directory.parent)
@@ -57,7 +67,8 @@ def resolve(directory: Path) -> Path:
     """The directory to read for a checkpoint of this name.
 
     That is the directory itself, unless a run was killed between taking the old one away and putting the new
-    one in its place: then the new one, which is complete, or else the old one.
+    one in its place: then the new one, which is complete, or else the old one. A folder with a file ``latest`` stands
+    for the one that it names.
     """
     directory = resolve_latest(directory)
     if (directory / MANIFEST).is_file():
@@ -68,6 +79,8 @@ def resolve(directory: Path) -> Path:
         if complete:
             return max(complete, key=lambda p: p.stat().st_mtime_ns)
     where = str(directory)
+    if (directory / "latest").is_file():
+        return resolve(directory / "latest")
     if directory.is_dir():
         raise CheckpointError(
             f"not a complete checkpoint of Shardwise: it has no {MANIFEST}",
@@ -329,7 +342,7 @@ def find(directory: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: on every rank: there is none to be the latest.
     """
-    return Path(_by_first(directory, resolve_latest))
+    return Path(by_first(directory, resolve_latest))
 
 
 def newest(folder: str | os.PathLike[str]) -> Path | None:
@@ -338,11 +351,12 @@ def newest(folder: str | os.PathLike[str]) -> Path | None:
     Raises:
         CheckpointError: on every rank: there are checkpoints, and none of them is complete.
     """
-    chosen = _by_first(folder, lambda path: latest(path) or "")
+    chosen = by_first(folder, lambda path: latest(path) or "")
     return Path(chosen) if chosen else None
 
 
-def _by_first(directory: str | os.PathLike[str], look: Callable[[Path], Path | str]) -> str:
+def by_first(directory: str | os.PathLike[str], look: Callable[[Path], Path | str]) -> str:
+    """What rank 0 finds, on every rank. Collective."""
     given = Path(os.path.realpath(directory))
     with CollectiveBlock(f"reading checkpoint {given}") as ranks:
         if World.current().rank == 0:
@@ -356,17 +370,23 @@ def locate(directory: str | os.PathLike[str]) -> tuple[Path, Manifest]:
     Raises:
         CheckpointError: on every rank: it is missing, incomplete, not a checkpoint, or of a newer format.
     """
-    path = Path(_by_first(directory, resolve))
+    path = Path(by_first(directory, resolve))
     with CollectiveBlock(f"reading checkpoint {path}"):
-        if not (path / MANIFEST).is_file():
-            raise CheckpointError(
-                "rank 0 sees this checkpoint, this rank does not",
-                where=str(path),
-                fix="keep checkpoints on a file system that all hosts share",
-            )
-        manifest = parse(path / MANIFEST)
-        check_sizes(path, manifest)
+        manifest = present(path)
     return path, manifest
+
+
+def present(path: Path) -> Manifest:
+    """The manifest of a checkpoint that rank 0 has found. Any rank may call it alone."""
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(
+            "rank 0 sees this checkpoint, this rank does not",
+            where=str(path),
+            fix="keep checkpoints on a file system that all hosts share",
+        )
+    manifest = parse(path / MANIFEST)
+    check_sizes(path, manifest)
+    return manifest
 
 
 def every_grain(entries: Mapping[Path, FileEntry]) -> dict[Path, set[int]]:

@@ -47,7 +47,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             plain values. Nothing is run, whatever the file holds.
     """
     path = Path(os.path.realpath(path))
-    if path.is_file():
+    if path.is_file() and path.name.startswith("latest"):
+        source = _open_folder(path.parent)
+    elif path.is_file():
         source = _open_file(path)
     elif path.is_dir():
         source = _open_folder(path)
@@ -87,7 +89,7 @@ def _open_folder(path: Path) -> Source:
         return _open_shardwise(resolve(path))
     if ".metadata" in names:
         return _open_distributed(path)
-    if deepspeed_format.is_one(path, names):
+    if deepspeed_format.step_folder(path) is not None:
         return deepspeed_format.open_folder(path)
     for usual in (
         "model.safetensors",

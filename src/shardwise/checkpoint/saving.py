@@ -404,6 +404,7 @@ def _common(
             s.label: {k: owner.get_extra_state() for k, owner in s.extra.items()} for s in states if not s.excluded
         },
         "optimizers": [{**o.plain(), "state": k} for o, k in zip(steppers, kinds, strict=True)],
+        "buffers": {s.label: list(s.buffers) for s in states if not s.excluded},
     }
 
 

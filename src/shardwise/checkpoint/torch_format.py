@@ -28,13 +28,14 @@ import torch
 from shardwise.checkpoint.stored_tensor import Segment, Stored, row_major
 from shardwise.errors import CheckpointError
 
-_STORAGES = {
+STORAGES = {
     torch.float32: "FloatStorage", torch.float64: "DoubleStorage", torch.float16: "HalfStorage",
     torch.bfloat16: "BFloat16Storage", torch.uint8: "ByteStorage", torch.int8: "CharStorage",
     torch.int16: "ShortStorage", torch.int32: "IntStorage", torch.int64: "LongStorage", torch.bool: "BoolStorage",
 }  # fmt: skip
 ALIGN = 64
 _BIG = 0xFFFFFFFF  # what does not fit into a field of four bytes, and the mark that it is elsewhere
+_MANY = 0xFFFF  # the same of two
 _OLD, _ZIP64 = 20, 45  # versions a reader needs
 
 
@@ -60,13 +61,13 @@ class _Archived:
 class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, _Bytes):
-            return "storage", getattr(torch, _STORAGES[obj.dtype]), "0", "cpu", obj.numel
+            return "storage", getattr(torch, STORAGES[obj.dtype]), "0", "cpu", obj.numel
         return None
 
 
 def archivable(dtype: torch.dtype) -> bool:
     """Can tensors of this dtype be written and read in this way? Others go through ``torch.save``."""
-    return dtype in _STORAGES and sys.byteorder == "little"
+    return dtype in STORAGES and sys.byteorder == "little"
 
 
 @lru_cache(maxsize=4096)
@@ -86,19 +87,21 @@ def archive_around(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, b
     nbytes = prod(shape) * dtype.itemsize
     head, directory = b"", b""
     for name, content in small.items():
-        local, central = _entry(name, len(content), zlib.crc32(content), len(head), 0)
+        local, central = archive_entry(name, len(content), zlib.crc32(content), len(head), 0)
         head, directory = head + local + content, directory + central
-    plain, _ = _entry("archive/data/0", nbytes, 0, len(head), 0)
-    local, central = _entry("archive/data/0", nbytes, 0, len(head), -(len(head) + len(plain)) % ALIGN)
+    plain, _ = archive_entry("archive/data/0", nbytes, 0, len(head), 0)
+    local, central = archive_entry("archive/data/0", nbytes, 0, len(head), -(len(head) + len(plain)) % ALIGN)
     head, directory = head + local, directory + central
-    return head, directory + _end(len(small) + 1, len(directory), len(head) + nbytes)
+    return head, directory + archive_end(len(small) + 1, len(directory), len(head) + nbytes)
 
 
-def _entry(name: str, size: int, crc: int, offset: int, padding: int) -> tuple[bytes, bytes]:
+def archive_entry(name: str, size: int, crc: int, offset: int, padding: int) -> tuple[bytes, bytes]:
     """A file's headers in a zip archive: the one before it, and the one in the directory at the end."""
     big = size >= _BIG
     version, said = (_ZIP64, _BIG) if big else (_OLD, size)
     sizes = struct.pack("<HHQQ", 1, 16, size, size) if big else b""
+    far = offset >= _BIG
+    wide = struct.pack("<HH", 1, 16 * big + 8 * far) + sizes[4:] + struct.pack("<Q", offset) * far if far else sizes
     if 0 < padding < 4:
         padding += ALIGN
     # A field with a tag that nobody knows makes up the padding; it needs at least four bytes.
@@ -108,17 +111,21 @@ def _entry(name: str, size: int, crc: int, offset: int, padding: int) -> tuple[b
     common = struct.pack("<HHHHHIIIH", version, 0, 0, 0, 0x21, crc, said, said, len(raw))
     local = b"PK\x03\x04" + common + struct.pack("<H", len(extra)) + raw + extra
     central = b"PK\x01\x02" + struct.pack("<H", version) + common
-    central += struct.pack("<HHHHII", len(sizes), 0, 0, 0, 0, offset) + raw + sizes
+    central += struct.pack("<HHHHII", len(wide), 0, 0, 0, 0, min(offset, _BIG)) + raw + wide
     return local, central
 
 
-def _end(count: int, length: int, start: int) -> bytes:
-    big = start >= _BIG
+def archive_end(count: int, length: int, start: int) -> bytes:
+    big = start >= _BIG or count >= _MANY
     out = b""
     if big:
         out += b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, _ZIP64, _ZIP64, 0, 0, count, count, length, start)
         out += b"PK\x06\x07" + struct.pack("<IQI", 0, start + length, 1)
-    return out + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, count, count, length, min(start, _BIG), 0)
+    return (
+        out
+        + b"PK\x05\x06"
+        + struct.pack("<HHHHIIH", 0, 0, min(count, _MANY), min(count, _MANY), length, min(start, _BIG), 0)
+    )
 
 
 # --- files as an index ---------------------------------------------------------------------------

@@ -118,21 +118,39 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(metavar="fp32|bf16|fp16", help="Of the weights. Default: as they are.")
     ] = None,
+    how: Annotated[
+        str, typer.Option("--format", metavar="safetensors|bin|deepspeed", help="What to write; see above.")
+    ] = "safetensors",
+    stage: Annotated[int, typer.Option(help="deepspeed: the ZeRO stage that goes on, 1 to 3.")] = 2,
+    ranks: Annotated[int, typer.Option(help="deepspeed: how many ranks go on.")] = 1,
+    tag: Annotated[str | None, typer.Option(help="deepspeed: the folder's name; global_step<n> by default.")] = None,
 ) -> None:
     """Write the weights as safetensors files that transformers' from_pretrained reads.
 
-    Put the model's config.json into the folder too.
+    Put the model's config.json into the folder too. With --format bin, they are files of torch.save. With --format
+    deepspeed, OUT is a folder that DeepSpeed's engine.load_checkpoint goes on from, with optimizer state, scheduler and
+    counters, under the stage and on the number of ranks that are asked for.
     """
     dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     if dtype is not None and dtype not in dtypes:
         raise CheckpointError(f"--dtype {dtype} is not known", fix=f"one of {', '.join(dtypes)}")
+    if how not in ("safetensors", "bin", "deepspeed"):
+        raise CheckpointError(f"--format {how} is not known", fix="safetensors, bin or deepspeed")
     import torch
 
+    wanted = None if dtype is None else getattr(torch, dtypes[dtype])
+    if how == "deepspeed":
+        from shardwise.checkpoint.deepspeed_export import export_deepspeed
+
+        root = export_deepspeed(directory, out, stage=stage, ranks=ranks, dtype=wanted or torch.float32, tag=tag)
+        files = list(root.iterdir())
+        say(f"shardwise: wrote {len(files)} files ({format_bytes(sum(p.stat().st_size for p in files))}) to {root}")
+        return
     from shardwise.checkpoint.conversion import export as write
 
-    wanted = None if dtype is None else getattr(torch, dtypes[dtype])
-    root = write(directory, out, part=part, max_shard_size=max_shard_size, dtype=wanted)
-    written = sorted(p for p in root.glob("model*.safetensors*"))
+    safe = how == "safetensors"
+    root = write(directory, out, part=part, max_shard_size=max_shard_size, dtype=wanted, safe_serialization=safe)
+    written = sorted(p for p in root.glob("model*.safetensors*" if safe else "pytorch_model*.bin*"))
     size = format_bytes(sum(p.stat().st_size for p in written))
     say(f"shardwise: wrote {', '.join(p.name for p in written[:3])}{', ...' * (len(written) > 3)} ({size}) to {root}")
 
@@ -176,17 +194,25 @@ def _series(directory: Path) -> list[Path]:
 
     if not directory.is_dir() or (directory / MANIFEST).is_file():
         return []
-    found = [p for p in directory.iterdir() if (p / MANIFEST).is_file()]
+    from shardwise.checkpoint.deepspeed_format import step_folder
+
+    inside = [p for p in directory.iterdir() if p.is_dir()]
+    found = [p for p in inside if (p / MANIFEST).is_file()]
+    if not found and step_folder(directory) != directory:
+        steps = [p for p in inside if step_folder(p) == p]
+        found = steps if len(steps) > 1 else []
     return sorted(found, key=lambda p: (len(p.name), p.name))
 
 
 def _list(inside: Iterable[Path], as_json: bool) -> None:
+    from shardwise.checkpoint.deepspeed_contents import contents_of
+    from shardwise.checkpoint.deepspeed_format import step_folder
     from shardwise.checkpoint.directory import read_manifest
 
     rows: list[dict[str, Any]] = []
     for path in inside:
         try:
-            manifest = read_manifest(path)
+            manifest = contents_of(path, []).manifest if step_folder(path) else read_manifest(path)
         except CheckpointError as error:
             rows.append({"path": str(path), "problem": error.what})
         else:
@@ -213,6 +239,7 @@ def _of_manifest(manifest: Manifest) -> dict[str, Any]:
     facts: dict[str, Any] = {"saved": saved, "torch": manifest.torch, "world size": manifest.world_size}
     facts |= {"models": models, "optimizers": ", ".join(manifest.optimizers)}
     facts |= {key: value for key, value in manifest.info.items() if isinstance(value, (int, float, str))}
+    facts = {key: value for key, value in facts.items() if value not in ("", [])}
     return {**facts, "bytes": sum(entry.size for entry in manifest.files.values())}
 
 
@@ -223,14 +250,30 @@ def _facts(source: Source) -> dict[str, Any]:
     manifest: Manifest | None = source.facts.get("manifest")
     rest = _of_manifest(manifest) if manifest is not None else source.facts
     facts |= {key: value for key, value in rest.items() if key != "bytes" and value not in ("", [])}
-    if manifest is not None:
-        from shardwise.checkpoint import small_state
-        from shardwise.checkpoint.directory import read_whole
+    if source.kind in ("shardwise", "deepspeed"):
+        from shardwise.checkpoint.source_state import state_of
 
-        data = read_whole(source.path, manifest.files, ["state.pt"])["state.pt"]
-        small = small_state.loads(data, source.path / "state.pt").get("state", {})
-        facts |= {"also": [str(key) for key in small]} if small else {}
+        found = state_of(source)
+        assert found is not None
+        facts |= _of_state(found[0])
     return {**facts, "files": len(source.files), "bytes": sum(source.files.values())}
+
+
+def _of_state(common: dict[str, Any]) -> dict[str, Any]:
+    """What is there beside tensors."""
+    out: dict[str, Any] = {}
+    groups = [group for saved in common["optimizers"] for group in saved["groups"]]
+    if groups:
+        rates = dict.fromkeys(f"{float(g['values']['lr']):g}" for g in groups if "lr" in g["values"])
+        out["optimizer groups"] = f"{len(groups)}" + (f", lr {', '.join(rates)}" if rates else "")
+    small = {key: value for key, value in common["state"].items() if value is not None and value != {}}
+    scaler = small.get("loss_scaler")
+    if isinstance(scaler, dict) and "cur_scale" in scaler:
+        out["loss scale"] = f"{float(scaler['cur_scale']):g}"
+    client = small.get("client_state")
+    if isinstance(client, dict):
+        out["client_state"] = [str(key) for key in client]
+    return out | ({"also": [str(key) for key in small]} if small else {})
 
 
 Row = tuple[str, "Stored", str, list[str]]
