@@ -26,6 +26,7 @@ from shardwise.engine.in_backward import InBackward
 from shardwise.engine.integrity import Integrity
 from shardwise.engine.mixed_precision import compute_dtype, match_inputs
 from shardwise.engine.overlaps import refuse_overlaps
+from shardwise.engine.parked import forget_parked
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import CommError, OffloadError, UnitError, UpdateFailed
@@ -84,6 +85,7 @@ def shard(
     made: dict[str, Unit] = {}
 
     def make(name: str) -> None:
+        forget_parked(p for p, _ in of_unit[name])
         members = [(p, its, compute_dtype(chosen, map(holder, its))) for p, its in of_unit[name]]
         made[name] = Unit(
             name, owners[name], members, holder, engine.mesh, chosen, engine.ledger, home,

@@ -39,8 +39,12 @@ class Owner(Protocol):
     def taking_handles(self) -> bool:
         """Is somebody taking ``param.detach()`` as a place to put the true value later (``state_dict()``)?"""
 
-    def access(self, param: nn.Parameter, operation: str) -> None:
-        """Somebody uses the values: have them here when this returns, or raise."""
+    def access(self, param: nn.Parameter, operation: str, operands: Any = ()) -> None:
+        """Somebody uses the values: have them here when this returns, or raise.
+
+        Args:
+            operands: of the operation, in nests: what else must stay here for it.
+        """
 
     def saving(self) -> AbstractContextManager[Any]:
         """Around what is done with the values, for what autograd saves of them."""
@@ -66,7 +70,7 @@ class Guard:
                     return f"GuardedParameter({param._shardwise_name}, shape={tuple(_plain(param.size))}, released)"
                 if name == "detach" and param._shardwise_unit.taking_handles:
                     continue
-                param._shardwise_unit.access(param, name)
+                param._shardwise_unit.access(param, name, (args, kwargs))
                 used[id(param._shardwise_unit)] = param._shardwise_unit
         with ExitStack() as stack:
             for unit in used.values() if torch.is_grad_enabled() else ():

@@ -598,7 +598,7 @@ class Unit:
         self.release()
 
     # --- when somebody reads a parameter ---------------------------------------------------------------
-    def access(self, param: nn.Parameter, operation: str) -> None:
+    def access(self, param: nn.Parameter, operation: str, operands: Any = ()) -> None:
         """Somebody uses a guarded parameter: bring the values, if all ranks are here for the same reason.
 
         Raises:
@@ -688,4 +688,5 @@ def values_change(units: Sequence[Unit]) -> None:
 
 def unit_of(param: Any) -> Unit | None:
     """The unit that answers for a parameter; ``None`` if it is not sharded."""
-    return getattr(param, "_shardwise_unit", None)
+    owner = getattr(param, "_shardwise_unit", None)
+    return owner if isinstance(owner, Unit) else None  # or its values are put aside until it is sharded

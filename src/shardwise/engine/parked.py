@@ -1,0 +1,306 @@
+"""Values of parameters that are not sharded yet, put aside: each rank keeps its part of them, and the rest is freed.
+
+So a model that no rank could hold whole can be built by ordinary code, module by module, and keeps every value that
+its constructors computed. A parameter that is put aside is guarded, as released ones of a sharded model are: whoever
+uses it has its values back first, on every rank, and may write to them. When the model is sharded, a unit's values
+are brought together just before it is made.
+
+A parameter is cut into as many equal parts as there are ranks, by its elements in order. Rank 0's values count.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.comm import World
+from shardwise.comm.stats import Op
+from shardwise.engine.guard import Guard, guard, mark, unguard
+from shardwise.errors import UnitError
+from shardwise.tiers.home import Home
+from shardwise.tiers.ledger import Ledger
+from shardwise.tiers.offloaded_values import OffloadedValues
+from shardwise.trees import leaves
+
+_VALUES, _WRITES = 5, 6  # tags, below those of units
+_FREE, _BUSY, _DEAD = 0, 1, 2  # what a rank says of a parameter: may be put aside, is needed here, is gone
+KEEP = 1 << 22
+"""Bytes that are left where they are, of what was brought because somebody used it."""
+
+
+class _Place:
+    """Where the values of one parameter are.
+
+    Attributes:
+        part: this rank's ``(ceil(numel / ranks),)``, in memory or at its home.
+        here: they are in the parameter, all of them.
+        pins: blocks that need them there.
+        version: of the parameter when they came.
+    """
+
+    __slots__ = ("here", "name", "nbytes", "param", "part", "pins", "version")
+
+    def __init__(self, param: nn.Parameter, name: str) -> None:
+        self.param, self.name, self.nbytes = weakref.ref(param), name, param.nbytes
+        self.part: torch.Tensor | OffloadedValues | None = None
+        self.here, self.pins, self.version = True, 0, 0
+
+
+class ParkedValues:
+    """The values of some parameters, put aside.
+
+    Args:
+        world: who holds the parts.
+        device: where the values are when they are used.
+        where: of the parts: ``device``, ``cpu`` or ``nvme``.
+        path: a folder on the disk; ``None`` finds one.
+        timeout: seconds that a collective may wait.
+
+    Raises:
+        OffloadError: there is no such place.
+    """
+
+    label = "a model that is being built"
+    taking_handles = False
+
+    def __init__(
+        self, world: World, device: torch.device, where: str = "device", path: str | None = None, timeout: float = 600.0
+    ) -> None:
+        self.world, self.device = world, device
+        self._mesh = world.mesh(device, world.size, timeout)
+        self._on = device if where == "device" else torch.device("cpu")
+        self._home = Home("nvme", Ledger(), path=path, rank=world.rank) if where == "nvme" else None
+        self._places: dict[int, _Place] = {}
+        self._brought: list[_Place] = []  # because somebody used them; the last one at the end
+        self.keep = KEEP
+
+    @property
+    def useful(self) -> bool:
+        """Is less memory needed with it than without?"""
+        return self._mesh.whole.size > 1 or self._home is not None
+
+    # --- putting aside and bringing ----------------------------------------------------------------
+    def park(self, params: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+        """Put the values of parameters aside; returns those that were not before. Collective.
+
+        Those that somebody has a view of stay, until the next call that can. Other kinds of parameters, empty ones,
+        and those without memory or that are sharded are left alone.
+        """
+        new = []
+        for name, p in params:
+            place = self._places.get(id(p))
+            if place is None and _can(p):
+                place = self._places[id(p)] = _Place(p, name)
+                weakref.finalize(p, self._places.pop, id(p), None).atexit = False
+                new.append(p)
+                if p.device != self.device:
+                    p.data = p.data.to(self.device)
+                self._brought.append(place)
+        self.settle()
+        return new
+
+    @torch.no_grad()
+    def settle(self, but: Any = (), keep: int = 0) -> None:
+        """Put aside what is here, on all ranks or on none. Collective where there is something.
+
+        Args:
+            but: tensors in nests; parameters among them stay.
+            keep: so many bytes of what was used last stay.
+        """
+        stays = {id(t) for t in leaves(but) if isinstance(t, torch.Tensor)}
+        some: list[_Place] = []
+        kept: list[_Place] = []
+        for place in reversed(self._brought):
+            keep -= place.nbytes
+            (kept if place.part is not None and keep >= 0 else some).append(place)
+        if not some:
+            return
+        some.reverse()
+        found = [place.param() for place in some]
+        rows = self._votes([_DEAD if p is None else _BUSY if place.pins or id(p) in stays or _aliased(p) else _FREE
+                            for place, p in zip(some, found, strict=True)])  # fmt: skip
+        left: list[_Place] = []
+        for place, p, votes in zip(some, found, rows, strict=True):
+            if p is not None and set(votes) == {_FREE}:
+                self._put(place, p)
+            elif set(votes) != {_DEAD}:
+                left.append(place)
+        self._brought = left + kept[::-1]
+
+    def _put(self, place: _Place, p: nn.Parameter, source: int = 0) -> None:
+        self.take(place, p, source)
+        with torch._C.DisableTorchFunctionSubclass():
+            p.data = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
+        place.here = False
+        mark(p, self, place.name)  # type: ignore[arg-type]
+        guard([p])
+
+    def take(self, place: _Place, p: nn.Parameter, source: int = 0) -> None:
+        """One rank's values for everyone; each keeps its part."""
+        group = self._mesh.whole
+        values = p.detach().contiguous()
+        group.broadcast(values.view(-1).view(torch.uint8), self._op(place), source).wait()
+        if values.data_ptr() != p.data_ptr():
+            p.copy_(values)
+        size = self._part_size(p)
+        mine = values.view(-1)[group.rank * size : (group.rank + 1) * size]
+        part = torch.zeros(size, dtype=p.dtype, device=self._on)
+        part[: mine.numel()].copy_(mine)
+        if self._home is None:
+            place.part = part
+        elif isinstance(place.part, OffloadedValues):
+            place.part.materialise()
+            place.part.tensor.copy_(part)
+            place.part.write_back()
+        else:
+            place.part = OffloadedValues(self._home, f"parameter '{place.name}'", part, disk=True, state="parameters")
+        place.version = p._version
+
+    @torch.no_grad()
+    def bring(self, p: nn.Parameter) -> None:
+        """Have the values of a parameter in it. Collective."""
+        place = self._places[id(p)]
+        if place.here:
+            return
+        group, size = self._mesh.whole, self._part_size(p)
+        flat = torch.empty(size * group.size, dtype=p.dtype, device=self.device)
+        part = place.part
+        assert part is not None
+        flat[group.rank * size : (group.rank + 1) * size].copy_(
+            part.copied() if isinstance(part, OffloadedValues) else part
+        )
+        group.all_gather(flat.view(torch.uint8), self._op(place)).wait()
+        unguard([p])
+        p.data = flat[: p.numel()].view(p.shape)
+        place.here, place.version = True, p._version
+        self._brought.append(place)
+
+    def forget(self, p: nn.Parameter) -> None:
+        """The values of a parameter are its own from here on."""
+        self.bring(p)
+        self._brought = [place for place in self._brought if place.param() is not p]
+        self._places.pop(id(p), None)
+        for name in ("_shardwise_unit", "_shardwise_name"):
+            vars(p).pop(name, None)
+
+    # --- blocks that need values -----------------------------------------------------------------------
+    @contextmanager
+    def here(self, params: Sequence[nn.Parameter], source: int | None) -> Iterator[None]:
+        """Have values of parameters in them inside the block. Collective.
+
+        Args:
+            source: the rank whose values count when it ends; ``None``: they are read only.
+
+        Raises:
+            UnitError: they were written to, without a ``source``.
+        """
+        places = [self._places[id(p)] for p in params]
+        for place, p in zip(places, params, strict=True):
+            self.bring(p)
+            place.pins += 1
+        try:
+            yield
+            with torch.no_grad():
+                if source is not None:
+                    for place, p in zip(places, params, strict=True):
+                        if place.part is not None:
+                            self.take(place, p, source)
+                        else:  # not put aside yet
+                            self._mesh.whole.broadcast(p.detach(), self._op(place), source).wait()
+                else:
+                    self._refuse_writes(places)
+        except BaseException:
+            for place in places:
+                place.pins -= 1
+            raise
+        for place in places:
+            place.pins -= 1
+        self.settle()
+
+    def _refuse_writes(self, places: Sequence[_Place]) -> None:
+        written = ""
+        for place in places:
+            p = place.param()
+            if place.part is None or place.pins > 1 or p is None:
+                continue  # a block around this one may take over what was written
+            size, rank = self._part_size(p), self._mesh.whole.rank
+            mine = p.detach().reshape(-1)[rank * size : (rank + 1) * size]
+            part = place.part.copied() if isinstance(place.part, OffloadedValues) else place.part
+            same = torch.equal(mine.view(torch.uint8), part[: mine.numel()].to(mine.device).view(torch.uint8))
+            if p._version != place.version or not same:
+                written = written or place.name
+        if any(self._votes([_BUSY if written else _FREE])[0]):
+            raise UnitError(
+                "values were written to where they are only read: what was written is lost",
+                where=f"parameter '{written}'" if written else "on another rank",
+                fix="say whose values count: GatheredParameters(params, modifier_rank=0)",
+            )
+
+    # --- what a guarded parameter asks of its owner ------------------------------------------------------
+    def access(self, param: nn.Parameter, operation: str, operands: Any = ()) -> None:
+        """Somebody uses a parameter that is put aside: bring its values, and put others aside for it."""
+        self.settle(but=(operands, param), keep=self.keep)
+        self.bring(param)
+
+    def saving(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def is_copied(self, memo: Any) -> bool:
+        return False
+
+    def __deepcopy__(self, memo: Any) -> ParkedValues:
+        return self
+
+    # --- parts ---------------------------------------------------------------------------------------------
+    def _op(self, place: _Place) -> Op:
+        return Op("parked", f"parameter '{place.name}' of {self.label}", _VALUES)
+
+    def _part_size(self, p: nn.Parameter) -> int:
+        return -(-p.numel() // self._mesh.whole.size)
+
+    def _votes(self, mine: Sequence[int]) -> list[list[int]]:
+        """What every rank says about each of some things."""
+        group = self._mesh.control
+        if group.size == 1 or self.world.fake:
+            return [[vote] for vote in mine]
+        rows = torch.zeros(group.size, len(mine), dtype=torch.uint8)
+        rows[group.rank] = torch.tensor(mine, dtype=torch.uint8)
+        group.all_gather(rows.view(-1), Op("control", self.label, _WRITES)).wait()
+        columns: list[list[int]] = rows.t().tolist()
+        return columns
+
+
+def _can(p: nn.Parameter) -> bool:
+    plain = type(p) is nn.Parameter and not p.is_meta and p.layout is torch.strided and p.numel() > 0
+    return plain and "_shardwise_unit" not in vars(p)
+
+
+def _aliased(p: nn.Parameter) -> bool:
+    """Has anybody beside the parameter a view of its memory?"""
+    with torch._C.DisableTorchFunctionSubclass():
+        storage = p.untyped_storage()
+        return bool(torch._C._storage_Use_Count(storage._cdata) > 2)  # the parameter's, and the object in hand
+
+
+def parked_in(param: Any) -> ParkedValues | None:
+    """Who has put a parameter's values aside; ``None``: nobody."""
+    owner = vars(param).get("_shardwise_unit") if isinstance(param, nn.Parameter) else None
+    return owner if isinstance(owner, ParkedValues) else None
+
+
+def is_parked(param: nn.Parameter) -> bool:
+    """Are a parameter's values somewhere else at the moment, and to be brought?"""
+    return parked_in(param) is not None and isinstance(param, Guard)
+
+
+def forget_parked(params: Iterable[nn.Parameter]) -> None:
+    """Bring what is put aside, for good: whoever calls it keeps the values from here on. Collective."""
+    for p in params:
+        owner = parked_in(p)
+        if owner is not None:
+            owner.forget(p)
