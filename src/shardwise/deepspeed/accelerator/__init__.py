@@ -1,0 +1,5 @@
+"""``get_accelerator()``: what this process computes on, in DeepSpeed's words."""
+
+from shardwise.deepspeed.accelerator.real_accelerator import Accelerator, get_accelerator
+
+__all__ = ["Accelerator", "get_accelerator"]
