@@ -24,9 +24,9 @@ def gathered(
 
     Args:
         module: the sharded module, a module inside one, or parameters: their units' values come.
-        write: take changed values over (rank ``source``'s, for everyone) when the block ends. Values that were not changed
-            keep their master values to the last bit, also where values have fewer bits. If the block raises, nothing
-            is taken over.
+        write: take changed values over (rank ``source``'s, for everyone) when the block ends. Values that were not
+            changed keep their master values to the last bit, also where values have fewer bits. If the block raises,
+            nothing is taken over.
         grads: show whole reduced gradients in ``p.grad`` meanwhile. Changes to them are not kept.
 
     Raises:

@@ -26,7 +26,7 @@ _METADATA = METADATA_ATTRIBUTES | {
 _METHODS = METADATA_METHODS | {
     "stride", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "is_contiguous",
     "storage_offset", "_is_view", "is_distributed", "retain_grad",
-    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "__dir__", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 }  # fmt: skip
 
 

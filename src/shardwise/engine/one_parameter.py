@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
     unit: Unit
     bucket: Bucket
-    index: int
+    number: int  # in the bucket
     name: str
     shape: tuple[int, ...]
     start: int
@@ -62,7 +62,7 @@ def whole_of(at: Place, value: torch.Tensor) -> torch.Tensor:
 
 def cut_part(at: Place, part: torch.Tensor) -> list[torch.Tensor]:
     """This rank's part of something, by pieces."""
-    sizes = [hi - lo for lo, hi in at.bucket.ranges(at.index)]
+    sizes = [hi - lo for lo, hi in at.bucket.ranges(at.number)]
     if not isinstance(part, torch.Tensor) or part.numel() != sum(sizes):
         raise ArgumentError(
             f"{part.numel() if isinstance(part, torch.Tensor) else part!r} elements, and this rank holds {sum(sizes)}",
@@ -97,7 +97,7 @@ def set_full_values(p: nn.Parameter, value: torch.Tensor) -> None:
     """
     at = place_in(p)
     flat = whole_of(at, value)
-    _write(at, [flat[lo:hi] for lo, hi in at.bucket.ranges(at.index)])
+    _write(at, [flat[lo:hi] for lo, hi in at.bucket.ranges(at.number)])
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def local_values(p: nn.Parameter) -> torch.Tensor:
     """This rank's part of the master values."""
     at = place_in(p)
     with at.bucket.master_here():
-        return joined(at, at.bucket.piece_params[at.index])
+        return joined(at, at.bucket.piece_params[at.number])
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def _write(at: Place, parts: list[torch.Tensor]) -> None:
     at.unit.reconcile()
     at.unit.finish_transfers()
     with at.bucket.master_here(write=True):
-        for piece, mine in zip(at.bucket.piece_params[at.index], parts, strict=True):
+        for piece, mine in zip(at.bucket.piece_params[at.number], parts, strict=True):
             piece.copy_(mine.view(piece.shape))
     at.unit.publish([at.bucket])
 
@@ -146,7 +146,7 @@ def full_grads(params: Iterable[nn.Parameter]) -> Iterator[torch.Tensor | None]:
         elif not isinstance(grad, ShardedGrad):
             yield grad.detach().clone()
         else:
-            at.bucket.grads.require_reduced(at.index)
+            at.bucket.grads.require_reduced(at.number)
             if last is None or last[0] is not at.bucket:
                 last = at.bucket, at.unit.full_grads(at.bucket)
             yield at.cut(last[1])
@@ -167,7 +167,7 @@ def set_full_grad(p: nn.Parameter, value: torch.Tensor) -> None:
     elif not isinstance(grad, ShardedGrad):
         grad.copy_(value)
     else:
-        _write_grad(at, [flat[lo:hi] for lo, hi in at.bucket.ranges(at.index)])
+        _write_grad(at, [flat[lo:hi] for lo, hi in at.bucket.ranges(at.number)])
 
 
 @torch.no_grad()
@@ -177,9 +177,9 @@ def local_grad(p: nn.Parameter) -> torch.Tensor | None:
     if grad is None:
         return None
     if not isinstance(grad, ShardedGrad):
-        return joined(at, [grad.reshape(-1)[lo:hi] for lo, hi in at.bucket.ranges(at.index)])
-    at.bucket.grads.require_reduced(at.index)
-    return joined(at, at.bucket.grads.pieces(at.index))
+        return joined(at, [grad.reshape(-1)[lo:hi] for lo, hi in at.bucket.ranges(at.number)])
+    at.bucket.grads.require_reduced(at.number)
+    return joined(at, at.bucket.grads.pieces(at.number))
 
 
 @torch.no_grad()
@@ -196,7 +196,7 @@ def set_local_grad(p: nn.Parameter, part: torch.Tensor) -> None:
             "there is no gradient to replace a part of", where=f"parameter '{at.name}'", fix="run a backward first"
         )
     if not isinstance(grad, ShardedGrad):
-        for (lo, hi), mine in zip(at.bucket.ranges(at.index), parts, strict=True):
+        for (lo, hi), mine in zip(at.bucket.ranges(at.number), parts, strict=True):
             grad.view(-1)[lo:hi].copy_(mine)
     else:
         _write_grad(at, parts)
@@ -204,7 +204,7 @@ def set_local_grad(p: nn.Parameter, part: torch.Tensor) -> None:
 
 def _write_grad(at: Place, parts: list[torch.Tensor]) -> None:
     grads = at.bucket.grads
-    grads.require_reduced(at.index)
-    grads.scalings.forget(at.index)
-    for piece, mine in zip(grads.pieces(at.index), parts, strict=True):
+    grads.require_reduced(at.number)
+    grads.scalings.forget(at.number)
+    for piece, mine in zip(grads.pieces(at.number), parts, strict=True):
         piece.copy_(mine.view(piece.shape))

@@ -21,7 +21,7 @@ from shardwise.tiers.swapped_tensor import fetch, is_swapped
 
 _TAG = 7  # below those of units
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NONE, _FITS, _NUMBER, _OTHER = range(4)  # what a rank knows of a state: nothing, its pieces', one number, another shape
+_NONE, _FITS, _NUMBER, _OTHER = range(4)  # of a state
 
 
 def _optimizer_of(at: Place) -> Optimizer | None:
@@ -30,7 +30,7 @@ def _optimizer_of(at: Place) -> Optimizer | None:
     for optimizer in upward.optimizers if isinstance(upward, Engine) else ():
         record = attachment_of(optimizer)
         if record is not None and any(unit is at.unit for unit in record.units):
-            param = at.bucket.params[at.index]
+            param = at.bucket.params[at.number]
             if any(p is param for p in record.params):
                 record.finish_updates()
                 return optimizer
@@ -42,7 +42,7 @@ def _states(at: Place, key: str) -> list[Any]:
     optimizer = _optimizer_of(at)
     if optimizer is None:
         return []
-    pieces = at.bucket.piece_params[at.index]
+    pieces = at.bucket.piece_params[at.number]
     found = [optimizer.state[piece].get(key) if piece in optimizer.state else None for piece in pieces]
     return [] if any(value is None for value in found) else found
 
@@ -71,7 +71,7 @@ def full_state(p: nn.Parameter, key: str) -> torch.Tensor | None:
             fix="read it with 'with shardwise.optimizer_state(optimizer) as state:' on the rank that holds it",
         )
     out = torch.zeros(bucket.layout.numel, dtype=dtype, device=bucket.device)
-    for value, (lo, hi) in zip(found, bucket.ranges(at.index), strict=False):
+    for value, (lo, hi) in zip(found, bucket.ranges(at.number), strict=False):
         out[at.start + lo : at.start + hi].copy_(value.reshape(-1))
     with at.unit.upward.announce(Command.VALUES, at.unit.index, at.unit.buckets.index(bucket), "values"):
         bucket.mesh.gather(out, bucket.op("state")).wait()
@@ -85,7 +85,7 @@ def _agree(at: Place, key: str, found: list[Any]) -> tuple[int, torch.dtype, flo
         first = found[0]
         if not isinstance(first, torch.Tensor):
             kind, number = _NUMBER, float(first)
-        elif first.shape == at.bucket.piece_params[at.index][0].shape and first.dim() > 0:
+        elif first.shape == at.bucket.piece_params[at.number][0].shape and first.dim() > 0:
             kind, dtype = _FITS, first.dtype
         elif first.numel() == 1:
             kind, number, dtype = _NUMBER, float(first), first.dtype
@@ -116,7 +116,7 @@ def set_full_state(p: nn.Parameter, key: str, value: torch.Tensor) -> None:
     at = place_in(p)
     number = value.dim() == 0 and at.shape != ()
     flat = value.detach() if number else whole_of(at, value)
-    ranges = at.bucket.ranges(at.index)
+    ranges = at.bucket.ranges(at.number)
     _write_state(at, key, [flat if number else flat[lo:hi] for lo, hi in ranges])
 
 

@@ -134,10 +134,13 @@ class ParkedValues:
 
     def _put(self, place: _Place, p: nn.Parameter, source: int = 0) -> None:
         self.take(place, p, source)
+        self._free(place, p)
+
+    def _free(self, place: _Place, p: nn.Parameter) -> None:
         with torch._C.DisableTorchFunctionSubclass():
             p.data = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
         place.here = False
-        mark(p, self, place.name)  # type: ignore[arg-type]
+        mark(p, self, place.name)
         guard([p])
 
     def take(self, place: _Place, p: nn.Parameter, source: int = 0) -> None:
@@ -215,8 +218,11 @@ class ParkedValues:
                 else:
                     self._refuse_writes(places)
         except BaseException:
-            for place in places:
+            for place, p in zip(places, params, strict=True):
                 place.pins -= 1
+                if place.part is not None and not place.pins:
+                    self._free(place, p)  # what was written is not taken over
+            self._brought = [place for place in self._brought if place.here]
             raise
         for place in places:
             place.pins -= 1

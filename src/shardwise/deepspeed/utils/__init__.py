@@ -33,9 +33,11 @@ if TYPE_CHECKING:
         set_z3_leaf_modules_by_name,
         set_z3_leaf_modules_by_suffix,
         unset_z3_leaf_modules,
-        z3_leaf_module,
         z3_leaf_parameter,
     )
+
+# Now: the function is to have the name that importing the module would take later.
+from shardwise.deepspeed.utils.z3_leaf_module import z3_leaf_module
 
 __all__ = [
     "OnDevice",

@@ -49,7 +49,7 @@ def safe_set_full_grad(param: nn.Parameter, value: torch.Tensor) -> None:
 def safe_update_full_grad_vectorized(
     param_list: Sequence[nn.Parameter], update_func: Callable[[torch.Tensor, nn.Parameter], torch.Tensor]
 ) -> None:
-    """Replace the gradients of several parameters by ``update_func(gradient, parameter)``. Those without one are left."""
+    """Replace the gradients of several parameters by ``update_func(gradient, parameter)``, where there are some."""
     params = [p for p in param_list if p.requires_grad and unit_of(p) is not None]
     for p, grad in zip(params, one_parameter.full_grads(params), strict=True):
         if grad is not None:
@@ -57,7 +57,7 @@ def safe_update_full_grad_vectorized(
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
-    """What the optimizer keeps under a key such as ``exp_avg``; ``None`` if it keeps nothing (before the first step)."""
+    """What the optimizer keeps under a key such as ``exp_avg``; ``None`` if nothing, as before the first step."""
     return None if unit_of(param) is None else one_state.full_state(param, optim_state_key)
 
 

@@ -74,12 +74,16 @@ class Constructors:
             if type(module) is kind and threading.get_ident() == self._thread:  # and not a subclass's super().__init__
                 self._tell(module)
 
-        kind.__init__ = told  # type: ignore[misc]
+        self._set(kind, told)
+
+    @staticmethod
+    def _set(kind: Any, init: Any) -> None:
+        kind.__init__ = init
 
     def _unwrap(self) -> None:
         for kind, own in self._own.items():
             if own is None:
                 del kind.__init__
             else:
-                kind.__init__ = own  # type: ignore[misc]
+                self._set(kind, own)
         self._own.clear()

@@ -30,20 +30,21 @@ def mark(model: nn.Module) -> None:
 
     Does nothing to parameters that stay whole, but take away what ``zero.Init`` gave them.
     """
-    engines: dict[int, Any] = {}
-    for p in model.parameters():
-        unit = unit_of(p)
-        if unit is None:
-            continue
-        engines[id(unit.upward)] = unit.upward
-        if unit.strategy.split_params:
-            _give(p)
-            vars(p)["ds_tensor"] = _part(unit, p)
-        else:
-            _take(p)
-    for engine in engines.values():
+    units = {id(unit): unit for p in model.parameters() if (unit := unit_of(p)) is not None}
+    for engine in {id(unit.upward): unit.upward for unit in units.values()}.values():
         if isinstance(engine, Engine) and _mark_copy not in engine.on_copy:
             engine.on_copy.append(_mark_copy)
+    _mark_units(units.values())
+
+
+def _mark_units(units: Iterable[Unit]) -> None:
+    for unit in units:
+        for p in unit.params:
+            if unit.strategy.split_params:
+                _give(p)
+                vars(p)["ds_tensor"] = _part(unit, p)
+            else:
+                _take(p)
 
 
 def mark_parked(params: Iterable[nn.Parameter]) -> None:
@@ -53,7 +54,7 @@ def mark_parked(params: Iterable[nn.Parameter]) -> None:
 
 
 def _mark_copy(old: Engine, new: Engine, memo: object) -> None:
-    mark(new.module)
+    _mark_units(new.units)
 
 
 def _give(p: nn.Parameter) -> None:
