@@ -342,6 +342,25 @@ def test_a_checkpointed_part_is_computed_again_with_the_same_bits(strategy, on_h
     run(2, checkpoints, strategy, on_host)
 
 
+def keeps_on_host():
+    checkpointing.configure(checkpoint_in_cpu=True)
+    device = shardwise.init("sim:0").device
+    torch.manual_seed(0)
+    model = Tower(checkpointing.checkpoint).to(device)
+    x = torch.randn(64, 64, device=device, requires_grad=True)
+    loss = model(x).square().sum()
+    (host,) = checkpointing._hosts.values()
+    kept = host.ledger.live["host_activations"]
+    loss.backward()
+    checkpointing.reset()
+    return kept
+
+
+def test_what_a_part_is_called_with_is_kept_on_the_host():
+    """The first part's argument is an input of the script's, and is still there; the others' are not."""
+    assert run(1, keeps_on_host, device="sim")[0] >= 2 * 64 * 64 * 4
+
+
 def test_the_configuration_chooses_where_activations_are():
     checkpointing.configure(deepspeed_config={"activation_checkpointing": {"cpu_checkpointing": True}})
     assert checkpointing._settings.on_host

@@ -25,6 +25,7 @@ from shardwise.deepspeed.runtime.zero import stage3, stage_1_and_2
 from shardwise.deepspeed.zero.init import _lots
 from shardwise.deepspeed.zero.leaf import apply_leaf_config, leaf_units, set_z3_leaf_modules
 from shardwise.deepspeed.zero.probes import mark
+from shardwise.engine.move import move
 from shardwise.engine.parked import is_parked
 from shardwise.engine.unit import unit_of
 from shardwise.errors import ConfigError, ShardwiseError, UnitError
@@ -107,6 +108,25 @@ def builds(where, strategy):
 def test_values_are_those_of_ordinary_construction(size, strategy):
     for where in HOMES:
         run(size, builds, where, strategy)
+
+
+def moves(where, strategy):
+    """As 'initialize' does it: what is put aside is not brought by a move, and comes to the device unit by unit."""
+    plain, _ = built()
+    with zero.Init(remote_device=where):
+        model, _ = built()
+    device = shardwise.init("sim:0").device
+    move(model, device)
+    assert all(is_parked(p) for p in model.parameters()) and model.blocks[0].steps.device == device
+    shardwise.fully_shard(model, strategy=strategy)
+    assert_same({k: v.cpu() for k, v in whole(model).items()}, whole(plain))
+    model(torch.ones(2, 8, device=device)).sum().backward()
+
+
+@pytest.mark.parametrize("where", HOMES)
+@pytest.mark.parametrize("strategy", ["zero3", "zero3,offload_params=cpu,offload_optimizer=cpu"])
+def test_values_come_to_the_device(where, strategy):
+    run(2, moves, where, strategy, device="sim")
 
 
 class Wide(nn.Module):
@@ -508,10 +528,8 @@ def test_the_live_configuration_is_asked(tmp_path):
     for given in (config, str(path), path, text, json.dumps(config)):
         held = HfDeepSpeedConfig(given)
         assert held.config == config and is_deepspeed_zero3_enabled() and deepspeed_config() == config
-        assert (
-            held.is_offload() and not held.is_zero2() and held.is_false("fp16.enabled")
-        assert not held.is_true("bf16.enabled")
-        )
+        assert held.is_offload() and not held.is_zero2()
+        assert held.is_false("fp16.enabled") and not held.is_true("bf16.enabled")
     held.del_config_sub_tree("zero_optimization.offload_param")
     assert not held.is_offload() and held.get_value("zero_optimization.stage") == 3 and "offload_param" in str(config)
     with pytest.raises(ConfigError, match="no such"):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from shardwise.comm import World
+from shardwise.comm.group import Group
 from shardwise.comm.stats import Op
 from shardwise.engine.guard import Guard, guard, mark, unguard
 from shardwise.errors import UnitError
@@ -39,15 +40,17 @@ class _Place:
     Attributes:
         part: this rank's ``(ceil(numel / ranks),)``, in memory or at its home.
         here: they are in the parameter, all of them.
+        gone: forgets it when the parameter is dropped.
         pins: blocks that need them there.
         version: of the parameter when they came.
     """
 
-    __slots__ = ("here", "name", "nbytes", "param", "part", "pins", "version")
+    __slots__ = ("gone", "here", "name", "nbytes", "param", "part", "pins", "version")
 
     def __init__(self, param: nn.Parameter, name: str) -> None:
         self.param, self.name, self.nbytes = weakref.ref(param), name, param.nbytes
         self.part: torch.Tensor | OffloadedValues | None = None
+        self.gone: weakref.finalize[Any, Any] | None = None
         self.here, self.pins, self.version = True, 0, 0
 
 
@@ -56,8 +59,7 @@ class ParkedValues:
 
     Args:
         world: who holds the parts.
-        device: where the values are when they are used.
-        where: of the parts: ``device``, ``cpu`` or ``nvme``.
+        where: parts are kept: ``device`` (where the constructor made the values), ``cpu`` or ``nvme``.
         path: a folder on the disk; ``None`` finds one.
         timeout: seconds that a collective may wait.
 
@@ -68,12 +70,10 @@ class ParkedValues:
     label = "a model that is being built"
     taking_handles = False
 
-    def __init__(
-        self, world: World, device: torch.device, where: str = "device", path: str | None = None, timeout: float = 600.0
-    ) -> None:
-        self.world, self.device = world, device
-        self._mesh = world.mesh(device, world.size, timeout)
-        self._on = device if where == "device" else torch.device("cpu")
+    def __init__(self, world: World, where: str = "device", path: str | None = None, timeout: float = 600.0) -> None:
+        self.world, self._timeout = world, timeout
+        self._control = world.control_group(timeout)
+        self._on = None if where == "device" else torch.device("cpu")
         self._home = Home("nvme", Ledger(), path=path, rank=world.rank) if where == "nvme" else None
         self._places: dict[int, _Place] = {}
         self._brought: list[_Place] = []  # because somebody used them; the last one at the end
@@ -82,7 +82,7 @@ class ParkedValues:
     @property
     def useful(self) -> bool:
         """Is less memory needed with it than without?"""
-        return self._mesh.whole.size > 1 or self._home is not None
+        return self.world.size > 1 or self._home is not None
 
     # --- putting aside and bringing ----------------------------------------------------------------
     def park(self, params: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
@@ -96,10 +96,9 @@ class ParkedValues:
             place = self._places.get(id(p))
             if place is None and _can(p):
                 place = self._places[id(p)] = _Place(p, name)
-                weakref.finalize(p, self._places.pop, id(p), None).atexit = False
+                place.gone = weakref.finalize(p, self._places.pop, id(p), None)
+                place.gone.atexit = False
                 new.append(p)
-                if p.device != self.device:
-                    p.data = p.data.to(self.device)
                 self._brought.append(place)
         self.settle()
         return new
@@ -145,14 +144,14 @@ class ParkedValues:
 
     def take(self, place: _Place, p: nn.Parameter, source: int = 0) -> None:
         """One rank's values for everyone; each keeps its part."""
-        group = self._mesh.whole
+        group = self._group(p.device)
         values = p.detach().contiguous()
         group.broadcast(values.view(-1).view(torch.uint8), self._op(place), source).wait()
         if values.data_ptr() != p.data_ptr():
             p.copy_(values)
         size = self._part_size(p)
         mine = values.view(-1)[group.rank * size : (group.rank + 1) * size]
-        part = torch.zeros(size, dtype=p.dtype, device=self._on)
+        part = torch.zeros(size, dtype=p.dtype, device=self._on or p.device)
         part[: mine.numel()].copy_(mine)
         if self._home is None:
             place.part = part
@@ -164,32 +163,47 @@ class ParkedValues:
             place.part = OffloadedValues(self._home, f"parameter '{place.name}'", part, disk=True, state="parameters")
         place.version = p._version
 
-    @torch.no_grad()
     def bring(self, p: nn.Parameter) -> None:
         """Have the values of a parameter in it. Collective."""
         place = self._places[id(p)]
         if place.here:
             return
-        group, size = self._mesh.whole, self._part_size(p)
-        flat = torch.empty(size * group.size, dtype=p.dtype, device=self.device)
+        values = self._gathered(place, p, p.device)
+        unguard([p])
+        p.data = values
+        place.here, place.version = True, p._version
+        self._brought.append(place)
+
+    @torch.no_grad()
+    def _gathered(self, place: _Place, p: nn.Parameter, device: torch.device) -> torch.Tensor:
+        group, size = self._group(device), self._part_size(p)
+        flat = torch.empty(size * group.size, dtype=p.dtype, device=device)
         part = place.part
         assert part is not None
         flat[group.rank * size : (group.rank + 1) * size].copy_(
             part.copied() if isinstance(part, OffloadedValues) else part
         )
         group.all_gather(flat.view(torch.uint8), self._op(place)).wait()
-        unguard([p])
-        p.data = flat[: p.numel()].view(p.shape)
-        place.here, place.version = True, p._version
-        self._brought.append(place)
+        return flat[: p.numel()].view(p.shape)
 
-    def forget(self, p: nn.Parameter) -> None:
-        """The values of a parameter are its own from here on."""
-        self.bring(p)
-        self._brought = [place for place in self._brought if place.param() is not p]
-        self._places.pop(id(p), None)
+    def forget(self, p: nn.Parameter, device: torch.device) -> None:
+        """The values of a parameter are its own from here on, on a device."""
+        place = self._places.pop(id(p))
+        self._brought = [other for other in self._brought if other is not place]
+        if place.gone is not None:
+            place.gone.detach()
+        here = place.here
+        values = p.data.to(device) if here else self._gathered(place, p, device)
+        unguard([p])
+        del place  # with it the weak reference, which a swap would refuse
         for name in ("_shardwise_unit", "_shardwise_name"):
             vars(p).pop(name, None)
+        if torch._has_compatible_shallow_copy_type(p, values):
+            p.data = values
+        else:  # torch keeps tensors of the two types of devices apart
+            moved = nn.Parameter(values, requires_grad=p.requires_grad)
+            vars(moved).update(vars(p))
+            torch.utils.swap_tensors(p, moved)
 
     # --- blocks that need values -----------------------------------------------------------------------
     @contextmanager
@@ -214,7 +228,7 @@ class ParkedValues:
                         if place.part is not None:
                             self.take(place, p, source)
                         else:  # not put aside yet
-                            self._mesh.whole.broadcast(p.detach(), self._op(place), source).wait()
+                            self._group(p.device).broadcast(p.detach(), self._op(place), source).wait()
                 else:
                     self._refuse_writes(places)
         except BaseException:
@@ -234,7 +248,7 @@ class ParkedValues:
             p = place.param()
             if place.part is None or place.pins > 1 or p is None:
                 continue  # a block around this one may take over what was written
-            size, rank = self._part_size(p), self._mesh.whole.rank
+            size, rank = self._part_size(p), self.world.rank
             mine = p.detach().reshape(-1)[rank * size : (rank + 1) * size]
             part = place.part.copied() if isinstance(place.part, OffloadedValues) else place.part
             same = torch.equal(mine.view(torch.uint8), part[: mine.numel()].to(mine.device).view(torch.uint8))
@@ -263,15 +277,18 @@ class ParkedValues:
         return self
 
     # --- parts ---------------------------------------------------------------------------------------------
+    def _group(self, device: torch.device) -> Group:
+        return self.world.mesh(device, self.world.size, self._timeout).whole
+
     def _op(self, place: _Place) -> Op:
         return Op("parked", f"parameter '{place.name}' of {self.label}", _VALUES)
 
     def _part_size(self, p: nn.Parameter) -> int:
-        return -(-p.numel() // self._mesh.whole.size)
+        return -(-p.numel() // self.world.size)
 
     def _votes(self, mine: Sequence[int]) -> list[list[int]]:
         """What every rank says about each of some things."""
-        group = self._mesh.control
+        group = self._control
         if group.size == 1 or self.world.fake:
             return [[vote] for vote in mine]
         rows = torch.zeros(group.size, len(mine), dtype=torch.uint8)
@@ -304,9 +321,9 @@ def is_parked(param: nn.Parameter) -> bool:
     return parked_in(param) is not None and isinstance(param, Guard)
 
 
-def forget_parked(params: Iterable[nn.Parameter]) -> None:
-    """Bring what is put aside, for good: whoever calls it keeps the values from here on. Collective."""
+def forget_parked(params: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Bring what is put aside to a device, for good: whoever calls it keeps the values from here on. Collective."""
     for p in params:
         owner = parked_in(p)
         if owner is not None:
-            owner.forget(p)
+            owner.forget(p, device)

@@ -35,7 +35,8 @@ class Init:
     Args:
         module: a model that exists already; it is split at once, and no block is needed.
         config_dict_or_path, config: where parameters will be offloaded to is where their parts are kept.
-        remote_device: the same, said here: ``cpu`` or ``nvme``. By default parts are on the device.
+        remote_device: the same, said here: ``cpu`` or ``nvme``. By default parts are where constructors
+            make values.
         enabled: ``False``: the block does nothing.
         dtype: of the floating-point tensors that are made in the block without one of their own.
         data_parallel_group, sequence_data_parallel_group: all ranks; others are refused.
@@ -116,7 +117,7 @@ class Init:
         if key not in _lots:
             for old in [k for k in _lots if k[0] is not world]:
                 del _lots[old]
-            _lots[key] = ParkedValues(world, world.device, self._where, self._path)
+            _lots[key] = ParkedValues(world, self._where, self._path)
         return _lots[key]
 
 
