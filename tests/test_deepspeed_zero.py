@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import gc
 import importlib
 import json
 import weakref
@@ -253,13 +252,28 @@ def loads():
         model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.load_state_dict(want)
-    assert_same(dict(model.state_dict()), dict(want))
+    for lot in _lots.values():
+        lot.settle()
+    state = model.state_dict()
+    assert all(is_parked(p) for p in model.parameters() if p.numel()), "nobody has looked at it yet"
+    assert (state["head.weight"].shape, state["head.weight"].requires_grad) == (model.head.weight.shape, False)
+    assert_same(dict(state), dict(want))
+    state["head.weight"].mul_(2)
+    assert torch.equal(model.head.weight, want["head.weight"] * 2), "it is a view"
+    with torch.no_grad():
+        model.head.weight.detach().copy_(want["head.weight"])
+    del state
+    for lot in _lots.values():
+        lot.settle()
+    late = model.norm.weight.detach()
+    assert is_parked(model.norm.weight)
     shardwise.fully_shard(model)
     assert_same(whole(model), dict(want))
     loss_of(model, batch(0, rank())).backward()
     optimizer.step()
     assert not torch.equal(whole(model)["head.weight"], want["head.weight"])
-    gc.collect()
+    with shardwise.gathered(model):
+        assert torch.equal(late, model.norm.weight)
 
 
 def test_a_state_dict_is_loaded_into_parts():

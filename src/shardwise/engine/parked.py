@@ -22,6 +22,8 @@ from shardwise.comm import World
 from shardwise.comm.group import Group
 from shardwise.comm.stats import Op
 from shardwise.engine.guard import Guard, guard, mark, unguard
+from shardwise.engine.parked_places import Place, View, can_be_parked, is_aliased, votes
+from shardwise.engine.unit import unit_of
 from shardwise.errors import UnitError
 from shardwise.tiers.home import Home
 from shardwise.tiers.ledger import Ledger
@@ -32,26 +34,6 @@ _VALUES, _WRITES = 5, 6  # tags, below those of units
 _FREE, _BUSY, _DEAD = 0, 1, 2  # what a rank says of a parameter: may be put aside, is needed here, is gone
 KEEP = 1 << 22
 """Bytes that are left where they are, of what was brought because somebody used it."""
-
-
-class _Place:
-    """Where the values of one parameter are.
-
-    Attributes:
-        part: this rank's ``(ceil(numel / ranks),)``, in memory or at its home.
-        here: they are in the parameter, all of them.
-        gone: forgets it when the parameter is dropped.
-        pins: blocks that need them there.
-        version: of the parameter when they came.
-    """
-
-    __slots__ = ("gone", "here", "name", "nbytes", "param", "part", "pins", "version")
-
-    def __init__(self, param: nn.Parameter, name: str) -> None:
-        self.param, self.name, self.nbytes = weakref.ref(param), name, param.nbytes
-        self.part: torch.Tensor | OffloadedValues | None = None
-        self.gone: weakref.finalize[Any, Any] | None = None
-        self.here, self.pins, self.version = True, 0, 0
 
 
 class ParkedValues:
@@ -75,8 +57,8 @@ class ParkedValues:
         self._control = world.control_group(timeout)
         self._on = None if where == "device" else torch.device("cpu")
         self._home = Home("nvme", Ledger(), path=path, rank=world.rank) if where == "nvme" else None
-        self._places: dict[int, _Place] = {}
-        self._brought: list[_Place] = []  # because somebody used them; the last one at the end
+        self._places: dict[int, Place] = {}
+        self._brought: list[Place] = []  # because somebody used them; the last one at the end
         self.keep = KEEP
 
     @property
@@ -94,8 +76,8 @@ class ParkedValues:
         new = []
         for name, p in params:
             place = self._places.get(id(p))
-            if place is None and _can(p):
-                place = self._places[id(p)] = _Place(p, name)
+            if place is None and can_be_parked(p):
+                place = self._places[id(p)] = Place(p, name)
                 place.gone = weakref.finalize(p, self._places.pop, id(p), None)
                 place.gone.atexit = False
                 new.append(p)
@@ -112,8 +94,8 @@ class ParkedValues:
             keep: so many bytes of what was used last stay.
         """
         stays = {id(t) for t in leaves(but) if isinstance(t, torch.Tensor)}
-        some: list[_Place] = []
-        kept: list[_Place] = []
+        some: list[Place] = []
+        kept: list[Place] = []
         for place in reversed(self._brought):
             keep -= place.nbytes
             (kept if place.part is not None and keep >= 0 else some).append(place)
@@ -121,28 +103,28 @@ class ParkedValues:
             return
         some.reverse()
         found = [place.param() for place in some]
-        rows = self._votes([_DEAD if p is None else _BUSY if place.pins or id(p) in stays or _aliased(p) else _FREE
+        rows = self._votes([_DEAD if p is None else _BUSY if place.pins or id(p) in stays or is_aliased(p) else _FREE
                             for place, p in zip(some, found, strict=True)])  # fmt: skip
-        left: list[_Place] = []
-        for place, p, votes in zip(some, found, rows, strict=True):
-            if p is not None and set(votes) == {_FREE}:
+        left: list[Place] = []
+        for place, p, said in zip(some, found, rows, strict=True):
+            if p is not None and set(said) == {_FREE}:
                 self._put(place, p)
-            elif set(votes) != {_DEAD}:
+            elif set(said) != {_DEAD}:
                 left.append(place)
         self._brought = left + kept[::-1]
 
-    def _put(self, place: _Place, p: nn.Parameter, source: int = 0) -> None:
+    def _put(self, place: Place, p: nn.Parameter, source: int = 0) -> None:
         self.take(place, p, source)
         self._free(place, p)
 
-    def _free(self, place: _Place, p: nn.Parameter) -> None:
+    def _free(self, place: Place, p: nn.Parameter) -> None:
         with torch._C.DisableTorchFunctionSubclass():
             p.data = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
         place.here = False
         mark(p, self, place.name)
         guard([p])
 
-    def take(self, place: _Place, p: nn.Parameter, source: int = 0) -> None:
+    def take(self, place: Place, p: nn.Parameter, source: int = 0) -> None:
         """One rank's values for everyone; each keeps its part."""
         group = self._group(p.device)
         values = p.detach().contiguous()
@@ -175,7 +157,7 @@ class ParkedValues:
         self._brought.append(place)
 
     @torch.no_grad()
-    def _gathered(self, place: _Place, p: nn.Parameter, device: torch.device) -> torch.Tensor:
+    def _gathered(self, place: Place, p: nn.Parameter, device: torch.device) -> torch.Tensor:
         group, size = self._group(device), self._part_size(p)
         flat = torch.empty(size * group.size, dtype=p.dtype, device=device)
         part = place.part
@@ -242,7 +224,7 @@ class ParkedValues:
             place.pins -= 1
         self.settle()
 
-    def _refuse_writes(self, places: Sequence[_Place]) -> None:
+    def _refuse_writes(self, places: Sequence[Place]) -> None:
         written = ""
         for place in places:
             p = place.param()
@@ -267,47 +249,36 @@ class ParkedValues:
         self.settle(but=(operands, param), keep=self.keep)
         self.bring(param)
 
+    def detached(self, param: nn.Parameter) -> torch.Tensor | None:
+        """A state dict of the model costs nothing, then, until somebody looks at what is in it."""
+        return View(param, self._places[id(param)].name, self.label, self._viewed).tensor
+
+    def _viewed(self, p: nn.Parameter, operation: str, operands: Any) -> torch.Tensor:
+        """Somebody uses a view of a parameter: what it is a view of."""
+        if is_parked(p):
+            self.access(p, operation, operands)
+        with torch.no_grad():  # of one that is sharded by now it is a copy
+            return p.data if not isinstance(p, Guard) and unit_of(p) is None else p.detach().clone()
+
     def saving(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def is_copied(self, memo: Any) -> bool:
         return False
 
-    def __deepcopy__(self, memo: Any) -> ParkedValues:
-        return self
-
     # --- parts ---------------------------------------------------------------------------------------------
     def _group(self, device: torch.device) -> Group:
         return self.world.mesh(device, self.world.size, self._timeout).whole
 
-    def _op(self, place: _Place) -> Op:
+    def _op(self, place: Place) -> Op:
         return Op("parked", f"parameter '{place.name}' of {self.label}", _VALUES)
 
     def _part_size(self, p: nn.Parameter) -> int:
         return -(-p.numel() // self.world.size)
 
     def _votes(self, mine: Sequence[int]) -> list[list[int]]:
-        """What every rank says about each of some things."""
-        group = self._control
-        if group.size == 1 or self.world.fake:
-            return [[vote] for vote in mine]
-        rows = torch.zeros(group.size, len(mine), dtype=torch.uint8)
-        rows[group.rank] = torch.tensor(mine, dtype=torch.uint8)
-        group.all_gather(rows.view(-1), Op("control", self.label, _WRITES)).wait()
-        columns: list[list[int]] = rows.t().tolist()
-        return columns
-
-
-def _can(p: nn.Parameter) -> bool:
-    plain = type(p) is nn.Parameter and not p.is_meta and p.layout is torch.strided and p.numel() > 0
-    return plain and "_shardwise_unit" not in vars(p)
-
-
-def _aliased(p: nn.Parameter) -> bool:
-    """Has anybody beside the parameter a view of its memory?"""
-    with torch._C.DisableTorchFunctionSubclass():
-        storage = p.untyped_storage()
-        return bool(torch._C._storage_Use_Count(storage._cdata) > 2)  # the parameter's, and the object in hand
+        alone = self._control.size == 1 or self.world.fake
+        return [[vote] for vote in mine] if alone else votes(mine, self._control, Op("control", self.label, _WRITES))
 
 
 def parked_in(param: Any) -> ParkedValues | None:

@@ -619,6 +619,9 @@ class Unit:
         self.gather()
         self.residence.pin(pin)
 
+    def detached(self, param: nn.Parameter) -> torch.Tensor | None:
+        return None
+
     def is_copied(self, memo: Any) -> bool:
         return self.upward.is_copied(memo)
 
