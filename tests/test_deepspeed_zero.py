@@ -6,6 +6,7 @@ import base64
 import copy
 import importlib
 import json
+import sys
 import weakref
 
 import pytest
@@ -582,3 +583,41 @@ def test_where_other_libraries_import_names_from(module, names):
         assert getattr(found, name) is not None
     with pytest.raises(AttributeError):
         found.no_such_name  # noqa: B018
+
+
+# --- transformers --------------------------------------------------------------------------------------------
+def pretrained(folder):
+    """With ``shardwise.deepspeed`` in the place of ``deepspeed``, as transformers builds and loads a model under it."""
+    transformers = pytest.importorskip("transformers")
+    import shardwise.deepspeed
+    import shardwise.deepspeed.accelerator
+    import shardwise.deepspeed.runtime.zero.partition_parameters
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    plain = transformers.LlamaForCausalLM(config)
+    if rank() == 0:
+        plain.save_pretrained(folder)
+    torch.distributed.barrier()
+    sys.modules["deepspeed"] = shardwise.deepspeed
+    try:
+        held = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+        assert transformers.integrations.is_deepspeed_zero3_enabled()
+        model = transformers.LlamaForCausalLM.from_pretrained(folder)
+        del held
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+            del sys.modules[name]
+    assert not transformers.integrations.is_deepspeed_zero3_enabled()
+    assert all(is_parked(p) for p in model.parameters())
+    assert model.num_parameters() == plain.num_parameters()
+    shardwise.fully_shard(model)
+    return whole(model), whole(plain)
+
+
+def test_transformers_loads_a_model_in_parts(tmp_path):
+    (model, plain), (other, _) = run(2, pretrained, str(tmp_path))
+    assert_same(model, plain)
+    assert_same(other, plain)
