@@ -102,6 +102,8 @@ class Init:
             _open.remove(self)
         if constructors is not None:
             constructors.__exit__(*error)
+        elif self.enabled and error[0] is None and (outermost := _outermost()) is not None:
+            outermost.flush()
 
     def _parked(self, modules: Iterable[nn.Module]) -> None:
         lot = self._lot()
@@ -123,7 +125,7 @@ class Init:
 
 def shutdown_init_context() -> None:
     """Let modules that are made from here on be ordinary ones, until :func:`restore_init_context`."""
-    if _open and (constructors := _open[0]._blocks[0][0]) is not None:
+    if (constructors := _outermost()) is not None:
         constructors.__exit__(None, None, None)
         _shut.append(constructors)
 
@@ -135,6 +137,10 @@ def restore_init_context() -> None:
 
 
 _shut: list[Constructors] = []
+
+
+def _outermost() -> Constructors | None:
+    return _open[0]._blocks[0][0] if _open else None
 
 
 def _require_all_ranks(group: Any) -> None:
