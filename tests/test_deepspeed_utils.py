@@ -249,6 +249,7 @@ def test_the_accelerator_is_what_shardwise_computes_on():
     assert accelerator.device_name() == kind
     assert accelerator.device_count() == max(devices.count(), 1)
     assert torch.device(accelerator.current_device_name()).type == kind
+    assert torch.ones(1, device=accelerator.current_device()).device.type == kind
     assert accelerator.on_accelerator(torch.ones(1, device=kind))
     assert accelerator.is_bf16_supported() == devices.computes_in_bf16()
     accelerator.synchronize()

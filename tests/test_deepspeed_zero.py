@@ -28,7 +28,7 @@ from shardwise.deepspeed.zero.probes import mark
 from shardwise.engine.move import move
 from shardwise.engine.parked import is_parked
 from shardwise.engine.unit import unit_of
-from shardwise.errors import ConfigError, ShardwiseError, UnitError
+from shardwise.errors import ConfigError, ShardwiseError, UnitError, WriteLost
 
 AVAILABLE, AWAY = zero.ZeroParamStatus.AVAILABLE, zero.ZeroParamStatus.NOT_AVAILABLE
 HOMES = [None, "cpu", "nvme"]
@@ -318,7 +318,7 @@ def gathers(strategy):
     with zero.GatheredParameters(weight):
         assert bool((weight == (9 if strategy == "split" and world() == 1 else 3)).all())
     if world() > 1 and strategy in ("zero3", "split"):
-        with pytest.raises(UnitError, match="read"), zero.GatheredParameters(weight):
+        with pytest.raises(WriteLost, match="read"), zero.GatheredParameters(weight):
             weight.data.fill_(7)
         with zero.GatheredParameters(weight):
             assert bool((weight == 3).all())

@@ -11,7 +11,7 @@ from torch import nn
 from shardwise.comm.stats import Op
 from shardwise.engine.residency import Pin
 from shardwise.engine.unit import Unit, unit_of
-from shardwise.errors import UnitError
+from shardwise.errors import WriteLost
 
 _VOTE = 4  # below the tags of units; see operations and data_loader for the others
 
@@ -30,7 +30,7 @@ def gathered(
         grads: show whole reduced gradients in ``p.grad`` meanwhile. Changes to them are not kept.
 
     Raises:
-        UnitError: values were written to without ``write``.
+        WriteLost: values were written to without ``write``.
 
     A collective: every rank enters. Blocks may be nested, with steps inside. Costs the module's whole values in
     memory; with ``write`` and values that stay (``ddp``, ``zero1``, ``zero2``) a copy of them.
@@ -150,7 +150,7 @@ def _refuse_writes(units: Sequence[Unit]) -> None:
             b.note()
         if unit.residence.pinned() > 1:
             _gather_again(unit)
-    raise UnitError(
+    raise WriteLost(
         "values were written to inside gathered(), which only reads: what was written is lost",
         where=found or "on another rank",
         fix="with shardwise.gathered(module, write=True): rank 0's values then count, on every rank",

@@ -24,7 +24,7 @@ from shardwise.comm.stats import Op
 from shardwise.engine.guard import Guard, guard, mark, unguard
 from shardwise.engine.parked_places import Place, View, can_be_parked, is_aliased, votes
 from shardwise.engine.unit import unit_of
-from shardwise.errors import UnitError
+from shardwise.errors import WriteLost
 from shardwise.tiers.home import Home
 from shardwise.tiers.ledger import Ledger
 from shardwise.tiers.offloaded_values import OffloadedValues
@@ -196,7 +196,7 @@ class ParkedValues:
             source: the rank whose values count when it ends; ``None``: they are read only.
 
         Raises:
-            UnitError: they were written to, without a ``source``.
+            WriteLost: they were written to, without a ``source``.
         """
         places = [self._places[id(p)] for p in params]
         for place, p in zip(places, params, strict=True):
@@ -237,7 +237,7 @@ class ParkedValues:
             if p._version != place.version or not same:
                 written = written or place.name
         if any(self._votes([_BUSY if written else _FREE])[0]):
-            raise UnitError(
+            raise WriteLost(
                 "values were written to where they are only read: what was written is lost",
                 where=f"parameter '{written}'" if written else "on another rank",
                 fix="say whose values count: GatheredParameters(params, modifier_rank=0)",

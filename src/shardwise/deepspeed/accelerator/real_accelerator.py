@@ -30,7 +30,7 @@ class Accelerator:
         if self._kind == "cpu":
             return devices.CPU
         if device_index is None:
-            return torch.device(self._kind, self.current_device())
+            return torch.device(self._kind, int(torch.accelerator.current_device_index()))
         return devices.named(device_index if isinstance(device_index, (torch.device, str)) else int(device_index))
 
     # --- which ---------------------------------------------------------------------------------
@@ -50,12 +50,12 @@ class Accelerator:
         """Make it the current device of this process."""
         devices.use(self._here(device_index))
 
-    def current_device(self) -> int:
-        """Its number; 0 for the CPU."""
-        return 0 if self._kind == "cpu" else int(torch.accelerator.current_device_index())
+    def current_device(self) -> int | str:
+        """Its number, which torch takes as a device; ``cpu`` for the CPU, which has none that it takes."""
+        return "cpu" if self._kind == "cpu" else int(torch.accelerator.current_device_index())
 
     def current_device_name(self) -> str:
-        return self.device_name(self.current_device())
+        return str(self._here())
 
     def device_count(self) -> int:
         """How many there are; of CPUs one."""
