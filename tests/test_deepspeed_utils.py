@@ -176,6 +176,8 @@ def refused(strategy):
             loss_of(model, batch(0, rank())).backward()
         with pytest.raises(GradientError, match="no_sync"):
             utils.safe_get_full_grad(p)
+    model.norm.bias.requires_grad_(False)
+    assert utils.safe_get_full_fp32_param(model.norm.bias) is utils.safe_get_local_fp32_param(model.norm.bias) is None
     plain = nn.Linear(2, 2)
     assert utils.safe_get_full_fp32_param(plain.weight) is None
     with pytest.raises(ArgumentError, match="no sharded model"):

@@ -2,7 +2,8 @@
 
 All functions work under every strategy and home. Those of ``full`` are collectives: every rank calls them, with the
 same value. A *local* part is what this rank holds of a parameter, ``(n,)``, in the order of its elements; parts need
-not be equally long, and may be empty. ``get`` functions give tensors of their own.
+not be equally long, and may be empty. ``get`` functions give tensors of their own. Values of frozen parameters are read
+with ``GatheredParameters``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from shardwise.engine.unit import unit_of
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
-    """The master values, in fp32; ``None`` for a parameter of no sharded model."""
-    return None if unit_of(param) is None else one_parameter.full_values(param).float()
+    """The master values, in fp32; ``None`` for a frozen parameter, or one of no sharded model."""
+    trains = unit_of(param) is not None and param.requires_grad
+    return one_parameter.full_values(param).float() if trains else None
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
@@ -70,9 +72,9 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: torch.Tensor, opti
     one_state.set_full_state(param, optim_state_key, value)
 
 
-def safe_get_local_fp32_param(param: nn.Parameter) -> torch.Tensor:
-    """This rank's part of the master values, in fp32."""
-    return one_parameter.local_values(param).float()
+def safe_get_local_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
+    """This rank's part of the master values, in fp32; ``None`` for a frozen parameter."""
+    return one_parameter.local_values(param).float() if param.requires_grad else None
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:

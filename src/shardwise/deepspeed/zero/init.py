@@ -79,6 +79,8 @@ class Init:
         for group in (data_parallel_group, sequence_data_parallel_group):
             _require_all_ranks(group)
         self._where, self._path = _place(remote_device, config if config_dict_or_path is None else config_dict_or_path)
+        if enabled:
+            _world()
         if enabled and module is not None:
             self._parked(module.modules())
 
@@ -114,13 +116,17 @@ class Init:
             mark_parked(p for _, p in own)
 
     def _lot(self) -> ParkedValues:
-        world = init(World._current.device if World._current is not None else None)
+        world = _world()
         key = world, self._where, self._path
         if key not in _lots:
             for old in [k for k in _lots if k[0] is not world]:
                 del _lots[old]
             _lots[key] = ParkedValues(world, self._where, self._path)
         return _lots[key]
+
+
+def _world() -> World:
+    return init(World._current.device if World._current is not None else None)
 
 
 def shutdown_init_context() -> None:

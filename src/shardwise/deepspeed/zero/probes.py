@@ -74,13 +74,14 @@ def _take(p: nn.Parameter) -> None:
 
 
 def _part(unit: Unit, p: nn.Parameter) -> torch.Tensor:
-    """This rank's part of the values: a view of the master values, which may be empty."""
+    """This rank's part of the values, ``(n,)``: a view of the master values, or a copy where there are several."""
     bucket, index = unit.places[id(p)]
     pieces = bucket.piece_params[index]
-    if len(pieces) == 1:
-        return pieces[0]
     if pieces and bucket.values is None:
-        return torch.cat([piece.detach().reshape(-1) for piece in pieces])
+        flat = [piece.detach().view(-1) for piece in pieces]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+    if len(pieces) == 1:
+        return pieces[0]  # on a disk: to read it is an error that says so
     return torch.empty(0, dtype=bucket.master_dtype, device=bucket.master.device)
 
 
