@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import shardwise
-from models import PRESETS, assert_same, batch, loss_of, make, rank, whole, world
+from models import PRESETS, assert_close, assert_same, batch, loss_of, make, rank, whole, world
 from ranks import run
 from shardwise.deepspeed import utils, zero
 from shardwise.deepspeed.hf_config import HfDeepSpeedConfig, deepspeed_config, is_deepspeed_zero3_enabled
@@ -279,6 +279,32 @@ def loads():
 
 def test_a_state_dict_is_loaded_into_parts():
     run(2, loads)
+
+
+def runs_unsharded():
+    """What autograd keeps for a backward is not taken from it, however little room there is."""
+    plain, _ = built()
+    with zero.Init():
+        model, _ = built()
+    for lot in _lots.values():
+        lot.keep = 0
+        lot.settle()
+    x = torch.randn(3, 8)
+    losses = [m(x).square().sum() for m in (plain, model)]
+    torch.testing.assert_close(*losses)  # a parameter that was not contiguous is now
+    for lot in _lots.values():
+        lot.settle()
+    for loss in losses:
+        loss.backward()
+    assert_close({n: p.grad for n, p in plain.named_parameters()}, {n: p.grad for n, p in model.named_parameters()})
+    del losses, loss
+    for lot in _lots.values():
+        lot.settle()
+    assert all(is_parked(p) for p in model.parameters())
+
+
+def test_a_model_that_is_not_sharded_has_true_gradients():
+    run(2, runs_unsharded)
 
 
 @pytest.mark.parametrize(

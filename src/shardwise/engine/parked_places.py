@@ -84,10 +84,12 @@ def can_be_parked(p: nn.Parameter) -> bool:
 
 
 def is_aliased(p: nn.Parameter) -> bool:
-    """Has anybody beside the parameter a view of its memory?"""
+    """Has anybody beside the parameter a view of its memory, or autograd the parameter itself, for a backward?"""
+    held: Any = p
     with torch._C.DisableTorchFunctionSubclass():
         storage = p.untyped_storage()
-        return bool(torch._C._storage_Use_Count(storage._cdata) > 2)  # the parameter's, and the object in hand
+        viewed: int = torch._C._storage_Use_Count(storage._cdata)  # by the parameter, and the object in hand
+        return viewed > 2 or bool(held._use_count() > 1)
 
 
 def votes(mine: Sequence[int], group: Group, op: Op) -> list[list[int]]:
