@@ -356,6 +356,8 @@ def gathers(strategy):
         )
     with pytest.raises(ShardwiseError, match="int"):
         zero.GatheredParameters([1])
+    with pytest.raises(ShardwiseError, match=f"modifier_rank={world()}"):
+        zero.GatheredParameters(weight, modifier_rank=world())
     with pytest.raises(ShardwiseError, match="NoneType"):
         zero.GatheredParameters(None)
 

@@ -207,10 +207,7 @@ class ParkedValues:
             with torch.no_grad():
                 if source is not None:
                     for place, p in zip(places, params, strict=True):
-                        if place.part is not None:
-                            self.take(place, p, source)
-                        else:  # not put aside yet
-                            self._group(p.device).broadcast(p.detach(), self._op(place), source).wait()
+                        self.take(place, p, source)
                 else:
                     self._refuse_writes(places)
         except BaseException:

@@ -14,6 +14,7 @@ from shardwise.engine.gathered import gathered
 from shardwise.engine.parked import parked_in
 from shardwise.engine.unit import unit_of
 from shardwise.errors import ArgumentError
+from shardwise.operations import rank_and_size
 
 
 class GatheredParameters:
@@ -27,7 +28,7 @@ class GatheredParameters:
         enabled: ``False``: the block does nothing.
 
     Raises:
-        ArgumentError: something else than parameters.
+        ArgumentError: something else than parameters, or a rank that there is not.
         UnitError: values were written to without a ``modifier_rank``.
 
     A collective: every rank enters. Blocks may be nested, also around the same parameters. With the parameters come
@@ -42,6 +43,9 @@ class GatheredParameters:
         self._open: list[ExitStack] = []
         if not enabled:
             return
+        ranks = rank_and_size()[1]
+        if modifier_rank is not None and not 0 <= modifier_rank < ranks:
+            raise ArgumentError(f"modifier_rank={modifier_rank} of {ranks} ranks", fix="they are counted from 0")
         given = [params] if isinstance(params, torch.Tensor) else params
         if not isinstance(given, Iterable):
             raise ArgumentError(
