@@ -431,6 +431,7 @@ def probed(strategy, kwargs):
         if hasattr(p, "ds_id"):
             assert (p.ds_shape, p.ds_numel) == (p.shape, p.numel())
             p.ds_active_sub_modules.clear()  # trl
+            assert torch.equal(p.ds_tensor.float(), utils.safe_get_local_fp32_param(p)) and p.ds_tensor.dim() == 1
     seen = []
     model.blocks[1].register_forward_pre_hook(lambda m, a: seen.append(m.up.weight.ds_status))
     if strategy.startswith("zero3"):
@@ -442,6 +443,21 @@ def probed(strategy, kwargs):
         assert len({p.ds_id for p in model.parameters()}) == len(list(model.parameters()))
         return {n: (p.ds_tensor.numel(), p.numel()) for n, p in model.named_parameters()}
     return None
+
+
+def parts(strategy):
+    model = shardwise.fully_shard(make(), strategy=strategy)
+    mark(model)
+    for p in model.parameters():
+        assert torch.equal(p.ds_tensor, utils.safe_get_local_fp32_param(p))
+    return sum(p.ds_tensor.numel() for p in model.parameters()), sum(p.ds_numel for p in model.parameters())
+
+
+@pytest.mark.parametrize("strategy", ["hsdp,shard_size=2", "zero3,layout=tensor"])
+def test_parts_of_several_shards_and_of_whole_tensors(strategy):
+    found = run(4, parts, strategy)
+    copies = 2 if strategy.startswith("hsdp") else 1
+    assert sum(part for part, _ in found) == copies * found[0][1]
 
 
 @pytest.mark.parametrize("strategy", [*PRESETS, "zero3,param_dtype=bf16"])

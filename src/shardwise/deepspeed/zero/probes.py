@@ -74,15 +74,15 @@ def _take(p: nn.Parameter) -> None:
 
 
 def _part(unit: Unit, p: nn.Parameter) -> torch.Tensor:
-    """This rank's part of the values, ``(n,)``: a view of the master values, or a copy where there are several."""
+    """This rank's part of the values, ``(n,)``: the master values themselves, no copy."""
     bucket, index = unit.places[id(p)]
     pieces = bucket.piece_params[index]
-    if pieces and bucket.values is None:
-        flat = [piece.detach().view(-1) for piece in pieces]
-        return flat[0] if len(flat) == 1 else torch.cat(flat)
-    if len(pieces) == 1:
+    if not pieces:
+        return torch.empty(0, dtype=bucket.master_dtype, device=bucket.master.device)
+    if bucket.values is not None or (len(pieces) == 1 and pieces[0].dim() == 1 and pieces[0] is not p):
         return pieces[0]  # on a disk: to read it is an error that says so
-    return torch.empty(0, dtype=bucket.master_dtype, device=bucket.master.device)
+    start = bucket.pieces[index][0].offset - bucket.held.start  # pieces of neighbouring shards lie end to end
+    return bucket.master.detach()[start : start + sum(piece.numel() for piece in pieces)].data
 
 
 class _Status:
