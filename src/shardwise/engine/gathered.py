@@ -151,7 +151,7 @@ def _refuse_writes(units: Sequence[Unit]) -> None:
         if unit.residence.pinned() > 1:
             _gather_again(unit)
     raise WriteLost(
-        "values were written to inside gathered(), which only reads: what was written is lost",
+        "values were written to inside gathered(), which only reads: an in-place modification that is lost",
         where=found or "on another rank",
         fix="with shardwise.gathered(module, write=True): rank 0's values then count, on every rank",
     )

@@ -235,7 +235,7 @@ class ParkedValues:
                 written = written or place.name
         if any(self._votes([_BUSY if written else _FREE])[0]):
             raise WriteLost(
-                "values were written to where they are only read: what was written is lost",
+                "values were written to where they are only read: an in-place modification that is lost",
                 where=f"parameter '{written}'" if written else "on another rank",
                 fix="say whose values count: GatheredParameters(params, modifier_rank=0)",
             )
