@@ -35,6 +35,10 @@ class UnitError(ShardwiseError, ValueError):
     """A module that cannot be sharded the way it was asked for."""
 
 
+class WriteLost(UnitError, RuntimeError):
+    """Values were written to where they are only read, so that nobody keeps what was written."""
+
+
 class InternalError(ShardwiseError, RuntimeError):
     """Shardwise contradicts itself: a fault of the library, not of the script. The text is what a report needs."""
 

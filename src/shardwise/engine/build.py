@@ -26,6 +26,7 @@ from shardwise.engine.in_backward import InBackward
 from shardwise.engine.integrity import Integrity
 from shardwise.engine.mixed_precision import compute_dtype, match_inputs
 from shardwise.engine.overlaps import refuse_overlaps
+from shardwise.engine.parked import forget_parked, parked_in
 from shardwise.engine.select import UnitRule, has_forward, select_units
 from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import CommError, OffloadError, UnitError, UpdateFailed
@@ -84,6 +85,7 @@ def shard(
     made: dict[str, Unit] = {}
 
     def make(name: str) -> None:
+        forget_parked((p for p, _ in of_unit[name]), device)
         members = [(p, its, compute_dtype(chosen, map(holder, its))) for p, its in of_unit[name]]
         made[name] = Unit(
             name, owners[name], members, holder, engine.mesh, chosen, engine.ledger, home,
@@ -221,7 +223,7 @@ def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]], chosen
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise UnitError(f"parameter '{name}' is uninitialised", fix="run a forward first")
     admit(module, params, comes_and_goes=chosen.split_params or chosen.offload_params != "device")
-    devices = {str(p.device) for _, p in params if not p.is_meta}
+    devices = {str(p.device) for _, p in params if _has_place(p)}
     if len(devices) > 1:
         raise UnitError(f"the parameters are on several devices: {', '.join(sorted(devices))}", fix="move them to one")
 
@@ -233,12 +235,17 @@ def device_of(module: nn.Module) -> torch.device:
 
 def _device(params: Sequence[tuple[str, nn.Parameter]]) -> torch.device:
     """Where the model computes: where its values are; if it has none yet, where this rank computes."""
-    found = next((p.device for _, p in params if not p.is_meta), None)
+    found = next((p.device for _, p in params if _has_place(p)), None)
     if found is not None:
         return found
     if not params:
         return torch.device("cpu")
     return World._current.device if World._current is not None else default_device()
+
+
+def _has_place(p: nn.Parameter) -> bool:
+    """Has it a device of its own? What has no values yet, or has them put aside, comes to be beside the others."""
+    return not p.is_meta and parked_in(p) is None
 
 
 def _holders(root: nn.Module, params: Sequence[tuple[nn.Parameter, list[str]]]) -> list[nn.Module]:

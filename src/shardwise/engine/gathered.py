@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,29 +11,32 @@ from torch import nn
 from shardwise.comm.stats import Op
 from shardwise.engine.residency import Pin
 from shardwise.engine.unit import Unit, unit_of
-from shardwise.errors import UnitError
+from shardwise.errors import WriteLost
 
 _VOTE = 4  # below the tags of units; see operations and data_loader for the others
 
 
 @contextmanager
-def gathered(module: nn.Module, *, write: bool = False, grads: bool = False) -> Iterator[None]:
+def gathered(
+    module: nn.Module | Iterable[nn.Parameter], *, write: bool = False, grads: bool = False, source: int = 0
+) -> Iterator[None]:
     """Have the whole values of a sharded module, or of a submodule, on every rank.
 
     Args:
-        module: the sharded module, or a module inside one.
-        write: take changed values over (rank 0's, for everyone) when the block ends. Values that were not changed
-            keep their master values to the last bit, also where values have fewer bits. If the block raises, nothing
-            is taken over.
+        module: the sharded module, a module inside one, or parameters: their units' values come.
+        write: take changed values over (rank ``source``'s, for everyone) when the block ends. Values that were not
+            changed keep their master values to the last bit, also where values have fewer bits. If the block raises,
+            nothing is taken over.
         grads: show whole reduced gradients in ``p.grad`` meanwhile. Changes to them are not kept.
 
     Raises:
-        UnitError: values were written to without ``write``.
+        WriteLost: values were written to without ``write``.
 
     A collective: every rank enters. Blocks may be nested, with steps inside. Costs the module's whole values in
     memory; with ``write`` and values that stay (``ddp``, ``zero1``, ``zero2``) a copy of them.
     """
-    chosen = {id(u): u for p in module.parameters() if (u := unit_of(p)) is not None}
+    params = module.parameters() if isinstance(module, nn.Module) else module
+    chosen = {id(u): u for p in params if (u := unit_of(p)) is not None}
     units: list[Unit] = sorted(chosen.values(), key=lambda u: u.index)
     if write:
         for bucket in (b for u in units for b in u.buckets):
@@ -61,7 +64,7 @@ def gathered(module: nn.Module, *, write: bool = False, grads: bool = False) -> 
         for engine in engines:
             engine.check()
         if write:
-            _take_over(units)
+            _take_over(units, source)
         else:
             _refuse_writes(units)
 
@@ -111,12 +114,12 @@ class _Before:
 
 
 @torch.no_grad()
-def _take_over(units: Sequence[Unit]) -> None:
-    """Rank 0's values for everyone, and the master values follow."""
+def _take_over(units: Sequence[Unit], source: int) -> None:
+    """Rank ``source``'s values for everyone, and the master values follow."""
     for unit in units:
         unit.finish_transfers()
         for b in unit.buckets:
-            b.mesh.whole.broadcast(b.flat.tensor, b.op("broadcast")).wait()
+            b.mesh.whole.broadcast(b.flat.tensor, b.op("broadcast"), source).wait()
             b.take_values()
 
 
@@ -147,8 +150,8 @@ def _refuse_writes(units: Sequence[Unit]) -> None:
             b.note()
         if unit.residence.pinned() > 1:
             _gather_again(unit)
-    raise UnitError(
-        "values were written to inside gathered(), which only reads: what was written is lost",
+    raise WriteLost(
+        "values were written to inside gathered(), which only reads: an in-place modification that is lost",
         where=found or "on another rank",
         fix="with shardwise.gathered(module, write=True): rank 0's values then count, on every rank",
     )

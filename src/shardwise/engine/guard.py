@@ -26,7 +26,7 @@ _METADATA = METADATA_ATTRIBUTES | {
 _METHODS = METADATA_METHODS | {
     "stride", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "is_contiguous",
     "storage_offset", "_is_view", "is_distributed", "retain_grad",
-    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "__dir__", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 }  # fmt: skip
 
 
@@ -39,8 +39,15 @@ class Owner(Protocol):
     def taking_handles(self) -> bool:
         """Is somebody taking ``param.detach()`` as a place to put the true value later (``state_dict()``)?"""
 
-    def access(self, param: nn.Parameter, operation: str) -> None:
-        """Somebody uses the values: have them here when this returns, or raise."""
+    def detached(self, param: nn.Parameter) -> torch.Tensor | None:
+        """What stands for ``param.detach()`` for as long as nobody uses it; ``None``: somebody uses the values."""
+
+    def access(self, param: nn.Parameter, operation: str, operands: Any = ()) -> None:
+        """Somebody uses the values: have them here when this returns, or raise.
+
+        Args:
+            operands: of the operation, in nests: what else must stay here for it.
+        """
 
     def saving(self) -> AbstractContextManager[Any]:
         """Around what is done with the values, for what autograd saves of them."""
@@ -62,12 +69,16 @@ class Guard:
         used: dict[int, Owner] = {}
         if not metadata_only:
             for param in _find((args, kwargs)):
+                owner: Owner = param._shardwise_unit
                 if name == "__repr__":
                     return f"GuardedParameter({param._shardwise_name}, shape={tuple(_plain(param.size))}, released)"
-                if name == "detach" and param._shardwise_unit.taking_handles:
-                    continue
-                param._shardwise_unit.access(param, name)
-                used[id(param._shardwise_unit)] = param._shardwise_unit
+                if name == "detach":
+                    if owner.taking_handles:
+                        continue
+                    if (stands := owner.detached(param)) is not None:
+                        return stands
+                owner.access(param, name, (args, kwargs))
+                used[id(owner)] = owner
         with ExitStack() as stack:
             for unit in used.values() if torch.is_grad_enabled() else ():
                 stack.enter_context(unit.saving())
@@ -102,7 +113,7 @@ class GuardedParameter(Guard, nn.Parameter):
 
 
 @cache
-def _guarded(kind: type[nn.Parameter]) -> type[nn.Parameter]:
+def _guarded(kind: type[torch.Tensor]) -> type[torch.Tensor]:
     """The guarded class of a class of parameters."""
     if kind is nn.Parameter:
         return GuardedParameter
@@ -125,7 +136,7 @@ def _find(tree: Any) -> Iterable[Any]:
         yield from _find(list(tree.values()))
 
 
-def guard(params: Iterable[nn.Parameter]) -> None:
+def guard(params: Iterable[torch.Tensor]) -> None:
     """Switch parameters to their guarded class."""
     for p in params:
         kind = type(p)
@@ -141,7 +152,7 @@ def guard(params: Iterable[nn.Parameter]) -> None:
                 ) from error
 
 
-def unguard(params: Iterable[nn.Parameter]) -> None:
+def unguard(params: Iterable[torch.Tensor]) -> None:
     """Switch guarded parameters back."""
     for p in params:
         kind = type(p)
@@ -151,7 +162,7 @@ def unguard(params: Iterable[nn.Parameter]) -> None:
             p.__class__ = kind.__mro__[2]
 
 
-def mark(param: nn.Parameter, unit: Owner, name: str) -> None:
+def mark(param: torch.Tensor, unit: Owner, name: str) -> None:
     """Tell a parameter which unit answers for it."""
     param._shardwise_unit = unit  # type: ignore[attr-defined]
     param._shardwise_name = name  # type: ignore[attr-defined]

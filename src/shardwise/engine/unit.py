@@ -598,7 +598,7 @@ class Unit:
         self.release()
 
     # --- when somebody reads a parameter ---------------------------------------------------------------
-    def access(self, param: nn.Parameter, operation: str) -> None:
+    def access(self, param: nn.Parameter, operation: str, operands: Any = ()) -> None:
         """Somebody uses a guarded parameter: bring the values, if all ranks are here for the same reason.
 
         Raises:
@@ -618,6 +618,9 @@ class Unit:
             raise refuse(param, operation, self.label)
         self.gather()
         self.residence.pin(pin)
+
+    def detached(self, param: nn.Parameter) -> torch.Tensor | None:
+        return None
 
     def is_copied(self, memo: Any) -> bool:
         return self.upward.is_copied(memo)
@@ -688,4 +691,5 @@ def values_change(units: Sequence[Unit]) -> None:
 
 def unit_of(param: Any) -> Unit | None:
     """The unit that answers for a parameter; ``None`` if it is not sharded."""
-    return getattr(param, "_shardwise_unit", None)
+    owner = getattr(param, "_shardwise_unit", None)
+    return owner if isinstance(owner, Unit) else None  # or its values are put aside until it is sharded

@@ -1,0 +1,40 @@
+"""What scripts call around an engine whose parameters are split: DeepSpeed's ``deepspeed.zero``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shardwise.lazy import importing
+
+if TYPE_CHECKING:
+    from shardwise.deepspeed.zero.external import register_external_parameter, unregister_external_parameter
+    from shardwise.deepspeed.zero.gathering import GatheredParameters, unwrap_model_for_generation
+    from shardwise.deepspeed.zero.init import Init, restore_init_context, shutdown_init_context
+    from shardwise.deepspeed.zero.status import DeepSpeedTensorOverride, ZeroParamStatus, ZeroParamType
+
+_HOME = {
+    "DeepSpeedTensorOverride": "status",
+    "GatheredParameters": "gathering",
+    "Init": "init",
+    "ZeroParamStatus": "status",
+    "ZeroParamType": "status",
+    "register_external_parameter": "external",
+    "restore_init_context": "init",
+    "shutdown_init_context": "init",
+    "unregister_external_parameter": "external",
+    "unwrap_model_for_generation": "gathering",
+}
+__all__ = [
+    "DeepSpeedTensorOverride",
+    "GatheredParameters",
+    "Init",
+    "ZeroParamStatus",
+    "ZeroParamType",
+    "register_external_parameter",
+    "restore_init_context",
+    "shutdown_init_context",
+    "unregister_external_parameter",
+    "unwrap_model_for_generation",
+]
+
+__getattr__ = importing(__name__, _HOME)
