@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shardwise.deepspeed.engine_facts import Answers
-from shardwise.deepspeed.plain_backward import watch
+from shardwise.deepspeed.plain_backward import scaled_backward, watch
 from shardwise.engine.build import require_engine
 from shardwise.errors import GradientError, OptimizerError
 
@@ -19,7 +19,6 @@ _HALVES = (torch.float16, torch.bfloat16)
 class Stepping(Answers):
     _override: bool | None = None  # what set_gradient_accumulation_boundary said
     _inside_no_sync = False
-    _in_backward = False  # one that the engine runs
     _expected = 0  # losses that scale() has made, whose backward has not come
     _backwards = 0  # since the last step
 
@@ -28,12 +27,12 @@ class Stepping(Answers):
         """Run the model."""
         return self.module(*inputs, **kwargs)
 
-    def _before_forward(self, *_: Any) -> None:
-        """A hook on the model, which scripts may also call as ``engine.module``."""
+    def _before_forward(self) -> None:
+        """Called by a hook on the model, which scripts may also call as ``engine.module``."""
         if torch.is_grad_enabled():
             self._steps.more_comes()
 
-    def _after_forward(self, module: Any, inputs: Any, output: Any) -> None:
+    def _after_forward(self, output: Any) -> None:
         if self._steps.in_advance and torch.is_grad_enabled():
             watch(output, self._plain_backward)
 
@@ -68,12 +67,9 @@ class Stepping(Answers):
         _check_loss(loss)
         length = self._steps.length
         wide = loss.float() if loss.dtype in _HALVES else loss
-        self._in_backward = True
-        try:
-            counted = wide if scale_wrt_gas or length == 1 else wide * length
+        counted = wide if scale_wrt_gas or length == 1 else wide * length
+        with scaled_backward():
             self._steps.backward(counted, retain_graph=retain_graph or None)
-        finally:
-            self._in_backward = False
         self._backwards += 1
         return wide / length if scale_wrt_gas and length > 1 else wide
 
@@ -89,9 +85,7 @@ class Stepping(Answers):
         return self._steps.scaled(loss.float() if loss.dtype in _HALVES else loss)
 
     def _plain_backward(self) -> None:
-        """A backward has reached the model's output, in fp16."""
-        if self._in_backward:
-            return
+        """A backward that no engine runs has reached the model's output, in fp16."""
         if not self._expected:
             raise GradientError(
                 "loss.backward() in fp16: the loss is not scaled, and its gradients would vanish",

@@ -110,7 +110,7 @@ class LossScaler(torch.amp.GradScaler):
     def state_dict(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in _STATE}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state, under the numbers of this configuration. A scale that stays is the configuration's."""
         for key in _STATE:
             if key in state_dict and (self.dynamic or key == "cur_iter"):

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from shardwise.trees import map_tensors
 
+_running = 0  # backwards of engines; one may go through the models of several
+
+
+@contextmanager
+def scaled_backward() -> Iterator[None]:
+    """Around a backward that an engine runs."""
+    global _running
+    _running += 1
+    try:
+        yield
+    finally:
+        _running -= 1
+
 
 def watch(output: Any, begins: Callable[[], None]) -> None:
-    """Call ``begins`` once per backward that comes to one of these tensors.
+    """Call ``begins`` once per backward that comes to one of these tensors and is run by no engine.
 
     Args:
         output: what a model returned, a nest of tensors.
@@ -20,6 +34,8 @@ def watch(output: Any, begins: Callable[[], None]) -> None:
     seen: list[int] = []
 
     def look(grad: torch.Tensor) -> None:
+        if _running:
+            return
         now = torch._C._current_graph_task_id()
         if now not in seen:
             seen[:] = [now]
