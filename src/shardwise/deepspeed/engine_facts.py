@@ -133,12 +133,13 @@ class Answers(EngineBase):
         """Inputs are cast: always so here."""
         return self.fp16_enabled()
 
-    @property
     def loss_scale(self) -> float:
-        """What losses are multiplied by; 1 but for fp16."""
+        """What losses are multiplied by now; 1 but for fp16. ``cur_scale`` is the same."""
         return 1.0 if self.optimizer is None else self.optimizer.loss_scale
 
-    cur_scale = loss_scale
+    @property
+    def cur_scale(self) -> float:
+        return self.loss_scale()
 
     def dynamic_loss_scale(self) -> bool:
         return self.optimizer is not None and self.optimizer.dynamic_loss_scale

@@ -1,0 +1,97 @@
+"""One script under both libraries: real DeepSpeed, where it is installed, and ours with the import changed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from models import assert_close, batch, loss_of, make, rank
+from ranks import run
+
+pytest.importorskip("deepspeed")
+OURS, REAL = "shardwise.deepspeed", "deepspeed"
+
+
+def library(name: str) -> Any:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DS_IGNORE_CUDA_DETECTION": "1"}
+    os.environ.setdefault("LOCAL_RANK", str(rank()))
+    found = importlib.import_module(name)
+    if name == REAL:
+        found.accelerator.get_accelerator().is_fp16_supported = lambda: True  # torch's CPU kernels have it by now
+    return found
+
+
+def values(engine: Any, name: str) -> dict[str, torch.Tensor]:
+    """Whole weights, under either library."""
+    if name == OURS:
+        return {k: v.detach().float().clone() for k, v in engine.module.state_dict().items()}
+    real = importlib.import_module("deepspeed")
+    params = list(engine.module.named_parameters())
+    with real.zero.GatheredParameters([p for _, p in params], enabled=hasattr(params[0][1], "ds_id")):
+        return {n: p.detach().float().clone() for n, p in params}
+
+
+def script(name: str, config: dict[str, Any], steps: int = 5, plain: bool = False) -> Any:
+    """Losses, norms, rates, counters and weights."""
+    deepspeed = library(name)
+    model = make(odd=False)
+    engine, optimizer, _, scheduler = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.8**step),
+        config=config,
+    )
+    seen: list[Any] = []
+    scales: list[Any] = []
+    for index in range(steps * engine.gradient_accumulation_steps()):
+        loss = loss_of(engine, batch(index, rank()))
+        loss.backward() if plain else engine.backward(loss)
+        ends = engine.is_gradient_accumulation_boundary()
+        engine.step()
+        norm = engine.get_global_grad_norm() if ends else None
+        seen.append((loss.item(), None if norm is None else float(norm), engine.get_lr()[0]))
+        scales.append(getattr(optimizer, "cur_scale", None))
+    counters = (engine.global_steps, engine.micro_steps, engine.global_samples, engine.skipped_steps)
+    return seen, counters, values(engine, name), scales
+
+
+def settings(stage: int, gas: int = 1, clip: float = 0.0, **more: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": gas,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    } | more
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_same_curve(stage):
+    for config in (settings(stage, 1, 0.0), settings(stage, 3, 0.5)):
+        real = run(2, script, REAL, config, fresh=True)
+        ours = run(2, script, OURS, config)
+        for theirs, mine in zip(real, ours, strict=True):
+            assert [s[0] for s in mine[0]] == pytest.approx([s[0] for s in theirs[0]], rel=2e-5)
+            for (_, norm, rate), (_, own, own_rate) in zip(theirs[0], mine[0], strict=True):
+                assert own_rate == pytest.approx(rate, rel=1e-6)
+                if norm is not None:
+                    assert own == pytest.approx(norm, rel=2e-5)
+            assert mine[1] == theirs[1]
+            assert_close(mine[2], theirs[2], 2e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_same_curve_in_fp16(stage):
+    """Whose gradients cross the wire in fp16 there, and in fp32 here: the curves are the same to fp16's rounding."""
+    config = settings(stage, 2, 1.0, fp16={"enabled": True, "initial_scale_power": 20, "loss_scale_window": 2})
+    real = run(2, script, REAL, config, 8, fresh=True)
+    ours = run(2, script, OURS, config, 8)
+    for theirs, mine in zip(real, ours, strict=True):
+        assert mine[3] == theirs[3]  # the scales
+        assert mine[1] == theirs[1]
+        assert [s[0] for s in mine[0]] == pytest.approx([s[0] for s in theirs[0]], rel=1e-2)
+        assert mine[1][3] > 0  # it did overflow
