@@ -414,8 +414,15 @@ def mistakes():
 
 def test_mistakes_are_named():
     for found in run(2, mistakes):
-        words = ["module", "no configuration", "2 configurations", "train_batch_size=3", "zero_optimization",
-                 "optimizer= made", "holds no parameter"]
+        words = [
+            "module",
+            "no configuration",
+            "2 configurations",
+            "train_batch_size=3",
+            "zero_optimization",
+            "optimizer= made",
+            "holds no parameter",
+        ]
         for word, text in zip(words, found, strict=True):
             assert word in text, text
 

@@ -39,7 +39,7 @@ def script(name: str, config: dict[str, Any], steps: int = 5, plain: bool = Fals
     """Losses, norms, rates, counters and weights."""
     deepspeed = library(name)
     model = make(odd=False)
-    engine, optimizer, _, scheduler = deepspeed.initialize(
+    engine, optimizer, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.8**step),

@@ -118,9 +118,7 @@ def test_a_static_scale_stays():
 
 
 def unscaled():
-    engine, *_ = deepspeed.initialize(
-        model=make(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), config=config(2)
-    )
+    engine, *_ = deepspeed.initialize(model=make(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), config=config(2))
     with pytest.raises(GradientError, match=r"engine\.backward"):
         loss_of(engine, batch(0, rank())).backward()
     with pytest.raises(GradientError, match=r"engine\.scale"):  # the model by itself is no way around it
@@ -132,9 +130,7 @@ def unscaled():
 
 
 def scaled():
-    engine, *_ = deepspeed.initialize(
-        model=make(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), config=config(2)
-    )
+    engine, *_ = deepspeed.initialize(model=make(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), config=config(2))
     engine.backward(loss_of(engine, batch(0, rank())))
     engine.step()
     return engine.was_step_applied(), whole(engine.module)

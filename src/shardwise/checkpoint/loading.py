@@ -233,7 +233,7 @@ def load(
     *,
     models: Sequence[nn.Module] = (),
     excluded: Collection[nn.Module] = (),
-    optimizers: Sequence[Optimizer] = (),
+    optimizers: Sequence[Optimizer] | None = (),
     strict: bool = True,
     verify: bool = False,
     progress: bool = True,
@@ -242,7 +242,8 @@ def load(
 
     Args:
         directory: what :func:`save` returned, or ``folder/latest`` for the newest complete one in a folder.
-        models, optimizers: in the order they were saved in.
+        models, optimizers: in the order they were saved in. ``None``: what the checkpoint has of optimizers is not
+            wanted.
         excluded: those of ``models`` whose values somebody else loads. What optimizers have of them is loaded.
         strict: raise if names, shapes or groups differ. Otherwise load what fits and list the rest.
         verify: compare every byte with its checksum before anything changes. Otherwise each block is compared when it
@@ -264,7 +265,7 @@ def load(
     """
     settle_saves()
     mine = [model for model in models if not any(model is other for other in excluded)]
-    with recovery(mine, optimizers) as recovered:
+    with recovery(mine, optimizers or ()) as recovered:
         loaded = _load(directory, models, excluded, optimizers, strict, verify, progress)
         recovered.complete = not loaded.differences
     return loaded
@@ -274,7 +275,7 @@ def _load(
     directory: str | os.PathLike[str],
     models: Sequence[nn.Module],
     excluded: Collection[nn.Module],
-    optimizers: Sequence[Optimizer],
+    optimizers: Sequence[Optimizer] | None,
     strict: bool,
     verify: bool,
     progress: bool,
@@ -292,8 +293,9 @@ def _load(
         _clean(common, own)
         states = model_states(models, excluded)
         labels = parameter_labels(states)
-        steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers)]
-        differences = _differences(states, steppers, common, metadata, manifest)
+        steppers = [OptimizerState(i, o, labels) for i, o in enumerate(optimizers or ())]
+        wanted = manifest if optimizers is not None else replace(manifest, optimizers=[])
+        differences = _differences(states, steppers, common, metadata, wanted)
         if differences and strict:
             shown = "\n    ".join(differences[:_SHOWN])
             more = f"\n    and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""

@@ -29,7 +29,7 @@ _HOME = {
     "DeepSpeedConfigError": "config",
     "DeepSpeedEngine": "engine",
     "OnDevice": "utils",
-    "RepeatingLoader": "loader",
+    "RepeatingLoader": "runtime.dataloader",
     "add_config_arguments": "config",
     "get_accelerator": "accelerator",
     "init_distributed": "comm",

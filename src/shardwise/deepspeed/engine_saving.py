@@ -77,7 +77,7 @@ class Saving(Stepping):
 
     def _agreed_tag(self, tag: str) -> str:
         """Rank 0's, where ranks differ and that is allowed."""
-        tags: list[str] = operations.gather_object([tag])
+        tags: list[str] = operations.gather_object(tag)
         if len(set(tags)) > 1 and self.facts.tag_validation == "fail":
             raise CheckpointError(
                 f"ranks name it differently: {', '.join(dict.fromkeys(tags))}",
@@ -141,8 +141,9 @@ class Saving(Stepping):
                 warnings.warn(f"{folder / LATEST} is not there: nothing is loaded", stacklevel=2)
             return None, None
         whole = not load_module_only
-        wanted = [self.optimizer.optimizer] if whole and load_optimizer_states and self.optimizer is not None else []
-        loaded = checkpoint.load(folder / name, models=[self.module], optimizers=wanted, strict=load_module_strict)
+        wanted = whole and load_optimizer_states and self.optimizer is not None
+        optimizers = [self.optimizer.optimizer] if wanted and self.optimizer is not None else None
+        loaded = checkpoint.load(folder / name, models=[self.module], optimizers=optimizers, strict=load_module_strict)
         state = dict(loaded.state)
         if whole:
             self._take(state, load_optimizer_states, load_lr_scheduler_states)

@@ -23,6 +23,8 @@ from shardwise.environment import strategy_from_environment
 from shardwise.errors import ConfigError, OptimizerError, UnitError
 from shardwise.strategy import Strategy
 
+_LEAF = "_z3_leaf"  # marks modules that a script made leaves
+
 
 def initialize(
     args: Any = None,
@@ -153,7 +155,7 @@ def _optimizer_of(
         from shardwise.deepspeed.ops.building import build_optimizer
 
         assert facts.optimizer is not None
-        inner = build_optimizer(facts.optimizer[0], wanted, facts.optimizer[1])
+        inner = build_optimizer(facts.optimizer[0], wanted, facts.optimizer[1], model=model)
     else:
         inner = getattr(given, "optimizer", given) if isinstance(given, Optimizer) else given(wanted)
     if not isinstance(inner, Optimizer):
@@ -184,9 +186,15 @@ def _shard(model: nn.Module, optimizer: Optimizer | None, facts: DsFacts) -> Str
         check(optimizer, [])
         if needs_whole_tensors(optimizer):
             strategy = strategy.replace(layout="tensor")
+    units = None
+    if facts.leaf_modules or any(getattr(module, _LEAF, False) for module in model.modules()):
+        from shardwise.deepspeed.zero.leaf import apply_leaf_config, leaf_units
+
+        apply_leaf_config(model, facts.leaf_modules)
+        units = leaf_units(model)
     move(model, World.current().device)
     if any(True for _ in model.parameters()):
-        shard(model, strategy)
+        shard(model, strategy, units=units)
     return strategy
 
 

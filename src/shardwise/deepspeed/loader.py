@@ -67,25 +67,3 @@ class DeepSpeedDataLoader:
             self._batches = iter(self.dataloader)
         batch = next(self._batches)
         return batch if self.post_process_func is None else self.post_process_func(batch)
-
-
-class RepeatingLoader:
-    """A loader that begins again when it has ended.
-
-    Args:
-        loader: any iterable.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-        self.data_iter = iter(loader)
-
-    def __iter__(self) -> RepeatingLoader:
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            return next(self.data_iter)
-        except StopIteration:
-            self.data_iter = iter(self.loader)
-            return next(self.data_iter)
