@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -73,7 +75,7 @@ def test_every_stage_trains_like_one_process(gas):
         assert_close(one[2], weights)
         by_stage.append(one)
     # Where micro-batches are summed before they are reduced, and where after, sums have another order.
-    for one, other in zip(by_stage[:-1], by_stage[1:], strict=True):
+    for one, other in pairwise(by_stage):
         if gas == 1 or one is not by_stage[1]:
             assert one[:2] == other[:2]
             assert_same(one[2], other[2])

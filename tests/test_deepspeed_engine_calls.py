@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import shardwise
 import shardwise.deepspeed as deepspeed
 from models import assert_close, assert_same, batch, loss_of, make, rank, whole, world
 from ranks import run
@@ -96,6 +97,40 @@ def test_several_losses_of_a_micro_batch_add_up():
     for stage in (0, 1, 3):
         for plain in (False, True):
             assert_close(run(2, several_losses, stage, plain)[0], right)
+
+
+def shown(stage, plain):
+    """What ``p.grad`` shows at a window's end, and after another backward through the same graph."""
+    engine, *_ = engine_for(settings(stage, 4))
+    found = []
+    for index in range(4):
+        loss = loss_of(engine, batch(index, rank()))
+        loss.backward(retain_graph=True) if plain else engine.backward(loss, retain_graph=True)
+        if index == 3:
+            for more in (False, True):
+                if more:
+                    loss.backward()
+                with shardwise.gathered(engine.module, grads=True):
+                    found.append({n: p.grad.clone() for n, p in engine.module.named_parameters() if p.numel()})
+        engine.step()
+    return found, whole(engine.module)
+
+
+def test_gradients_are_means_where_a_window_ends():
+    model = make()
+    for index in (0, 1, 2, 3, 3):
+        for r in range(2):
+            (loss_of(model, batch(index, r)) / 2 / 4).backward()
+        if index == 3 and "first" not in locals():
+            first = {n: p.grad.clone() for n, p in model.named_parameters() if p.numel()}
+    second = {n: p.grad.clone() for n, p in model.named_parameters() if p.numel()}
+    adamw(model.parameters()).step()
+    for stage in (0, 3):
+        for plain in (False, True):
+            (once, twice), weights = run(2, shown, stage, plain)[0]
+            assert_close(once, first)
+            assert_close(twice, second)
+            assert_close(weights, whole(model))
 
 
 def no_sync(stage):
@@ -369,7 +404,7 @@ def test_names():
 
 def test_an_engine_of_one_process():
     norms, weights = alone(1, 2, 0.5)
-    losses, found, got = run(1, trained_then_left, settings(2, 2, 0.5))[0]
+    _, found, got = run(1, trained_then_left, settings(2, 2, 0.5))[0]
     assert found[1::2] == pytest.approx(norms, rel=1e-6)
     assert_same(got, weights)
 

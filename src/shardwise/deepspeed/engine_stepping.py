@@ -33,8 +33,8 @@ class Stepping(Answers):
             self._steps.more_comes()
 
     def _after_forward(self, output: Any) -> None:
-        if self._steps.in_advance and torch.is_grad_enabled():
-            watch(output, self._plain_backward)
+        if torch.is_grad_enabled() and (self._steps.in_advance or self._steps.length > 1):
+            watch(output, self._plain_backward, self._steps.after_plain_backward)
 
     def train(self, mode: bool = True) -> Any:
         self.module.train(mode)
@@ -85,7 +85,10 @@ class Stepping(Answers):
         return self._steps.scaled(loss.float() if loss.dtype in _HALVES else loss)
 
     def _plain_backward(self) -> None:
-        """A backward that no engine runs has reached the model's output, in fp16."""
+        """A backward that no engine runs has reached the model's output."""
+        self._steps.more_comes()
+        if not self._steps.in_advance:
+            return
         if not self._expected:
             raise GradientError(
                 "loss.backward() in fp16: the loss is not scaled, and its gradients would vanish",
@@ -93,7 +96,6 @@ class Stepping(Answers):
                 fix="engine.backward(loss), or engine.scale(loss).backward()",
             )
         self._expected -= 1
-        self._backwards += 1
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

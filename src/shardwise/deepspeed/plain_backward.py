@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd import Variable
 
 from shardwise.trees import map_tensors
 
@@ -24,12 +25,13 @@ def scaled_backward() -> Iterator[None]:
         _running -= 1
 
 
-def watch(output: Any, begins: Callable[[], None]) -> None:
-    """Call ``begins`` once per backward that comes to one of these tensors and is run by no engine.
+def watch(output: Any, begins: Callable[[], None], ends: Callable[[], None]) -> None:
+    """Hear of each backward that comes to one of these tensors and is run by no engine.
 
     Args:
         output: what a model returned, a nest of tensors.
-        begins: may raise; then ``loss.backward()`` raises that.
+        begins: called once per backward. May raise; then ``loss.backward()`` raises that.
+        ends: called when it is over, and its gradients are reduced.
     """
     seen: list[int] = []
 
@@ -40,6 +42,9 @@ def watch(output: Any, begins: Callable[[], None]) -> None:
         if now not in seen:
             seen[:] = [now]
             begins()
+            # The second time round, everybody who asked for the end of this backward has been called.
+            queue = Variable._execution_engine.queue_callback
+            queue(lambda: queue(ends))
 
     def add(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.requires_grad:

@@ -67,9 +67,14 @@ class GivenWindows(Steps):
         return scaled
 
     def more_comes(self) -> None:
-        """Another forward, whose backward will add to gradients that may be means already."""
+        """Another backward is to add to gradients that may be means already."""
         if self._applied:
             self._unapply()
+
+    def after_plain_backward(self) -> None:
+        """The script has run one, and may look at what it gave."""
+        if self.sync_gradients and all(engine.sync for engine in self.engines()):
+            self.settle()
 
     def settle(self) -> None:
         """Before gradients are used: they are what the optimizer is to see."""
