@@ -95,3 +95,66 @@ def test_the_same_curve_in_fp16(stage):
         assert mine[1] == theirs[1]
         assert [s[0] for s in mine[0]] == pytest.approx([s[0] for s in theirs[0]], rel=1e-2)
         assert mine[1][3] > 0  # it did overflow
+
+
+def bf16_script(name: str, config: dict[str, Any]) -> Any:
+    return script(name, config, 6)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_same_curve_in_bf16(stage):
+    """To bf16's rounding: there gradients cross the wire in bf16, and here in fp32."""
+    config = settings(stage, 2, 1.0, bf16={"enabled": True})
+    real = run(2, bf16_script, REAL, config, fresh=True)
+    ours = run(2, bf16_script, OURS, config)
+    for theirs, mine in zip(real, ours, strict=True):
+        assert mine[1] == theirs[1]
+        assert [s[0] for s in mine[0]] == pytest.approx([s[0] for s in theirs[0]], rel=3e-2)
+
+
+OPTIMIZERS = {
+    "Adam": {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True},
+    "AdamW": {"lr": 1e-2, "betas": [0.8, 0.9], "weight_decay": 0.1, "torch_adam": True},
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+}
+SCHEDULES = {
+    "WarmupLR": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 4},
+    "WarmupDecayLR": {"warmup_max_lr": 0.02, "warmup_num_steps": 2, "total_num_steps": 6},
+    "WarmupCosineLR": {"warmup_num_steps": 2, "total_num_steps": 6},
+    "OneCycle": {"cycle_min_lr": 1e-3, "cycle_max_lr": 2e-2, "cycle_first_step_size": 3, "decay_lr_rate": 0.1},
+}
+
+
+def configured(name: str, config: dict[str, Any], steps: int = 6) -> Any:
+    """Everything from the configuration."""
+    deepspeed = library(name)
+    model = make(odd=False)
+    engine, _, _, scheduler = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    assert scheduler is engine.lr_scheduler
+    losses, rates = [], []
+    for index in range(steps):
+        loss = loss_of(engine, batch(index, rank()))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        rates.append((engine.get_lr()[0], engine.get_mom()[0]))
+    return losses, rates
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [("Adam", "WarmupLR"), ("AdamW", "WarmupDecayLR"), ("SGD", "WarmupCosineLR"), ("Adam", "OneCycle")],
+)
+def test_optimizers_and_schedules_of_the_configuration(optimizer, schedule):
+    config = settings(
+        2,
+        optimizer={"type": optimizer, "params": OPTIMIZERS[optimizer]},
+        scheduler={"type": schedule, "params": SCHEDULES[schedule]},
+    )
+    real = run(2, configured, REAL, config, fresh=True)
+    ours = run(2, configured, OURS, config)
+    for theirs, mine in zip(real, ours, strict=True):
+        assert mine[0] == pytest.approx(theirs[0], rel=2e-5)
+        for (rate, moment), (own_rate, own_moment) in zip(theirs[1], mine[1], strict=True):
+            assert own_rate == pytest.approx(rate, rel=1e-6, abs=1e-12)
+            assert own_moment == pytest.approx(moment, rel=1e-6)
