@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from shardwise.comm import World
 from shardwise.deepspeed import refused
-from shardwise.deepspeed.engine_saving import Saving
+from shardwise.deepspeed.engine_states import States
 from shardwise.deepspeed.loader import DeepSpeedDataLoader
 from shardwise.deepspeed.loss_scaler import LossScaler
 from shardwise.deepspeed.optimizer import DeepSpeedOptimizer
@@ -29,7 +29,7 @@ _WORKERS = 2  # that read a dataset, as DeepSpeed has them
 _engines: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DeepSpeedEngine]] = weakref.WeakKeyDictionary()
 
 
-class DeepSpeedEngine(Saving):
+class DeepSpeedEngine(States):
     """Trains a sharded model by DeepSpeed's calls: ``engine(batch)``, ``engine.backward(loss)``, ``engine.step()``.
 
     Attributes that it does not have are the model's. Made by :func:`~shardwise.deepspeed.initialize.initialize`.
