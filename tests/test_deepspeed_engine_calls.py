@@ -374,8 +374,11 @@ def names():
     assert not hasattr(engine, "train_batch")
     with pytest.raises(LeftOut, match="pipelin"):
         engine.train_batch()
+    assert not isinstance(model, deepspeed.PipelineModule)
     with pytest.raises(LeftOut):
-        deepspeed.PipelineModule  # noqa: B018
+        deepspeed.PipelineModule([model], 2)
+    with pytest.raises(LeftOut):
+        deepspeed.init_inference  # noqa: B018
     with pytest.raises(AttributeError):
         deepspeed.no_such_name  # noqa: B018
     assert (engine.get_lr(), engine.get_mom(), engine.get_type()) == ([0.1], [0.9], [0.0])
@@ -432,6 +435,8 @@ def mistakes():
     wrong(model=model, config={"train_batch_size": 3, "train_micro_batch_size_per_gpu": 2})
     wrong(model=model, config=settings(0) | {"zero_optimisation": {}})
     wrong(model=model, optimizer=lambda p: "no", config=settings(0))
+    others = torch.optim.lr_scheduler.LambdaLR(sgd(model.parameters()), float)
+    wrong(model=model, optimizer=sgd, lr_scheduler=others, config=settings(0))
     wrong(model=model, optimizer=torch.optim.SGD(make().parameters(), lr=0.1), config=settings(0))
     engine, optimizer, *_ = deepspeed.initialize(model=model, config=settings(3))
     assert optimizer is None
@@ -456,6 +461,7 @@ def test_mistakes_are_named():
             "train_batch_size=3",
             "zero_optimization",
             "optimizer= made",
+            "lr_scheduler=",
             "holds no parameter",
         ]
         for word, text in zip(words, found, strict=True):

@@ -29,6 +29,7 @@ _HOME = {
     "DeepSpeedConfigError": "config",
     "DeepSpeedEngine": "engine",
     "OnDevice": "utils",
+    "PipelineModule": "pipe",
     "RepeatingLoader": "runtime.dataloader",
     "add_config_arguments": "config",
     "get_accelerator": "accelerator",
@@ -38,17 +39,9 @@ _HOME = {
     "logger": "utils",
 }
 _MODULES = (
-    "accelerator",
-    "checkpoint",
-    "checkpointing",
-    "comm",
-    "config",
-    "ops",
-    "profiling",
-    "runtime",
-    "utils",
-    "zero",
-)
+    "accelerator", "checkpoint", "checkpointing", "comm", "config", "monitor", "ops", "pipe", "profiling", "runtime",
+    "utils", "zero",
+)  # fmt: skip
 __all__ = ["DeepSpeedEngine", "init_distributed", "initialize"]
 _named = importing(__name__, _HOME, _MODULES)
 

@@ -15,6 +15,7 @@ from shardwise.deepspeed import refused
 from shardwise.deepspeed.engine_states import States
 from shardwise.deepspeed.loader import DeepSpeedDataLoader
 from shardwise.deepspeed.loss_scaler import LossScaler
+from shardwise.deepspeed.meters import Meters
 from shardwise.deepspeed.optimizer import DeepSpeedOptimizer
 from shardwise.deepspeed.windows import GivenWindows
 from shardwise.deepspeed_config import DsFacts
@@ -82,6 +83,7 @@ class DeepSpeedEngine(States):
         self.lr_scheduler, self._scheduler = lr_scheduler, None
         if lr_scheduler is not None and self.optimizer is not None:
             self._scheduler = AcceleratedScheduler(lr_scheduler, [self.optimizer], self._steps)
+        self.meters = Meters(facts, module, device, world.rank)
         self.training = module.training
         _engines[module] = weakref.ref(self)
         module.register_forward_pre_hook(_before)
@@ -102,9 +104,6 @@ class DeepSpeedEngine(States):
         if module is None or not hasattr(module, name):
             raise AttributeError(f"neither DeepSpeedEngine nor its model has an attribute '{name}'")
         return getattr(module, name)
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
 
     # --- data ----------------------------------------------------------------------------------
     def deepspeed_io(
@@ -183,6 +182,7 @@ class DeepSpeedEngine(States):
     def destroy(self) -> None:
         """Let go of the optimizer, the scheduler and the loader. The model stays sharded and can be used."""
         _engines.pop(self.module, None)
+        self.meters.close()
         self._steps.drop_gradients()
         if (engine := engine_of(self.module)) is not None:
             engine.sync = True
@@ -190,6 +190,15 @@ class DeepSpeedEngine(States):
         self._steps.schedulers.clear()
         self._steps.models.clear()
         self.optimizer = self.lr_scheduler = self._scheduler = self.training_dataloader = None
+
+    @property
+    def monitor(self) -> Any:
+        """Writes events to the monitors of the configuration; ``None`` where none is on."""
+        return self.meters.monitor
+
+    def get_wall_clock_timers(self) -> dict[str, float]:
+        """Milliseconds of forward, backward and step of the last window, with ``wall_clock_breakdown``."""
+        return dict(self.meters.times)
 
     def get_data_parallel_rank(self) -> int:
         return self.global_rank

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardwise.deepspeed.meters import Meters
 from shardwise.deepspeed.optimizer import DeepSpeedOptimizer
 from shardwise.deepspeed.windows import GivenWindows
 from shardwise.deepspeed_config import DsFacts
@@ -35,6 +36,7 @@ class EngineBase(nn.Module):
     client_optimizer: Any
     client_lr_scheduler: Any
     mpu: Any
+    meters: Meters
     facts: DsFacts
     config: dict[str, Any]
     strategy: Strategy

@@ -87,10 +87,10 @@ def initialize(
         )
     client_optimizer, client_scheduler = optimizer, lr_scheduler
     inner = _optimizer_of(model, optimizer, model_parameters, facts, where)
+    scheduler = _scheduler_of(inner, lr_scheduler, facts, where)
     strategy = _shard(model, inner, facts)
     if inner is not None:
         attach(inner)
-    scheduler = _scheduler_of(inner, lr_scheduler, facts, where)
     engine = DeepSpeedEngine(
         model, inner, scheduler, facts, raw, batch, strategy, world.device, collate_fn, _local_rank(args),
     )  # fmt: skip
@@ -200,12 +200,18 @@ def _shard(model: nn.Module, optimizer: Optimizer | None, facts: DsFacts) -> Str
 
 def _scheduler_of(optimizer: Optimizer | None, given: Any, facts: DsFacts, where: str) -> Any:
     if given is not None:
-        made = callable(given) and not hasattr(given, "step")
-        if not made:
-            return given
         if optimizer is None:
             raise ConfigError("lr_scheduler= without an optimizer", where="initialize", fix="pass optimizer= too")
-        return given(optimizer)
+        if callable(given) and not hasattr(given, "step"):
+            return given(optimizer)
+        its = getattr(given, "optimizer", optimizer)
+        if its is not optimizer and getattr(its, "optimizer", None) is not optimizer:
+            raise ConfigError(
+                f"lr_scheduler= changes the rates of another {type(its).__name__} than the one that steps",
+                where="initialize",
+                fix="build it from the optimizer that is passed in, or pass a function of the optimizer",
+            )
+        return given
     if facts.scheduler is None or optimizer is None:
         return None
     from shardwise.deepspeed.runtime.lr_schedules import build_scheduler

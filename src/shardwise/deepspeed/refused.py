@@ -5,7 +5,6 @@ from __future__ import annotations
 from shardwise.errors import LeftOut
 
 _PIPELINE = "pipelines are left out: strategies shard the states instead; for stages use torch.distributed.pipelining"
-_TIMERS = "record a run with shardwise.record, and look at it with 'shardwise report'"
 _PARALLEL = "data parallelism and sharding are all there is; use torch.distributed.tensor.parallel beside it"
 
 NAMES: dict[str, str] = {
@@ -17,14 +16,12 @@ NAMES: dict[str, str] = {
     "set_batch_fn": _PIPELINE,
     "is_first_stage": _PIPELINE,
     "is_last_stage": _PIPELINE,
-    "PipelineModule": _PIPELINE,
     "pipe": _PIPELINE,
     "schedule": "DeepCompile's schedules are left out; engine.compile(backend) is torch.compile",
     "compiled_autograd_enabled": "compiled autograd is left out; engine.compile(backend) is torch.compile",
     "register_compile_pass": "DeepCompile's passes are left out; engine.compile(backend) is torch.compile",
     "get_compile_time": "DeepCompile is left out; engine.compile(backend) is torch.compile",
     "set_custom_curriculum_learning_schedule": "curricula are left out: choose the samples in a sampler of your own",
-    "get_wall_clock_timers": _TIMERS,
     "tp_model_init": _PARALLEL,
     "init_inference": "use shardwise.load, or transformers with device_map: models that only run are streamed",
     "InferenceEngine": "use shardwise.load",
