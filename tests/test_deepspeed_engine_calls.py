@@ -379,6 +379,8 @@ def names():
         deepspeed.PipelineModule([model], 2)
     with pytest.raises(LeftOut):
         deepspeed.init_inference  # noqa: B018
+    with pytest.raises(ImportError, match=r"shardwise\.load"):
+        from shardwise.deepspeed import init_inference  # noqa: F401
     with pytest.raises(AttributeError):
         deepspeed.no_such_name  # noqa: B018
     assert (engine.get_lr(), engine.get_mom(), engine.get_type()) == ([0.1], [0.9], [0.0])

@@ -13,6 +13,7 @@ DeepSpeed itself is not needed. Names are imported when they are first used.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from shardwise.deepspeed.refused import NAMES, error
@@ -48,5 +49,5 @@ _named = importing(__name__, _HOME, _MODULES)
 
 def __getattr__(name: str) -> Any:
     if name in NAMES:
-        raise error(name)
+        raise error(name, importing=sys._getframe(1).f_code.co_name == "_handle_fromlist")
     return _named(name)

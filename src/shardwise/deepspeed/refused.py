@@ -41,6 +41,11 @@ class Absent(LeftOut, AttributeError):
     """So that ``hasattr`` says no."""
 
 
-def error(name: str) -> Absent:
+class AbsentImport(LeftOut, ImportError):
+    """For ``from ... import``, which hides what an AttributeError says."""
+
+
+def error(name: str, importing: bool = False) -> LeftOut:
     """What to raise where somebody asks for it."""
-    return Absent(f"'{name}' of DeepSpeed is left out", where="shardwise.deepspeed", fix=NAMES[name])
+    kind = AbsentImport if importing else Absent
+    return kind(f"'{name}' of DeepSpeed is left out", where="shardwise.deepspeed", fix=NAMES[name])
