@@ -499,3 +499,31 @@ def survives(stage):
 def test_an_error_in_a_forward_leaves_the_window_as_it_is():
     for stage in (0, 3):
         assert_close(run(2, survives, stage)[0], alone(2, 2, 0.5)[1])
+
+
+# --- what it says ----------------------------------------------------------------------------------
+def telling(folder):
+    config = settings(2, 2, 1.0, steps_per_print=2, wall_clock_breakdown=True, fp16={"enabled": True})
+    config["csv_monitor"] = {"enabled": True, "output_path": folder, "job_name": "job"}
+    engine, *_ = engine_for(config)
+    said = []
+    engine._say = said.append
+    engine.reports._say = said.append
+    for index in range(8):
+        engine.backward(loss_of(engine, batch(index, rank())))
+        engine.step()
+    engine.destroy()
+    return said
+
+
+def test_an_engine_says_what_the_configuration_asks_for(tmp_path):
+    said, silent = run(2, telling, str(tmp_path))
+    assert silent == []
+    assert [line for line in said if line.startswith("step=2, skipped=0, lr=[0.01]")]
+    assert sum("time of its parts: forward" in line for line in said) == 2
+    lines = {path.name: path.read_text().split() for path in tmp_path.rglob("*.csv")}
+    assert [line.split(",")[0] for line in lines["Train_Samples_lr.csv"][1:]] == ["8", "16", "24", "32"]
+    assert lines["Train_Samples_loss_scale.csv"][1:] == [f"{n},65536.0" for n in (8, 16, 24, 32)]
+    losses = [float(line.split(",")[1]) for line in lines["Train_Samples_train_loss.csv"][1:]]
+    assert len(losses) == 4
+    assert all(2 < loss < 5 for loss in losses)

@@ -15,8 +15,8 @@ from shardwise.deepspeed import refused
 from shardwise.deepspeed.engine_states import States
 from shardwise.deepspeed.loader import DeepSpeedDataLoader
 from shardwise.deepspeed.loss_scaler import LossScaler
-from shardwise.deepspeed.meters import Meters
 from shardwise.deepspeed.optimizer import DeepSpeedOptimizer
+from shardwise.deepspeed.reports import Reports
 from shardwise.deepspeed.windows import GivenWindows
 from shardwise.deepspeed_config import DsFacts
 from shardwise.engine.hooks import engine_of
@@ -83,7 +83,7 @@ class DeepSpeedEngine(States):
         self.lr_scheduler, self._scheduler = lr_scheduler, None
         if lr_scheduler is not None and self.optimizer is not None:
             self._scheduler = AcceleratedScheduler(lr_scheduler, [self.optimizer], self._steps)
-        self.meters = Meters(facts, module, device, world.rank)
+        self.reports = Reports(facts, module, device, world.rank == 0, self._say)
         self.training = module.training
         _engines[module] = weakref.ref(self)
         module.register_forward_pre_hook(_before)
@@ -182,7 +182,7 @@ class DeepSpeedEngine(States):
     def destroy(self) -> None:
         """Let go of the optimizer, the scheduler and the loader. The model stays sharded and can be used."""
         _engines.pop(self.module, None)
-        self.meters.close()
+        self.reports.close()
         self._steps.drop_gradients()
         if (engine := engine_of(self.module)) is not None:
             engine.sync = True
@@ -193,12 +193,8 @@ class DeepSpeedEngine(States):
 
     @property
     def monitor(self) -> Any:
-        """Writes events to the monitors of the configuration; ``None`` where none is on."""
-        return self.meters.monitor
-
-    def get_wall_clock_timers(self) -> dict[str, float]:
-        """Milliseconds of forward, backward and step of the last window, with ``wall_clock_breakdown``."""
-        return dict(self.meters.times)
+        """Writes events to the monitors of the configuration."""
+        return self.reports.monitor
 
     def get_data_parallel_rank(self) -> int:
         return self.global_rank

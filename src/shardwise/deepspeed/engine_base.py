@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwise.deepspeed.meters import Meters
 from shardwise.deepspeed.optimizer import DeepSpeedOptimizer
+from shardwise.deepspeed.reports import Reports
 from shardwise.deepspeed.windows import GivenWindows
 from shardwise.deepspeed_config import DsFacts
 from shardwise.scheduler import AcceleratedScheduler
@@ -36,7 +36,7 @@ class EngineBase(nn.Module):
     client_optimizer: Any
     client_lr_scheduler: Any
     mpu: Any
-    meters: Meters
+    reports: Reports
     facts: DsFacts
     config: dict[str, Any]
     strategy: Strategy

@@ -25,17 +25,19 @@ class Stepping(Answers):
     # --- forward -------------------------------------------------------------------------------
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        with self.meters.timed("forward"):
+        if self.reports.idle:
             return self.module(*inputs, **kwargs)
+        self.reports.forward_begins(self.global_steps)
+        output = self.module(*inputs, **kwargs)
+        self.reports.forward_ends()
+        return output
 
     def _before_forward(self) -> None:
         """Called by a hook on the model, which scripts may also call as ``engine.module``."""
         if torch.is_grad_enabled():
             self._steps.more_comes()
-            self.meters.before_forward(self.global_steps)
 
     def _after_forward(self, output: Any) -> None:
-        self.meters.after_forward()
         if torch.is_grad_enabled() and (self._steps.in_advance or self._steps.length > 1):
             watch(output, self._plain_backward, self._steps.after_plain_backward)
 
@@ -71,10 +73,12 @@ class Stepping(Answers):
         length = self._steps.length
         wide = loss.float() if loss.dtype in _HALVES else loss
         counted = wide if scale_wrt_gas or length == 1 else wide * length
-        with scaled_backward(), self.meters.timed("backward"):
+        with scaled_backward(), self.reports.part("backward"):
             self._steps.backward(counted, retain_graph=retain_graph or None)
         self._backwards += 1
-        return wide / length if scale_wrt_gas and length > 1 else wide
+        part = wide / length if scale_wrt_gas and length > 1 else wide
+        self.reports.loss(part)
+        return part
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """A loss to call ``backward()`` on: scaled in fp16, and as it is in other precisions.
@@ -194,14 +198,12 @@ class Stepping(Answers):
             boundary = self.is_gradient_accumulation_boundary()
             self._steps.sync_gradients = boundary
             if boundary:
-                with self.meters.timed("step"):
+                with self.reports.part("step"):
                     self._update(lr_kwargs)
         finally:
             self._in_step = False
         if boundary:
-            scale = self.loss_scale() if self.fp16_enabled() else None
-            counts = self.global_steps, self.global_samples, self.skipped_steps
-            self.meters.stepped(*counts, self.get_lr(), self.get_mom(), scale)
+            self._tell()
         self.micro_steps += 1
         self._begin_micro_batch()
 
@@ -218,6 +220,19 @@ class Stepping(Answers):
         windows = 1.0 if self.managed_gradient_accumulation() else self._backwards / self._steps.length
         self.global_samples += round(self._train_batch * windows)
         self._backwards = self._expected = 0
+
+    def _tell(self) -> None:
+        every = self.steps_per_print()
+        if every and self.global_rank == 0 and self.global_steps % every == 0:
+            self._say(
+                f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}, mom={self.get_mom()}"
+            )
+        if not self.reports.idle:
+            scale = self.loss_scale() if self.fp16_enabled() else None
+            self.reports.step_ends(self.global_steps, self.global_samples, self.get_lr()[0], scale)
+
+    def _say(self, text: str) -> None:
+        print(text, flush=True)
 
     def coalesce_grad_reduction(self) -> AbstractContextManager[None]:
         """Around several backwards. Gradients add up by themselves, so there is nothing to do."""

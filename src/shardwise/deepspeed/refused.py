@@ -22,6 +22,7 @@ NAMES: dict[str, str] = {
     "register_compile_pass": "DeepCompile's passes are left out; engine.compile(backend) is torch.compile",
     "get_compile_time": "DeepCompile is left out; engine.compile(backend) is torch.compile",
     "set_custom_curriculum_learning_schedule": "curricula are left out: choose the samples in a sampler of your own",
+    "get_wall_clock_timers": "wall_clock_breakdown prints them; shardwise.record writes all that happens",
     "tp_model_init": _PARALLEL,
     "init_inference": "use shardwise.load, or transformers with device_map: models that only run are streamed",
     "InferenceEngine": "use shardwise.load",
