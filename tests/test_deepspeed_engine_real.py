@@ -97,6 +97,36 @@ def test_the_same_curve_in_fp16(stage):
         assert mine[1][3] > 0  # it did overflow
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_same_curve_with_state_on_the_host(stage):
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    config = settings(stage, 2, 0.5, zero_optimization=zero, zero_force_ds_cpu_optimizer=False)
+    real = run(2, script, REAL, config, fresh=True)
+    ours = run(2, script, OURS, config)
+    for theirs, mine in zip(real, ours, strict=True):
+        assert [s[0] for s in mine[0]] == pytest.approx([s[0] for s in theirs[0]], rel=2e-5)
+        assert mine[1] == theirs[1]
+        assert_close(mine[2], theirs[2], 2e-5)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"prescale_gradients": True, "gradient_predivide_factor": 2.0},
+        {"gradient_predivide_factor": 4.0},
+        {"communication_data_type": "fp32"},
+        {"gradient_allreduce_op": "sum"},
+    ],
+)
+def test_the_same_curve_however_gradients_are_summed(keys):
+    config = settings(0, 2, 0.5, **keys)
+    real = run(2, script, REAL, config, fresh=True)
+    ours = run(2, script, OURS, config)
+    for theirs, mine in zip(real, ours, strict=True):
+        assert [s[0] for s in mine[0]] == pytest.approx([s[0] for s in theirs[0]], rel=2e-5)
+        assert_close(mine[2], theirs[2], 2e-5)
+
+
 def bf16_script(name: str, config: dict[str, Any]) -> Any:
     return script(name, config, 6)
 

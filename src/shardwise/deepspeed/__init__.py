@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shardwise.deepspeed.initialize import initialize
 
 __version__ = "0.19.8"  # of the DeepSpeed whose names these are: libraries compare it
+version = __version__
 _HOME = {
     "DeepSpeedConfig": "config",
     "DeepSpeedConfigError": "config",

@@ -79,6 +79,7 @@ class DeepSpeedEngine(States):
         if optimizer is not None:
             measure = self.zero_optimization() or facts.param_dtype is not None
             self.optimizer = DeepSpeedOptimizer(optimizer, self._steps, measure, facts.check_overflow)
+            self.optimizer.states = weakref.ref(self)
             self._steps.optimizers.append(self.optimizer)
         self.lr_scheduler, self._scheduler = lr_scheduler, None
         if lr_scheduler is not None and self.optimizer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class DeepSpeedOptimizer(AcceleratedOptimizer):
         check_finite: without loss scaling, too, skip steps whose gradients are not finite. A device is waited for.
 
     Attributes:
+        states: moves states between device and host; its engine.
         norm: of the gradients of the last step, before clipping; ``None`` if it was not computed.
     """
 
@@ -32,6 +34,7 @@ class DeepSpeedOptimizer(AcceleratedOptimizer):
         super().__init__(optimizer, steps)
         self.measure, self.check_finite = measure, check_finite
         self.norm: torch.Tensor | None = None
+        self.states: Callable[[], Any] = lambda: None
 
     def step(self, closure: Any = None) -> Any:
         self.norm = None
@@ -70,3 +73,13 @@ class DeepSpeedOptimizer(AcceleratedOptimizer):
     def overflow(self) -> bool:
         """The last step was skipped."""
         return self.step_was_skipped
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Its engine's ``offload_states``."""
+        if (engine := self.states()) is not None:
+            engine.offload_states(*args, **kwargs)
+
+    def reload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Its engine's ``reload_states``."""
+        if (engine := self.states()) is not None:
+            engine.reload_states(*args, **kwargs)
