@@ -1,4 +1,4 @@
-"""Whole scripts in the shapes that people have: HelloDeepSpeed's loop with resuming, and fine-tuning like OpenRLHF's."""
+"""Scripts in the shapes that people have: HelloDeepSpeed's loop with resuming, and fine-tuning like OpenRLHF's."""
 
 from __future__ import annotations
 
