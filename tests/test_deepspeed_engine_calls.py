@@ -92,6 +92,42 @@ def several_losses(stage, plain):
     return whole(engine.module)
 
 
+def zeroing(stage, plain):
+    """A loop that clears gradients by habit before each backward, with the optimizer that it was given."""
+    engine, optimizer, *_ = engine_for(settings(stage, 2, 0.5))
+    for index in range(8):
+        loss = loss_of(engine, batch(index, rank()))
+        optimizer.zero_grad()
+        loss.backward() if plain else engine.backward(loss)
+        engine.step()
+    return whole(engine.module)
+
+
+def test_zero_grad_of_the_optimizer_leaves_what_is_being_accumulated():
+    _, right = alone(2, 2, 0.5)
+    for stage in (0, 3):
+        for plain in (False, True):
+            assert_close(run(2, zeroing, stage, plain)[0], right)
+
+
+def together(stage, plain):
+    """One loss of two engines."""
+    engines = [deepspeed.initialize(model=make(s), optimizer=adamw, config=settings(stage, 2, 0.5))[0] for s in (0, 1)]
+    for index in range(8):
+        loss = sum(loss_of(engine, batch(index, rank())) for engine in engines)
+        loss.backward() if plain else engines[index % 2].backward(loss)
+        for engine in engines:
+            engine.step()
+    return [whole(engine.module) for engine in engines]
+
+
+def test_one_loss_of_two_engines():
+    for stage in (1, 3):
+        for plain in (False, True):
+            for seed, found in enumerate(run(2, together, stage, plain)[0]):
+                assert_close(found, alone(2, 2, 0.5, seed=seed)[1])
+
+
 def test_several_losses_of_a_micro_batch_add_up():
     _, right = alone(2, 4, 0.5)
     for stage in (0, 1, 3):

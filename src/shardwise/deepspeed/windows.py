@@ -71,6 +71,11 @@ class GivenWindows(Steps):
         if self._applied:
             self._unapply()
 
+    def may_zero(self) -> bool:
+        if self._took():
+            self._fresh = False
+        return super().may_zero()
+
     def after_plain_backward(self) -> None:
         """The script has run one, and may look at what it gave."""
         if self.sync_gradients and all(engine.sync for engine in self.engines()):
