@@ -94,8 +94,8 @@ def several_losses(stage, plain):
 
 def zeroing(stage, plain):
     """A loop that clears gradients by habit before each backward, with the optimizer that it was given."""
-    engine, optimizer, *_ = engine_for(settings(stage, 2, 0.5))
-    for index in range(8):
+    engine, optimizer, *_ = engine_for(settings(stage, 3, 0.5))
+    for index in range(12):
         loss = loss_of(engine, batch(index, rank()))
         optimizer.zero_grad()
         loss.backward() if plain else engine.backward(loss)
@@ -104,7 +104,7 @@ def zeroing(stage, plain):
 
 
 def test_zero_grad_of_the_optimizer_leaves_what_is_being_accumulated():
-    _, right = alone(2, 2, 0.5)
+    _, right = alone(2, 3, 0.5)
     for stage in (0, 3):
         for plain in (False, True):
             assert_close(run(2, zeroing, stage, plain)[0], right)
