@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch.distributed import (
     ReduceOp,
     all_gather,
-    all_gather_into_tensor,
     all_gather_object,
     all_reduce,
     all_to_all,
@@ -43,7 +42,7 @@ from shardwise.errors import CommError
 
 __all__ = [
     "ReduceOp", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all",
-    "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "destroy_process_group", "gather",
+    "all_to_all_single", "allgather_fn", "barrier", "broadcast", "broadcast_object_list", "destroy_process_group", "gather",
     "get_all_ranks_from_group", "get_global_rank", "get_local_rank", "get_rank", "get_world_group", "get_world_size",
     "inference_all_reduce", "init_distributed", "irecv", "is_available", "is_initialized", "isend",
     "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_fn",
@@ -109,6 +108,15 @@ def _seconds(timeout: timedelta | float | None) -> float:
     if timeout is None:
         return 60.0 * float(os.environ["DEEPSPEED_TIMEOUT"]) if "DEEPSPEED_TIMEOUT" in os.environ else _TIMEOUT
     return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+
+
+def all_gather_into_tensor(output_tensor: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+    """Every rank's ``tensor`` end to end, in the order of ranks; a number counts as a tensor of one element."""
+    given = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    return dist.all_gather_into_tensor(output_tensor, given, group=group, async_op=async_op)
+
+
+allgather_fn = all_gather_into_tensor
 
 
 def get_rank(group: Any = None) -> int:
