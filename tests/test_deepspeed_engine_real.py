@@ -188,3 +188,60 @@ def test_optimizers_and_schedules_of_the_configuration(optimizer, schedule):
         for (rate, moment), (own_rate, own_moment) in zip(theirs[1], mine[1], strict=True):
             assert own_rate == pytest.approx(rate, rel=1e-6, abs=1e-12)
             assert own_moment == pytest.approx(moment, rel=1e-6)
+
+
+def saved_by_deepspeed(config: dict[str, Any], folder: str) -> Any:
+    """Three steps, a checkpoint, three more."""
+    engine = on_schedule(REAL, config, 0)
+    some(engine, 0, 3)
+    engine.save_checkpoint(folder, client_state={"epoch": 3})
+    losses = some(engine, 3, 6)
+    scale = engine.optimizer.cur_scale if "fp16" in config else 1.0
+    return losses, engine.get_lr(), (engine.global_steps, engine.global_samples, engine.skipped_steps), scale
+
+
+def resumed(config: dict[str, Any], folder: str) -> Any:
+    engine = on_schedule(OURS, config, 1)
+    path, client_state = engine.load_checkpoint(folder)
+    assert path.endswith("global_step3")
+    assert client_state["epoch"] == 3
+    losses = some(engine, 3, 6)
+    return losses, engine.get_lr(), (engine.global_steps, engine.global_samples, engine.skipped_steps), engine.cur_scale
+
+
+def on_schedule(name: str, config: dict[str, Any], seed: int) -> Any:
+    model = make(seed, odd=False)
+    engine, *_ = library(name).initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.8**step),
+        config=config,
+    )
+    return engine
+
+
+def some(engine: Any, first: int, last: int) -> list[float]:
+    losses = []
+    for index in range(first, last):
+        loss = loss_of(engine, batch(index, rank()))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 18, "loss_scale_window": 2}}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_of_deepspeeds_goes_on(stage, precision, tmp_path):
+    pytest.importorskip("shardwise.checkpoint.deepspeed_contents")  # what reads DeepSpeed's folders
+    more = FP16 if precision == "fp16" else {}
+    real = run(2, saved_by_deepspeed, settings(stage, **more), str(tmp_path), fresh=True)
+    for other in (stage, 0 if stage == 3 else 3):
+        ours = run(2, resumed, settings(other, **more), str(tmp_path))
+        for theirs, mine in zip(real, ours, strict=True):
+            assert mine[0] == pytest.approx(theirs[0], rel=1e-2 if more else 2e-5)
+            assert mine[1] == pytest.approx(theirs[1])
+            assert mine[2:] == theirs[2:]

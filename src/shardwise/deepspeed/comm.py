@@ -42,9 +42,9 @@ from shardwise.errors import CommError
 
 __all__ = [
     "ReduceOp", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all",
-    "all_to_all_single", "allgather_fn", "barrier", "broadcast", "broadcast_object_list",
-    "destroy_process_group", "gather", "get_all_ranks_from_group", "get_global_rank", "get_local_rank", "get_rank", "get_world_group", "get_world_size",
-    "inference_all_reduce", "init_distributed", "irecv", "is_available", "is_initialized", "isend",
+    "all_to_all_single", "allgather_fn", "barrier", "broadcast", "broadcast_object_list", "destroy_process_group",
+    "gather", "get_all_ranks_from_group", "get_global_rank", "get_local_rank", "get_rank", "get_world_group",
+    "get_world_size", "inference_all_reduce", "init_distributed", "irecv", "is_available", "is_initialized", "isend",
     "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_fn",
     "reduce_scatter_tensor", "scatter", "send",
 ]  # fmt: skip
