@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from ranks import run
 from shardwise.deepspeed.monitor import MonitorMaster, get_monitor_config
+from shardwise.deepspeed.reports import Reports
+from shardwise.deepspeed_config import read_ds_config
 from shardwise.errors import ConfigError, ShardwiseError
 
 EVENTS = [("Train/Samples/lr", 0.5, 8), ("Train/Samples/train_loss", 2.0, 8), ("Train/Samples/lr", 0.25, 16)]
@@ -92,3 +97,50 @@ def test_what_is_wrong_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ShardwiseError, match="pip install wandb"):
         MonitorMaster({"wandb": {"enabled": True}})
+
+
+# --- what an engine tells ----------------------------------------------------------------------------------
+def trained(folder: Path, leads: bool = True, **config: Any) -> list[str]:
+    """A loop of two micro-batches for each of three steps, that tells what an engine would."""
+    model, said = nn.Linear(2, 1), []
+    facts = read_ds_config({"csv_monitor": section(folder), **config})
+    reports = Reports(facts, model, torch.device("cpu"), leads, said.append)
+    for step in range(3):
+        for _ in range(2):
+            reports.forward_begins(step)
+            loss = model(torch.ones(1, 2)).mean() * 0 + step
+            reports.forward_ends()
+            reports.loss(loss / 2)
+            with reports.part("backward"):
+                loss.backward()
+        with reports.part("step"):
+            pass
+        reports.step_ends(step + 1, 4 * (step + 1), 0.1, 8.0 if "fp16" in config else None)
+    reports.close()
+    return said
+
+
+def test_values_of_a_step_go_to_monitors(tmp_path):
+    assert trained(tmp_path, fp16={"enabled": True}) == []
+    assert written(tmp_path) == {
+        "Train_Samples_lr.csv": "step,lr\n4,0.1\n8,0.1\n12,0.1\n",
+        "Train_Samples_train_loss.csv": "step,train_loss\n4,0.0\n8,1.0\n12,2.0\n",
+        "Train_Samples_loss_scale.csv": "step,loss_scale\n4,8.0\n8,8.0\n12,8.0\n",
+    }
+
+
+def test_times_of_its_parts(tmp_path):
+    said = trained(tmp_path, wall_clock_breakdown=True, steps_per_print=2)
+    (line,) = said  # of step 2
+    found = re.fullmatch(
+        r"step=2, time of its parts: forward ([\d.]+) ms, backward ([\d.]+) ms, step ([\d.]+) ms", line
+    )
+    assert found is not None and float(found[1]) > 0 and float(found[2]) > 0
+    assert {"Train_Samples_elapsed_time_ms_forward.csv", "Train_Samples_elapsed_time_ms_step.csv"} <= {
+        *written(tmp_path)
+    }
+    assert trained(tmp_path / "other", leads=False, wall_clock_breakdown=True) == []
+
+
+def test_nothing_asked_for():
+    assert Reports(read_ds_config({}), nn.Linear(1, 1), torch.device("cpu"), True, print).idle

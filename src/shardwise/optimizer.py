@@ -121,26 +121,30 @@ class AcceleratedOptimizer(Optimizer):
                 loss = self.optimizer.step(closure)
             else:
                 steps.settle()
-                self._clip()
+                self._skipped = not self._ready()
+                if self._skipped:
+                    return None
                 loss = self.optimizer.step()
             self.steps_taken += 1
             return loss
         if closure is not None:
             raise OptimizerError("fp16 loss scaling cannot see inside a closure", fix="use bf16, or leave it out")
-        overflow = self.unscale()
-        self._skipped = overflow
-        if not overflow:
-            self._clip()
+        self._skipped = self.unscale() or not self._ready()
+        if not self._skipped:
             self.optimizer.step()
             self.steps_taken += 1
         self.stepped = True
         steps.update_scale()
         return None
 
-    def _clip(self) -> None:
-        """What a DeepSpeed configuration's ``gradient_clipping`` asked for: there the engine clips, not the loop."""
+    def _ready(self) -> bool:
+        """Prepare the means for the step; may say, alike on all ranks, that it is not to be taken.
+
+        Here: what a DeepSpeed configuration's ``gradient_clipping`` asked for, where the engine clips, not the loop.
+        """
         if self._steps.max_norm is not None:
             clip_grad_norm_(list(self.parameters()), self._steps.max_norm)
+        return True
 
     def unscale(self) -> bool:
         """Take the loss scale out, once per step; tells whether any rank's gradients overflowed."""

@@ -90,7 +90,7 @@ def load(
             they are read, and never used; a model that was loaded in part by then refuses to run and to be saved
             until a load into it is complete. With ``verify`` nothing has changed then either.
 
-    BlockBuffers that differed between ranks come back as each rank's own at an equal world size, else as rank 0's.
+    Buffers that differed between ranks come back as each rank's own at an equal world size, else as rank 0's.
     Cost: each rank reads what it holds, with ``verify`` twice, through buffers of 24 MiB. What lives on a disk is in
     memory one unit at a time.
     """

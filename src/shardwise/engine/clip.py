@@ -49,8 +49,7 @@ def clip_grad_norm_(
     """
     order, held = order_of(norm_type), _with_gradients(params)
     spreads, plain = settled(held)
-    with announced(Command.NORMS, held, order):
-        total = combine(per_shard(spreads, plain, order), order)
+    total = _norm(held, spreads, plain, order)
     if error_if_nonfinite and not torch.isfinite(total):
         raise GradientError(
             f"the norm of the gradients is {float(total)}", fix="lower the learning rate or skip this step"
@@ -61,6 +60,22 @@ def clip_grad_norm_(
         with announced(Command.MULTIPLY, held, factor.cpu):
             multiply_(held, pieces_of(spreads, plain), factor)
     return total
+
+
+def grad_norm(params: nn.Module | Iterable[nn.Parameter], norm_type: float = 2.0) -> torch.Tensor:
+    """The norm that :func:`clip_grad_norm_` returns, of gradients that stay as they are.
+
+    Cost: one pass; one all-gather of ``world size`` numbers per mesh.
+    """
+    order, held = order_of(norm_type), _with_gradients(params)
+    return _norm(held, *settled(held), order)
+
+
+def _norm(
+    held: Sequence[nn.Parameter], spreads: Sequence[Spread], plain: Sequence[torch.Tensor], order: float
+) -> torch.Tensor:
+    with announced(Command.NORMS, held, order):
+        return combine(per_shard(spreads, plain, order), order)
 
 
 def multiply_(params: Sequence[nn.Parameter], grads: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
