@@ -34,6 +34,7 @@ _HOME = {
     "PipelineModule": "pipe",
     "RepeatingLoader": "runtime.dataloader",
     "add_config_arguments": "config",
+    "add_tuning_arguments": "runtime.lr_schedules",
     "get_accelerator": "accelerator",
     "init_distributed": "comm",
     "initialize": "initialize",

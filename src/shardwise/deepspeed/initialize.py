@@ -19,7 +19,7 @@ from shardwise.engine.elementwise import check, needs_whole_tensors
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.move import move
 from shardwise.engine.optimizer import attach
-from shardwise.environment import strategy_from_environment
+from shardwise.environment import DEEPSPEED_CONFIG, strategy_from_environment
 from shardwise.errors import ConfigError, OptimizerError, UnitError
 from shardwise.strategy import Strategy
 
@@ -111,6 +111,9 @@ def _config_of(args: Any, config: Any, config_params: Any) -> Any:
         "args.deepscale_config": getattr(args, "deepscale_config", None),
     }
     said = [name for name, value in given.items() if value is not None]
+    launched = os.environ.get(DEEPSPEED_CONFIG)
+    if not said and launched:  # by 'shardwise launch --deepspeed-config'
+        return launched
     if len(said) != 1:
         what = "no configuration" if not said else f"{len(said)} configurations: {' and '.join(said)}"
         raise ConfigError(
