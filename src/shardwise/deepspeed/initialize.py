@@ -198,6 +198,10 @@ def _shard(model: nn.Module, optimizer: Optimizer | None, facts: DsFacts) -> Str
     move(model, World.current().device)
     if any(True for _ in model.parameters()):
         shard(model, strategy, units=units)
+        if strategy.split_params:
+            from shardwise.deepspeed.zero.probes import mark
+
+            mark(model)  # other libraries ask parameters whether their values are all here
     return strategy
 
 

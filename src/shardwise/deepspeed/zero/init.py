@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardwise.comm import World, init
+from shardwise.comm import World
+from shardwise.deepspeed.comm import init_distributed
 from shardwise.deepspeed.zero.constructors import Constructors
 from shardwise.deepspeed.zero.probes import mark_parked
 from shardwise.deepspeed_config import load_ds_config, read_ds_config
@@ -126,7 +127,8 @@ class Init:
 
 
 def _world() -> World:
-    return init(World._current.device if World._current is not None else None)
+    init_distributed()
+    return World.current()
 
 
 def shutdown_init_context() -> None:
