@@ -26,6 +26,13 @@ while True:  # the command ends it
     step += 1
     assert step <= 4
 """
+MODEL = """
+import torch
+from torch import nn
+
+def planned(batch=4):
+    return nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), torch.zeros(batch, 64), lambda m, x: m(x).sum()
+"""
 ROUNDED = 0.05
 
 
@@ -41,10 +48,11 @@ def script(tmp_path):
 
 
 def test_measured_stands_beside_predicted_and_a_failure_is_a_row(tmp_path, script):
-    page, folder = tmp_path / "page.html", tmp_path / "runs"
+    page, folder, model = tmp_path / "page.html", tmp_path / "runs", tmp_path / "model.py"
+    model.write_text(MODEL)
     done = invoke(
         "--strategies", "zero2,zero3", "--steps", 4, "-n", 2, "--cpu", "--json", "--html", page, "--folder", folder,
-        script, "zero2",
+        "--model", f"{model}:planned", "--batch", 4, script, "zero2",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     failed, row = json.loads(done.stdout)
@@ -53,6 +61,7 @@ def test_measured_stands_beside_predicted_and_a_failure_is_a_row(tmp_path, scrip
     assert row["unit"] == "rows/s" and row["rate"] == pytest.approx(8 / row["step_s"])
     assert row["sent"] == pytest.approx(row["predicted"]["sent"], rel=ROUNDED) and row["sent"] > 3 * 64 * 64 * 4
     assert row["states"] > 0 and row["predicted"]["states"] and row["peak"] > 1 << 20
+    assert 0 < row["predicted"]["step_s"] < 10 and row["predicted"]["peak"] is None  # a CPU's is not a process's
     assert "zero3" in page.read_text() and (folder / "01-zero3" / "output.txt").exists()
 
 

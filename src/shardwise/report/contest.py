@@ -43,7 +43,8 @@ class Predicted:
     Attributes:
         sent: bytes to other ranks.
         states: the most bytes of all model states together.
-        step_s, peak: seconds, and the most bytes of a device, by a plan.
+        step_s, peak: seconds, and the most bytes of a device, by a plan. On a CPU ``peak`` is left out: a process has
+            Python and torch besides.
     """
 
     sent: float | None = None
@@ -137,12 +138,14 @@ def _why(output: Path, code: int | None, limit_s: float) -> str:
 def _row(strategy: str, record: RunRecord, facts: Facts, planned: Predicted, folder: Path) -> Row:
     found = {fact.name: fact.value for fact in facts.summary}
     unit = "tokens/s" if found.get("tokens/s") is not None else "rows/s"
-    peak = found.get("peak of the device", found.get("a process in the host's memory"))
+    on_device = found.get("peak of the device")
+    peak = found.get("a process in the host's memory") if on_device is None else on_device
     sent = sum(nbytes for way, nbytes in facts.sent.items() if way not in STAGES)
     told = next((one.expected for one in record.ranks if one.expected is not None), None)
     predicted = Predicted(
-        told["sent"] if told else None, told["peak_total"] if told else None, planned.step_s, planned.peak
-    )
+        told["sent"] if told else None, told["peak_total"] if told else None, planned.step_s,
+        None if on_device is None else planned.peak,
+    )  # fmt: skip
     return Row(
         strategy, "", found.get("a step"), found.get(unit), unit, found.get("peak of all states"), peak, sent,
         predicted, str(folder),
