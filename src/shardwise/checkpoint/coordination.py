@@ -99,19 +99,27 @@ class CollectiveBlock:
         doing: what the block does, for the message: ``writing checkpoint /a/b``.
         slow: the block reads or writes much, and some ranks may take far longer than others.
         by: how ranks tell each other.
+        raises: what ranks raise that had no error of their own.
 
     Attributes:
         mine: what this rank tells the others when the block ends well; set it inside.
         gathered: what all ranks told, in rank order; afterwards.
 
     Raises:
-        CheckpointError: on the ranks that had no error of their own, with the first failing rank's words.
+        CheckpointError: or ``raises``, on ranks that had no error of their own, with the first failing rank's words.
 
     Cost: one :func:`all_gather_bytes` when the block ends.
     """
 
-    def __init__(self, doing: str, slow: bool = False, by: AllGatherBytes = all_gather_bytes) -> None:
+    def __init__(
+        self,
+        doing: str,
+        slow: bool = False,
+        by: AllGatherBytes = all_gather_bytes,
+        raises: type[ShardwiseError] = CheckpointError,
+    ) -> None:
         self.doing, self.timeout, self.gather = doing, SLOW_TIMEOUT if slow else _TIMEOUT, by
+        self.raises = raises
         self.mine = b""
         self.gathered: list[bytes] = []
 
@@ -136,7 +144,7 @@ class CollectiveBlock:
         for rank, text in enumerate(told):
             if text[:1] == _BAD:
                 what, where, fix = json.loads(text[1:])
-                raise CheckpointError(what, where=f"rank {rank}, {where}" if where else f"rank {rank}", fix=fix)
+                raise self.raises(what, where=f"rank {rank}, {where}" if where else f"rank {rank}", fix=fix)
         self.gathered = [text[1:] for text in told]
 
 

@@ -182,7 +182,9 @@ class DeepSpeedEngine(States):
 
     def destroy(self) -> None:
         """Let go of the optimizer, the scheduler and the loader. The model stays sharded and can be used."""
-        _engines.pop(self.module, None)
+        if engine_for(self.module) is self:
+            _engines.pop(self.module)
+        self._destroyed = True
         self.reports.close()
         self._steps.drop_gradients()
         if (engine := engine_of(self.module)) is not None:

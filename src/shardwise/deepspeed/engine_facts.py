@@ -34,9 +34,9 @@ class Answers(EngineBase):
                 be divided by the number there is.
         """
         once = self._micro_batch * self.world_size
-        if train_batch_size < 1 or train_batch_size % once:
+        if not isinstance(train_batch_size, int) or train_batch_size < 1 or train_batch_size % once:
             raise ConfigError(
-                f"a batch of {train_batch_size} is not a number of micro-batches of {self._micro_batch} on each of "
+                f"a batch of {train_batch_size!r} is not a number of micro-batches of {self._micro_batch} on each of "
                 f"{self.world_size} ranks",
                 where="set_train_batch_size",
                 fix=f"give a multiple of {once}",
@@ -55,8 +55,8 @@ class Answers(EngineBase):
         Raises:
             ConfigError: less than one sample.
         """
-        if micro_batch_size < 1:
-            raise ConfigError(f"a micro-batch of {micro_batch_size} samples", where="set_train_micro_batch_size")
+        if not isinstance(micro_batch_size, int) or micro_batch_size < 1:
+            raise ConfigError(f"a micro-batch of {micro_batch_size!r} samples", where="set_train_micro_batch_size")
         self._micro_batch = micro_batch_size
         self._train_batch = micro_batch_size * self._steps.length * self.world_size
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 
-from shardwise import checkpoint, operations
+from shardwise import checkpoint
 from shardwise.checkpoint.coordination import CollectiveBlock
 from shardwise.comm import World
 from shardwise.deepspeed.engine_stepping import Stepping
@@ -45,16 +47,21 @@ class Saving(Stepping):
         Raises:
             CheckpointError: on every rank; what was there before still is.
         """
-        if not os.fspath(save_dir):
-            raise CheckpointError("save_dir is empty", where="save_checkpoint", fix="name a folder")
-        if exclude_frozen_parameters:
-            raise LeftOut(
-                "exclude_frozen_parameters: checkpoints hold the whole model",
-                where="save_checkpoint",
-                fix="leave it out; for the trained weights alone save_16bit_model(exclude_frozen_parameters=True)",
-            )
-        name = f"global_step{self.global_steps}" if tag is None else str(tag)
-        name = self._agreed_tag(name)
+        with CollectiveBlock("save_checkpoint") as ranks:
+            if not os.fspath(save_dir):
+                raise CheckpointError("save_dir is empty", where="save_checkpoint", fix="name a folder")
+            if exclude_frozen_parameters:
+                raise LeftOut(
+                    "exclude_frozen_parameters: checkpoints hold the whole model",
+                    where="save_checkpoint",
+                    fix="leave it out; for the trained weights alone save_16bit_model(exclude_frozen_parameters=True)",
+                )
+            if not isinstance(client_state, (Mapping, NoneType)):
+                raise CheckpointError(
+                    f"client_state is a {type(client_state).__name__}", where="save_checkpoint", fix="give a dict"
+                )
+            ranks.mine = _named(f"global_step{self.global_steps}" if tag is None else str(tag)).encode()
+        name = self._agreed_tag([text.decode() for text in ranks.gathered])
         folder = Path(save_dir)
         checkpoint.save(
             folder / name,
@@ -75,9 +82,8 @@ class Saving(Stepping):
             self._write_latest(folder, name)
         return True
 
-    def _agreed_tag(self, tag: str) -> str:
+    def _agreed_tag(self, tags: list[str]) -> str:
         """Rank 0's, where ranks differ and that is allowed."""
-        tags: list[str] = operations.gather_object(tag)
         if len(set(tags)) > 1 and self.facts.tag_validation == "fail":
             raise CheckpointError(
                 f"ranks name it differently: {', '.join(dict.fromkeys(tags))}",
@@ -128,14 +134,23 @@ class Saving(Stepping):
             CheckpointError: on every rank. See :func:`shardwise.checkpoint.load`: what can be known before is, and then
                 nothing has changed.
         """
-        if custom_load_fn is not None:
-            raise LeftOut(
-                "custom_load_fn gets a whole state dict in memory, which is not made here",
-                where="load_checkpoint",
-                fix="rename with shardwise.checkpoint.export and load_model, or load into engine.module yourself",
-            )
         folder = Path(load_dir)
-        name = self._latest(folder) if tag is None else str(tag)
+        wishes = {
+            "load_module_strict": load_module_strict,
+            "load_optimizer_states": load_optimizer_states,
+            "load_lr_scheduler_states": load_lr_scheduler_states,
+            "load_module_only": load_module_only,
+        }
+        with CollectiveBlock(f"reading {folder / LATEST}") as ranks:
+            if custom_load_fn is not None:
+                raise LeftOut(
+                    "custom_load_fn gets a whole state dict in memory, which is not made here",
+                    where="load_checkpoint",
+                    fix="rename with shardwise.checkpoint.export and load_model, or load into engine.module yourself",
+                )
+            asked = {"tag": None if tag is None else _named(str(tag))} | {k: bool(v) for k, v in wishes.items()}
+            ranks.mine = json.dumps([asked, self._latest(folder) if tag is None else str(tag)]).encode()
+        name = _agreed([json.loads(text) for text in ranks.gathered])
         if name is None:
             if self.global_rank == 0:
                 warnings.warn(f"{folder / LATEST} is not there: nothing is loaded", stacklevel=2)
@@ -151,10 +166,14 @@ class Saving(Stepping):
         return str(folder / name), dict(state.get("client_state") or {})
 
     def _latest(self, folder: Path) -> str | None:
-        with CollectiveBlock(f"reading {folder / LATEST}") as ranks:
-            if World.current().rank == 0 and (folder / LATEST).is_file():
-                ranks.mine = (folder / LATEST).read_text(encoding="utf-8").strip().encode()
-        return ranks.gathered[0].decode() or None
+        """What the file names, read by rank 0. An empty file is an error."""
+        file = folder / LATEST
+        if World.current().rank != 0 or not file.is_file():
+            return None
+        name = file.read_text(encoding="utf-8").strip()
+        if not name:
+            raise CheckpointError("the file is empty", where=str(file), fix="give tag=, or write the tag into it")
+        return name
 
     def _take(self, state: Mapping[str, Any], optimizer: bool, scheduler: bool) -> None:
         if scheduler and self.lr_scheduler is not None and state.get("scheduler") is not None:
@@ -224,6 +243,27 @@ class Saving(Stepping):
             frozen = {name for name, p in self.module.named_parameters() if not p.requires_grad}
             values = {name: value for name, value in values.items() if name not in frozen}
         return values
+
+
+def _named(tag: str) -> str:
+    """A tag, which is a name inside of a folder."""
+    if not tag or ".." in Path(tag).parts or Path(tag).is_absolute() or tag == ".":
+        raise CheckpointError(f"tag={tag!r} names no folder inside of another one", fix="give a name")
+    return tag
+
+
+def _agreed(asked: list[Any]) -> str | None:
+    """The tag to load: rank 0's, which all have if they said one. Raise if they ask for different things."""
+    first, name = asked[0]
+    for rank, (its, _) in enumerate(asked):
+        for key, value in its.items():
+            if value != first[key]:
+                raise CheckpointError(
+                    f"ranks ask for different things: {key}={first[key]!r} on rank 0, {value!r} on rank {rank}",
+                    where="load_checkpoint",
+                    fix="call it alike on all ranks",
+                )
+    return None if name is None else str(name)
 
 
 def _state_of(item: Any) -> Any:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from shardwise.deepspeed.engine_facts import Answers
 from shardwise.deepspeed.plain_backward import scaled_backward, watch
@@ -21,6 +22,7 @@ class Stepping(Answers):
     _inside_no_sync = False
     _expected = 0  # losses that scale() has made, whose backward has not come
     _backwards = 0  # since the last step
+    _destroyed = False
 
     # --- forward -------------------------------------------------------------------------------
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -209,6 +211,12 @@ class Stepping(Answers):
 
     def _update(self, lr_kwargs: Mapping[str, Any] | None) -> None:
         assert self.optimizer is not None
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau) and "metrics" not in (lr_kwargs or {}):
+            raise OptimizerError(
+                "ReduceLROnPlateau needs a value in each step",
+                where="engine.step",
+                fix="engine.step(lr_kwargs={'metrics': loss}), the same number on all ranks",
+            )
         self.optimizer.step()
         self._steps.drop_gradients()
         skipped = self.optimizer.step_was_skipped
@@ -240,6 +248,12 @@ class Stepping(Answers):
 
     def _need_optimizer(self, call: str) -> None:
         if self.optimizer is None:
+            if self._destroyed:
+                raise OptimizerError(
+                    f"engine.{call}() after engine.destroy()",
+                    where=type(self.module).__name__,
+                    fix="give the model another engine with initialize",
+                )
             raise OptimizerError(
                 f"engine.{call}() of an engine without an optimizer",
                 where=type(self.module).__name__,

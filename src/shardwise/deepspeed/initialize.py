@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -10,7 +11,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from shardwise.checkpoint.coordination import CollectiveBlock
 from shardwise.comm import World
+from shardwise.deepspeed.agreement import check_agreement, what_must_agree
 from shardwise.deepspeed.comm import init_distributed
 from shardwise.deepspeed.engine import DeepSpeedEngine, engine_for
 from shardwise.deepspeed_config import DsFacts, load_ds_config, read_ds_config, resolved_batch
@@ -63,31 +66,30 @@ def initialize(
         The engine, its optimizer, the loader and the scheduler; ``None`` for what there is not.
 
     Raises:
-        ConfigError: the configuration, or one that contradicts the arguments.
+        ConfigError: the configuration, or one that contradicts the arguments; another rank has such an error, or was
+            given something else.
         OptimizerError: an optimizer that does not hold the model's parameters, or cannot train it sharded.
         UnitError: see :func:`shardwise.fully_shard`.
 
     Cost: sends the model's parameters once.
     """
-    if not isinstance(model, nn.Module):
-        raise UnitError(f"a model is a torch module, not a {type(model).__name__}", where="initialize")
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     world = World.current()
-    _refuse_model_parallelism(mpu, mesh_param, world.size)
-    raw, where = load_ds_config(_config_of(args, config, config_params))
-    facts = read_ds_config(raw, where)
-    batch = resolved_batch(facts, world.size, where)
+    with CollectiveBlock("initialize", raises=ConfigError) as ranks:
+        _check_model(model)
+        assert model is not None
+        _refuse_model_parallelism(mpu, mesh_param, world.size)
+        raw, where = load_ds_config(_config_of(args, config, config_params))
+        facts = read_ds_config(raw, where)
+        batch = resolved_batch(facts, world.size, where)
+        inner = _optimizer_of(model, optimizer, model_parameters, facts, where)
+        scheduler = _scheduler_of(inner, lr_scheduler, facts, where)
+        said = what_must_agree(model, inner, scheduler, facts, batch)
+        ranks.mine = json.dumps(said).encode()
+    check_agreement([json.loads(text) for text in ranks.gathered])
     if facts.idle and world.rank == 0:
         warnings.warn(f"{where}: these have no effect here: {', '.join(facts.idle)}", stacklevel=2)
-    if engine_for(model) is not None:
-        raise UnitError(
-            "it has an engine already",
-            where=type(model).__name__,
-            fix="use that one, or call its destroy() first",
-        )
     client_optimizer, client_scheduler = optimizer, lr_scheduler
-    inner = _optimizer_of(model, optimizer, model_parameters, facts, where)
-    scheduler = _scheduler_of(inner, lr_scheduler, facts, where)
     strategy = _shard(model, inner, facts)
     if inner is not None:
         attach(inner)
@@ -100,6 +102,19 @@ def initialize(
     if facts.compile is not None and facts.compile.get("enabled"):
         engine.compile(facts.compile.get("backend", "inductor"), facts.compile.get("kwargs"))
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnitError(f"a model is a torch module, not a {type(model).__name__}", where="initialize")
+    if isinstance(model, DeepSpeedEngine):
+        raise UnitError("it is an engine already", where="initialize(model=...)", fix="use it, or pass its module")
+    if engine_for(model) is not None:
+        raise UnitError(
+            "it has an engine already",
+            where=type(model).__name__,
+            fix="use that one, or call its destroy() first",
+        )
 
 
 def _config_of(args: Any, config: Any, config_params: Any) -> Any:
@@ -160,6 +175,12 @@ def _optimizer_of(
         assert facts.optimizer is not None
         inner = build_optimizer(facts.optimizer[0], wanted, facts.optimizer[1], model=model)
     else:
+        if not callable(given) and not isinstance(given, Optimizer):
+            raise OptimizerError(
+                f"optimizer= is a {type(given).__name__}",
+                where="initialize",
+                fix="pass a torch.optim.Optimizer, or a function of the parameters that returns one",
+            )
         inner = getattr(given, "optimizer", given) if isinstance(given, Optimizer) else given(wanted)
     if not isinstance(inner, Optimizer):
         raise OptimizerError(
@@ -209,8 +230,16 @@ def _scheduler_of(optimizer: Optimizer | None, given: Any, facts: DsFacts, where
     if given is not None:
         if optimizer is None:
             raise ConfigError("lr_scheduler= without an optimizer", where="initialize", fix="pass optimizer= too")
-        if callable(given) and not hasattr(given, "step"):
-            return given(optimizer)
+        if isinstance(given, type) or (callable(given) and not hasattr(given, "step")):
+            given = given(optimizer)
+            if given is None:
+                return None
+        if not hasattr(given, "step"):
+            raise ConfigError(
+                f"lr_scheduler= is a {type(given).__name__}, which has no step()",
+                where="initialize",
+                fix="pass a scheduler, or a function of the optimizer that returns one",
+            )
         its = getattr(given, "optimizer", optimizer)
         if its is not optimizer and getattr(its, "optimizer", None) is not optimizer:
             raise ConfigError(

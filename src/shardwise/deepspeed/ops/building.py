@@ -69,7 +69,10 @@ def build_optimizer(
         return _muon(params, said, model)
     make, arguments = _class_of(name, said, where)
     _check(make, arguments, name, where)
-    optimizer: Optimizer = make(params, **arguments)
+    try:
+        optimizer: Optimizer = make(params, **arguments)
+    except (TypeError, ValueError) as error:  # a rate that is a string or negative
+        raise ConfigError(f"it cannot be made of {arguments}: {error}", where=f"{where}.type {name}") from error
     return optimizer
 
 
