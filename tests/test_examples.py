@@ -144,3 +144,18 @@ def test_peft_lora(size, tmp_path):
     first, last = everywhere(size, "peft_lora", "--save", str(tmp_path))
     assert last < first - 0.3
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_deepspeed_script(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    whole = everywhere(2, "deepspeed_script")
+    assert len(whole) == 24 and whole[-1] < whole[0] - 1
+    folder = str(tmp_path / "run")
+    first = everywhere(2, "deepspeed_script", "--save", folder, "--epochs", "1")
+    rest = everywhere(2, "deepspeed_script", "--save", folder, "--epochs", "2")
+    last = everywhere(1, "deepspeed_script", "--save", folder)  # on another number of ranks
+    assert first + rest == whole[:16]
+    assert last == pytest.approx(whole[16:], rel=1e-4)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    ids = __import__("torch").arange(10)[None]
+    assert model(input_ids=ids, labels=ids).loss.item() < whole[-1] + 0.5
