@@ -665,3 +665,11 @@ def test_transformers_loads_a_model_in_parts(tmp_path):
     (model, plain), (other, _) = run(2, pretrained, str(tmp_path))
     assert_same(model, plain)
     assert_same(other, plain)
+
+
+def test_what_is_left_out_says_so():
+    with pytest.raises(ImportError, match="MiCS_Init.*left out(.|\n)*mics_shard_size"):
+        from shardwise.deepspeed.zero import MiCS_Init  # noqa: F401
+    from shardwise.deepspeed import zero
+
+    assert not hasattr(zero, "MiCS_Init") and not hasattr(zero, "nothing")

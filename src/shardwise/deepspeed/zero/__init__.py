@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
+from shardwise.deepspeed.refused import NAMES, error
 from shardwise.lazy import importing
 
 if TYPE_CHECKING:
@@ -37,4 +39,10 @@ __all__ = [
     "unwrap_model_for_generation",
 ]
 
-__getattr__ = importing(__name__, _HOME)
+_named = importing(__name__, _HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in NAMES:
+        raise error(name, importing=sys._getframe(1).f_code.co_name == "_handle_fromlist")
+    return _named(name)

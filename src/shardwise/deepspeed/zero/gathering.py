@@ -44,8 +44,8 @@ class GatheredParameters:
         if not enabled:
             return
         ranks = rank_and_size()[1]
-        if modifier_rank is not None and not 0 <= modifier_rank < ranks:
-            raise ArgumentError(f"modifier_rank={modifier_rank} of {ranks} ranks", fix="they are counted from 0")
+        if modifier_rank is not None and modifier_rank not in range(ranks):
+            raise ArgumentError(f"modifier_rank={modifier_rank!r} of {ranks} ranks", fix="they are counted from 0")
         given = [params] if isinstance(params, torch.Tensor) else params
         if not isinstance(given, Iterable):
             raise ArgumentError(
