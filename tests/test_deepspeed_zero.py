@@ -668,7 +668,7 @@ def test_transformers_loads_a_model_in_parts(tmp_path):
 
 
 def test_what_is_left_out_says_so():
-    with pytest.raises(ImportError, match="MiCS_Init.*left out(.|\n)*mics_shard_size"):
+    with pytest.raises(ImportError, match=r"MiCS_Init.*left out(.|\n)*mics_shard_size"):
         from shardwise.deepspeed.zero import MiCS_Init  # noqa: F401
     from shardwise.deepspeed import zero
 
