@@ -21,7 +21,7 @@ from shardwise.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from shardwise.deepspeed.ops.lamb import FusedLamb
 from shardwise.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from shardwise.deepspeed.ops.muon import MuonWithAuxAdam
-from shardwise.errors import ConfigError, OptimizerError
+from shardwise.errors import ConfigError, LeftOut, OptimizerError
 
 STEPS = 5
 
@@ -326,3 +326,17 @@ def test_the_numbers_of_deepspeeds_kernels(module, name, settings, monkeypatch):
             optimizer.step()
         weights.append(p.detach())
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-5)
+
+
+def test_probes_for_extensions_say_what_works() -> None:
+    """Scripts ask before they use an optimizer or a disk; there is never an extension to load."""
+    import shardwise.deepspeed as deepspeed
+    from shardwise.deepspeed.ops.op_builder import CPUAdamBuilder, TransformerBuilder
+
+    assert CPUAdamBuilder().is_compatible() and deepspeed.ops.__compatible_ops__[CPUAdamBuilder.NAME]
+    assert not TransformerBuilder().is_compatible() and not deepspeed.ops.__compatible_ops__["transformer"]
+    with pytest.raises(LeftOut, match="cpu_adam"):
+        CPUAdamBuilder().load()
+    assert not hasattr(deepspeed.ops.op_builder, "NoSuchBuilder")
+    parts = (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
+    assert ".".join(map(str, parts)) == deepspeed.__version__

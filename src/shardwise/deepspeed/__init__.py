@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.19.8"  # of the DeepSpeed whose names these are: libraries compare it
 version = __version__
+__version_major__, __version_minor__, __version_patch__ = 0, 19, 8
+__git_hash__ = __git_branch__ = None  # as in a DeepSpeed that was not built from a repository
 _HOME = {
     "DeepSpeedConfig": "config",
     "DeepSpeedConfigError": "config",

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from shardwise.lazy import importing
 
-_MODULES = ("adagrad", "adam", "lamb", "lion", "muon")
+_MODULES = ("adagrad", "adam", "lamb", "lion", "muon", "op_builder")
 _HOMES = {"build_optimizer": "building"}
 
-__getattr__ = importing(__name__, _HOMES, _MODULES)
-__all__ = ["adagrad", "adam", "build_optimizer", "lamb", "lion", "muon"]
+_named = importing(__name__, _HOMES, _MODULES)
+__all__ = ["adagrad", "adam", "build_optimizer", "lamb", "lion", "muon", "op_builder"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__compatible_ops__":  # by the names of DeepSpeed's extensions: does what they are for work?
+        return _named("op_builder").COMPATIBLE
+    return _named(name)
