@@ -138,6 +138,7 @@ def wrong(folder):
     for call in (
         lambda: engine.load_checkpoint(folder, "no_such_tag"),
         lambda: engine.save_checkpoint(""),
+        lambda: engine.save_checkpoint(None),
         lambda: engine.save_checkpoint(folder, exclude_frozen_parameters=True),
         lambda: engine.save_checkpoint(folder, client_state={"model": object()}),
         lambda: engine.load_checkpoint(folder, custom_load_fn=print),
@@ -161,7 +162,9 @@ def wrong(folder):
 def test_what_cannot_be_saved_or_loaded(tmp_path):
     for found in run(2, wrong, str(tmp_path)):
         for word, text in zip(
-            ("no_such_tag", "save_dir", "exclude_frozen", "client_state", "custom_load_fn"), found, strict=True
+            ("no_such_tag", "save_dir", "save_dir", "exclude_frozen", "client_state", "custom_load_fn"),
+            found,
+            strict=True,
         ):
             assert word in text, text
 

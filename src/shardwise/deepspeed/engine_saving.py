@@ -48,7 +48,7 @@ class Saving(Stepping):
             CheckpointError: on every rank; what was there before still is.
         """
         with CollectiveBlock("save_checkpoint") as ranks:
-            if not os.fspath(save_dir):
+            if save_dir is None or not os.fspath(save_dir):
                 raise CheckpointError("save_dir is empty", where="save_checkpoint", fix="name a folder")
             if exclude_frozen_parameters:
                 raise LeftOut(
