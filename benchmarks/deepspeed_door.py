@@ -161,7 +161,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 0.5 + 0.42 * len(cases)), sharey=True)
     shares = {
         "time of a step": [result["cases"][c]["to_deepspeed"]["median"] for c in cases],
-        "peak memory beyond imports": [result["cases"][c]["memory_to_deepspeed"] for c in cases],
+        "peak memory": [result["cases"][c]["memory_to_deepspeed"] for c in cases],
     }
     for axis, (name, values) in zip(axes, shares.items(), strict=True):
         axis.barh(cases, values, color=OURS, height=0.6)

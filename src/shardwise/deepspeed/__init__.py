@@ -22,7 +22,7 @@ from shardwise.lazy import importing
 if TYPE_CHECKING:
     from shardwise.deepspeed.comm import init_distributed
     from shardwise.deepspeed.engine import DeepSpeedEngine
-    from shardwise.deepspeed.initialize import initialize
+    from shardwise.deepspeed.starting import initialize
 
 __version__ = "0.19.8"  # of the DeepSpeed whose names these are: libraries compare it
 version = __version__
@@ -39,7 +39,7 @@ _HOME = {
     "add_tuning_arguments": "runtime.lr_schedules",
     "get_accelerator": "accelerator",
     "init_distributed": "comm",
-    "initialize": "initialize",
+    "initialize": "starting",
     "log_dist": "utils",
     "logger": "utils",
 }

@@ -33,7 +33,7 @@ _engines: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DeepSpeedEngine]] = w
 class DeepSpeedEngine(States):
     """Trains a sharded model by DeepSpeed's calls: ``engine(batch)``, ``engine.backward(loss)``, ``engine.step()``.
 
-    Attributes that it does not have are the model's. Made by :func:`~shardwise.deepspeed.initialize.initialize`.
+    Attributes that it does not have are the model's. Made by :func:`~shardwise.deepspeed.starting.initialize`.
 
     Args:
         module: the model, sharded already.
