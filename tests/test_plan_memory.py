@@ -99,7 +99,7 @@ def training_of(strategy: shardwise.Strategy, named: str = "adamw", rows: int = 
     [
         ("ddp", 2, {"accumulation": 3}),
         pytest.param("zero1", 2, {"named": "momentum"}, marks=pytest.mark.slow),
-        ("zero2,param_dtype=bf16", 2, {"accumulation": 2}),
+        pytest.param("zero2,param_dtype=bf16", 2, {"accumulation": 2}, marks=pytest.mark.slow),
         ("zero2,optimizer_in_backward=true", 2, {}),
         ("zero3,activation_checkpointing=true", 2, {"rows": 16}),
         ("zero3,layout=tensor", 2, {"named": "muon"}),
@@ -118,8 +118,14 @@ def test_peaks_on_a_cpu_are_predicted_to_the_byte(text, size, more, tmp_path):
 @pytest.mark.parametrize(
     ("preset", "home"),
     [
-        ("ddp", "all-cpu"), ("zero1", "optimizer-nvme"), ("zero2", "optimizer-half-cpu"), ("zero2", "grads-cpu"),
-        ("zero3", "all-nvme"), ("zero3", "activations-checkpointed"), ("zero3", "device"),
+        ("ddp", "all-cpu"), ("zero3", "all-nvme"), ("zero3", "activations-checkpointed"),
+        *(
+            pytest.param(preset, home, marks=pytest.mark.slow)
+            for preset, home in (
+                ("zero1", "optimizer-nvme"), ("zero2", "optimizer-half-cpu"), ("zero2", "grads-cpu"),
+                ("zero3", "device"),
+            )
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("simulated_device")
@@ -143,7 +149,7 @@ def test_peaks_on_an_accelerator_and_its_host_are_predicted(preset, home, tmp_pa
     [
         *(pytest.param(text, "4xA100-80GB", marks=pytest.mark.slow) for text in ("ddp", "zero1", "hsdp,shard_size=2")),
         ("zero3", "4xA100-80GB"),
-        ("zero2", "4xcpu"),
+        pytest.param("zero2", "4xcpu", marks=pytest.mark.slow),
         pytest.param("zero2", "4xA100-80GB", marks=pytest.mark.slow),
         ("zero2,param_dtype=bf16", "4xcpu"),
     ],
