@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch.optim import Adam
 
-from shardwise.deepspeed.ops.held import after, by_dtype, can_fuse, fp32_states_only, listed, no_amsgrad
+from shardwise.deepspeed.ops.held import (
+    ZeroesAsTold,
+    after,
+    by_dtype,
+    can_fuse,
+    fp32_states_only,
+    listed,
+    no_amsgrad,
+)
 from shardwise.engine.elementwise import ELEMENTWISE
 from shardwise.errors import OptimizerError
 
 
-class FusedAdam(Adam):
+class FusedAdam(ZeroesAsTold, Adam):
     """Adam (Kingma and Ba 2014), with decoupled weight decay (Loshchilov and Hutter 2017) unless it is told not to.
 
     ``torch.optim.Adam`` does it, in one kernel where the parameters are on a device that has one.
@@ -67,9 +75,6 @@ class FusedAdam(Adam):
         if param_group.get("bias_correction", self._corrected) != self._corrected:
             raise OptimizerError("one optimizer corrects all of its groups, or none", fix="use two optimizers")
         super().add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool | None = None) -> None:
-        super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
 
 class _UncorrectedAdam(FusedAdam):

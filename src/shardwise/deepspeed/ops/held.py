@@ -50,6 +50,19 @@ def listed(params: Iterable[Any]) -> list[Any]:
     return found
 
 
+class ZeroesAsTold(Optimizer):
+    """An optimizer that was told once what ``zero_grad()`` does.
+
+    Attributes:
+        set_grad_none: gradients are set to ``None``; ``False``: to zeros.
+    """
+
+    set_grad_none: bool = True
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
+
+
 def after(closure: Callable[[], Any] | None) -> Any:
     """The closure's loss, if there is one."""
     if closure is None:

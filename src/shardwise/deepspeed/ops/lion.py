@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
-from shardwise.deepspeed.ops.held import after, by_dtype, fp32_states_only, listed
+from shardwise.deepspeed.ops.held import ZeroesAsTold, after, by_dtype, fp32_states_only, listed
 from shardwise.engine.elementwise import ELEMENTWISE
 from shardwise.errors import OptimizerError
 
 
-class FusedLion(Optimizer):
+class FusedLion(ZeroesAsTold):
     """Lion: the sign of a momentum (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms").
 
     Element by element, so it trains under every strategy. Where the momentum is exactly 0 nothing moves, as in the
@@ -45,9 +44,6 @@ class FusedLion(Optimizer):
             )  # fmt: skip
         self.set_grad_none = set_grad_none
         super().__init__(listed(params), {"lr": lr, "betas": (betas[0], betas[1]), "weight_decay": weight_decay})
-
-    def zero_grad(self, set_to_none: bool | None = None) -> None:
-        super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
