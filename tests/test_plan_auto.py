@@ -14,7 +14,7 @@ from models import batch, loss_of, make, rank
 from ranks import run
 from shardwise import host
 from shardwise.engine.build import require_engine
-from shardwise.errors import PlanError, StrategyError
+from shardwise.errors import PlanError, RecordError, StrategyError
 from shardwise.host import HostMemory
 from shardwise.observe import recording
 from shardwise.observe.recorded import read
@@ -142,3 +142,14 @@ def test_a_recorded_run_keeps_what_it_was_chosen_by(tmp_path):
     run(1, recorded, str(tmp_path))
     predictions = {one.name: one for one in facts_of(read(tmp_path)).predictions}
     assert predictions["optimizer"].predicted == predictions["optimizer"].measured > 0
+
+
+def recorded_nowhere(path):
+    with mock.patch.dict(os.environ, {"SHARDWISE_RECORD": path}), pytest.raises(RecordError, match="cannot be written"):
+        with_example()
+
+
+def test_a_plan_that_cannot_be_kept_is_an_error_of_every_rank(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    run(2, recorded_nowhere, str(file))

@@ -16,7 +16,7 @@ from shardwise import device as devices
 from shardwise import host
 from shardwise.comm import World, init
 from shardwise.engine.build import device_of
-from shardwise.errors import PlanError, ShardwiseError
+from shardwise.errors import PlanError, RecordError, ShardwiseError
 from shardwise.observe import recording
 from shardwise.operations import broadcast_object_list
 from shardwise.placement import Where
@@ -68,17 +68,15 @@ def choose(
 
     Raises:
         PlanError: nothing fits; with the nearest. On every rank.
+        RecordError: the run is recorded where its plan cannot be written. On every rank.
 
     Cost: some seconds to a minute on rank 0, in a process of its own.
     """
     world = init(device)
-    strategy, why, facts = _agreed(world, lambda: _planned(module, asked, device, example, optimizers, world))
+    chosen = _agreed(world, lambda: _kept(_planned(module, asked, device, example, optimizers, world)))
     if world.rank == 0:
-        print(f"shardwise: strategy auto: {why}", file=sys.stderr, flush=True)
-        if facts and (folder := recording.folder()) is not None:  # for the report, beside what will be measured
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "plan.json").write_text(json.dumps(facts), encoding="utf-8")
-    return Strategy.parse(strategy)
+        print(f"shardwise: strategy auto: {chosen.why}", file=sys.stderr, flush=True)
+    return Strategy.parse(chosen.strategy)
 
 
 def planned_batch_size(module: nn.Module, example: Any, strategy: str | Strategy | None = None) -> int:
@@ -120,6 +118,20 @@ def _planned(
     if example is None:
         return _by_states(module, asked, machine, name)
     return alone(_search, module, asked, machine, name, example, patience_s=_PATIENCE_S)
+
+
+def _kept(chosen: Chosen) -> Chosen:
+    """Where this run is recorded, its plan is kept for the report, beside what will be measured."""
+    folder = recording.folder()
+    if chosen.facts and folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "plan.json").write_text(json.dumps(chosen.facts), encoding="utf-8")
+        except OSError as error:
+            raise RecordError(
+                f"the plan cannot be written: {error.strerror or error}", where=str(folder), fix="record elsewhere"
+            ) from error
+    return chosen
 
 
 def _agreed(world: World, plan: Callable[[], T]) -> T:
