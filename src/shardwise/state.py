@@ -329,6 +329,11 @@ class GradientState:
         """This micro-batch is the last before an optimizer step."""
         return self._of is None or self._of.sync_gradients
 
+    def _set_sync_gradients(self, sync_gradients: bool) -> None:
+        """For loops that count their windows themselves, as transformers' Trainer does."""
+        if self._of is not None:
+            self._of.sync_gradients = sync_gradients
+
     @property
     def num_steps(self) -> int:
         """Micro-batches per optimizer step."""
@@ -341,7 +346,12 @@ class GradientState:
 
     @property
     def plugin_kwargs(self) -> dict[str, Any]:
-        return {"num_steps": self.num_steps, "sync_with_dataloader": self.sync_with_dataloader}
+        each = self._of is not None and self._of.sync_each_batch
+        return {
+            "num_steps": self.num_steps,
+            "sync_with_dataloader": self.sync_with_dataloader,
+            "sync_each_batch": each,
+        }
 
     @property
     def active_dataloader(self) -> Any:

@@ -41,6 +41,7 @@ class Steps:
 
     def __init__(self, length: int, scaler: torch.amp.GradScaler | None, sync_with_dataloader: bool = True) -> None:
         self.length, self.scaler, self.sync_with_dataloader = length, scaler, sync_with_dataloader
+        self.sync_each_batch = False  # reduce gradients after every micro-batch, whatever the strategy
         self.max_norm: float | None = None  # every optimizer step clips to it, where a DeepSpeed plugin says so
         self.models: list[nn.Module] = []
         self.optimizers: list[AcceleratedOptimizer] = []

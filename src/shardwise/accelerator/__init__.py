@@ -166,7 +166,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
             self.scaler = torch.amp.GradScaler(self.device.type, **settings)
         self._steps = Steps(accumulation.num_steps or 1, self.scaler, accumulation.sync_with_dataloader)
         self._steps.max_norm = chosen.max_norm
-        self._sync_each_batch = accumulation.sync_each_batch
+        self._steps.sync_each_batch = accumulation.sync_each_batch
         self.step = 0
         self._schedulers, self._loaders, self._custom_objects = [], KnownLoaders(), []
         self._save_hooks, self._load_hooks = OrderedDict(), OrderedDict()

@@ -52,7 +52,6 @@ class Base(ProcessControl):
     _param_init_fn: Any
     _compile: dict[str, Any] | None
     _scheduler_per_process: bool
-    _sync_each_batch: bool
     _schedulers: list[AcceleratedScheduler]
     _loaders: KnownLoaders
     _custom_objects: list[Any]

@@ -61,7 +61,7 @@ class Training(Base):
         models = tuple(extract_model_from_parallel(model, keep_torch_compile=False) for model in models)
         steps.begin_micro_batch(models)
         with ExitStack() as stack:
-            if not steps.sync_gradients and not self._sync_each_batch:
+            if not steps.sync_gradients and not steps.sync_each_batch:
                 for model in models or steps.models:
                     engine = engine_of(model)
                     if engine is not None and not engine.strategy.split_grads:

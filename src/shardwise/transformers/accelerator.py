@@ -1,0 +1,40 @@
+"""The Accelerator that a Trainer has: what a loop that counts its own windows needs to be different."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.accelerator import Accelerator
+from shardwise.engine.hooks import engine_of
+
+
+class TrainerAccelerator(Accelerator):
+    """An :class:`~shardwise.Accelerator` for a loop that accumulates by itself and repeats its losses.
+
+    Attributes:
+        repeats: how often the loop repeats a batch's mean loss to give it its weight, whatever the batch's size.
+    """
+
+    repeats: int | None = None
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """As :meth:`~shardwise.Accelerator.accumulate` does: gradients that are split are reduced each time, which
+        keeps them split. The sum is the same."""
+        engine = engine_of(model)
+        return nullcontext() if engine is not None and engine.strategy.split_grads else super().no_sync(model)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """Every sample once. A mean that was repeated for a full batch counts as often as the batch has samples."""
+        tail = self._steps.tail()
+        if tail is not None and self._repeated(input_data):
+            input_data = input_data[: tail.rows[self.process_index]]
+        return super().gather_for_metrics(input_data, use_gather_object)
+
+    def _repeated(self, data: Any) -> bool:
+        if not isinstance(data, torch.Tensor) or data.ndim != 1 or len(data) != self.repeats:
+            return False
+        return data.is_floating_point() and bool((data == data[0]).all())
