@@ -30,7 +30,7 @@ FLOORS = [
     ["compat"],  # from here on: the door that looks like Accelerate's
     ["utils", "state", "tracking", "hooks", "big_modeling"],
     ["accelerator", "joining", "local_sgd", "deepspeed"],
-    ["transformers"],
+    ["transformers", "aliases"],
     ["__init__"],
     ["cli", "launchers", "__main__"],
 ]

@@ -888,7 +888,7 @@ def test_what_is_left_out_says_what_to_use():
     with pytest.raises(ImportError, match="MegatronLMPlugin is left out") as error:
         from shardwise.utils import MegatronLMPlugin  # noqa: F401
     assert isinstance(error.value, LeftOut) and "zero3" in str(error.value)
-    assert not hasattr(utils, "load_and_quantize_model") and getattr(utils, "DummyOptim", None) is None
+    assert not hasattr(utils, "load_and_quantize_model") and getattr(utils, "MegatronEngine", None) is None
     with pytest.raises(AttributeError, match="BitsAndBytes"):
         _ = utils.load_and_quantize_model
     with pytest.raises(ImportError, match="cannot import name"):

@@ -13,6 +13,7 @@ from shardwise.lazy import importing
 if TYPE_CHECKING:
     from shardwise import checkpoint, errors
     from shardwise.accelerator import Accelerator
+    from shardwise.aliases import install_as
     from shardwise.comm import init
     from shardwise.compat.dataclasses import (
         AutocastKwargs,
@@ -103,6 +104,7 @@ _HOME = {
     "init": "comm",
     "init_empty_weights": "inference.meta",
     "init_on_device": "inference.meta",
+    "install_as": "aliases",
     "memory_meter": "observe.memory",
     "planned_batch_size": "plan.auto",
     "optimizer_state": "engine.optimizer",
@@ -164,6 +166,7 @@ __all__ = [
     "init",
     "init_empty_weights",
     "init_on_device",
+    "install_as",
     "load",
     "load_checkpoint_and_dispatch",
     "memory_meter",

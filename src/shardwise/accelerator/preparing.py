@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from shardwise.accelerator.base import HALVES, Base
 from shardwise.accelerator.options import autocast_by_default
+from shardwise.compat.deepspeed import DummyOptim, DummyScheduler
 from shardwise.compat.memory import release_memory
 from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_first_batches
@@ -24,7 +25,7 @@ from shardwise.engine.hooks import engine_of
 from shardwise.engine.mixed_precision import compute_in
 from shardwise.engine.move import move
 from shardwise.engine.optimizer import attach
-from shardwise.errors import DataError, UnitError
+from shardwise.errors import DataError, OptimizerError, UnitError
 from shardwise.observe import recording
 from shardwise.optimizer import AcceleratedOptimizer
 from shardwise.scheduler import AcceleratedScheduler
@@ -67,6 +68,12 @@ class Preparing(Base):
         if len(places) != len(args):
             raise DataError(
                 f"device_placement has {len(places)} entries for {len(args)} objects", fix="give one per object"
+            )
+        if any(isinstance(item, (DummyOptim, DummyScheduler)) for item in args):
+            raise OptimizerError(
+                "DummyOptim and DummyScheduler stand for what a DeepSpeed configuration describes, and build nothing",
+                where="Accelerator.prepare",
+                fix="build torch's optimizer and scheduler in the script, or use shardwise.deepspeed.initialize",
             )
         optimizers = [_inner(o) for o in args if isinstance(o, Optimizer)]
         done: dict[int, Any] = {}

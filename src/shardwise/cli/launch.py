@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 
 from shardwise import environment
 from shardwise.cli import settings_file as files
+from shardwise.cli.alias import alias_environment
 from shardwise.cli.console import say
 from shardwise.cli.host import cores
 from shardwise.cli.restart_policy import RestartPolicy
@@ -129,6 +130,14 @@ def launch(
             help="A DeepSpeed JSON: the strategy of Accelerators, and of scripts for DeepSpeed that name none.",
         ),
     ] = None,
+    as_: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="accelerate|deepspeed",
+            help="Let 'import accelerate' in the script mean Shardwise, or deepspeed, or both: accelerate,deepspeed.",
+        ),
+    ] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module name, as in python -m.")] = False,
     config: Annotated[
         Path | None,
@@ -152,8 +161,10 @@ def launch(
     if described:
         wanted = replace(wanted, strategy=None)
     wanted.check()
-    command = [*_target(script, module), *(args or [])]
-    extra = {**ranks_environment(wanted), **_record_environment(record), **described}
+    target = _target(script, module)
+    command = [*target, *(args or [])]
+    stood_in_for = alias_environment(as_, target)
+    extra = {**ranks_environment(wanted), **_record_environment(record), **described, **stood_in_for}
     number = choose_nproc(wanted.nproc, wanted.cpu, devices=wanted.device_list())
     wanted = replace(wanted, nproc=number)
     wanted.check()  # once more: what was asked for must suit a number that was not, too

@@ -45,6 +45,12 @@ from shardwise.compat.dataclasses import (
     TensorInformation,
     TorchDynamoPlugin,
 )
+from shardwise.compat.deepspeed import (
+    DeepSpeedSchedulerWrapper,
+    DummyOptim,
+    DummyScheduler,
+    HfDeepSpeedConfig,
+)
 from shardwise.compat.enums import (
     ComputeEnvironment,
     DDPCommunicationHookType,
@@ -62,6 +68,14 @@ from shardwise.compat.environment import (
     parse_flag_from_env,
     patch_environment,
     str_to_bool,
+)
+from shardwise.compat.fsdp_utils import (
+    get_parameters_from_modules,
+    load_fsdp_model,
+    load_fsdp_optimizer,
+    merge_fsdp_weights,
+    save_fsdp_model,
+    save_fsdp_optimizer,
 )
 from shardwise.compat.imports import (
     is_aim_available,
@@ -201,6 +215,7 @@ from shardwise.compat.other import (
     save,
     wait_for_everyone,
 )
+from shardwise.compat.parallelism import ParallelismConfig
 from shardwise.compat.plugins import (
     DeepSpeedPlugin,
     FullyShardedDataParallelPlugin,
@@ -249,17 +264,22 @@ __all__ = [
     "DDPCommunicationHookType",
     "DataLoaderConfiguration",
     "DeepSpeedPlugin",
+    "DeepSpeedSchedulerWrapper",
     "DistributedDataParallelKwargs",
     "DistributedOperationException",
     "DistributedType",
+    "DummyOptim",
+    "DummyScheduler",
     "DynamoBackend",
     "FullyShardedDataParallelPlugin",
     "GradScalerKwargs",
     "GradientAccumulationPlugin",
+    "HfDeepSpeedConfig",
     "InitProcessGroupKwargs",
     "KwargsHandler",
     "LoggerType",
     "OffloadedWeightsLoader",
+    "ParallelismConfig",
     "PrecisionType",
     "PrefixedDataset",
     "ProfileKwargs",
@@ -305,6 +325,7 @@ __all__ = [
     "get_max_layer_size",
     "get_max_memory",
     "get_module_children_bottom_up",
+    "get_parameters_from_modules",
     "get_pretty_name",
     "get_shape",
     "has_compiled_regions",
@@ -372,10 +393,13 @@ __all__ = [
     "listify",
     "load",
     "load_checkpoint_in_model",
+    "load_fsdp_model",
+    "load_fsdp_optimizer",
     "load_offloaded_weight",
     "load_offloaded_weights",
     "load_state_dict",
     "merge_dicts",
+    "merge_fsdp_weights",
     "model_has_dtensor",
     "named_module_tensors",
     "offload_state_dict",
@@ -392,6 +416,8 @@ __all__ = [
     "release_memory",
     "retie_parameters",
     "save",
+    "save_fsdp_model",
+    "save_fsdp_optimizer",
     "save_offload_index",
     "send_to_device",
     "set_module_tensor_to_device",

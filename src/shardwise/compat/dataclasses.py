@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from shardwise.compat.deepspeed_plugin import DeepSpeedPlugin
 from shardwise.compat.enums import (
     BaseEnum,
     ComputeEnvironment,
@@ -26,6 +27,8 @@ from shardwise.compat.enums import (
     PrecisionType,
     RNGType,
 )
+from shardwise.compat.parallelism import ParallelismConfig
+from shardwise.compat.wrappers import get_module_class_from_name
 from shardwise.errors import ConfigError, StrategyError
 from shardwise.strategy import Strategy
 
@@ -35,6 +38,7 @@ __all__ = [
     "ComputeEnvironment",
     "DDPCommunicationHookType",
     "DataLoaderConfiguration",
+    "DeepSpeedPlugin",
     "DistributedDataParallelKwargs",
     "DistributedType",
     "DynamoBackend",
@@ -44,12 +48,14 @@ __all__ = [
     "InitProcessGroupKwargs",
     "KwargsHandler",
     "LoggerType",
+    "ParallelismConfig",
     "PrecisionType",
     "ProfileKwargs",
     "ProjectConfiguration",
     "RNGType",
     "TensorInformation",
     "TorchDynamoPlugin",
+    "get_module_class_from_name",
 ]
 
 

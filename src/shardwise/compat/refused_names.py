@@ -29,7 +29,7 @@ LEFT_OUT: dict[str, str] = {
         "megatron_lm_prepare_model_optimizer_scheduler megatron_lm_prepare_optimizer megatron_lm_prepare_scheduler",
         _MEGATRON,
     ),
-    **_names("TorchTensorParallelPlugin TorchTensorParallelConfig ParallelismConfig get_model_tp_size", _MEGATRON),
+    **_names("TorchTensorParallelPlugin TorchTensorParallelConfig get_model_tp_size", _MEGATRON),
     **_names("TorchContextParallelConfig DeepSpeedSequenceParallelConfig", "split sequences in the script"),
     **_names(
         "AORecipeKwargs FP8RecipeKwargs MSAMPRecipeKwargs TERecipeKwargs apply_fp8_autowrap "
@@ -54,9 +54,8 @@ LEFT_OUT: dict[str, str] = {
         "use shardwise.notebook_launcher, or 'shardwise launch'",
     ),
     **_names("write_basic_config", "run 'shardwise config --yes'"),
-    **_names("DummyOptim DummyScheduler", "build torch's optimizer and scheduler in the script"),
     **_names(
-        "DeepSpeedEngineWrapper DeepSpeedOptimizerWrapper DeepSpeedSchedulerWrapper HfDeepSpeedConfig "
+        "DeepSpeedEngineWrapper DeepSpeedOptimizerWrapper "
         "get_active_deepspeed_plugin map_pytorch_optim_to_deepspeed deepspeed_required compile_regions_deepspeed",
         "DeepSpeed itself is not used: give DeepSpeedPlugin or strategy='zero3' to the Accelerator",
     ),
@@ -67,14 +66,11 @@ LEFT_OUT: dict[str, str] = {
         "models are sharded in place and keep their parameters; whole values: shardwise.gathered(module)",
     ),
     **_names(
-        "load_fsdp_model load_fsdp_optimizer save_fsdp_model save_fsdp_optimizer merge_fsdp_weights",
-        "use accelerator.save_state, load_state and save_model",
-    ),
-    **_names(
         "compile_regions compile_regions_fsdp2",
         "call .compile() on each block, or TorchDynamoPlugin(use_regional_compilation=True)",
     ),
     **_names("get_current_device_type is_xccl_available get_cpu_distributed_information", "ask accelerator.device"),
+    **_names("prepare_pippy", "shardwise.load or dispatch_model run a model that is larger than a device"),
     **_names("get_grad_scaler", "torch.amp.GradScaler works on sharded models"),
     **_names("get_mixed_precision_context_manager", "use accelerator.autocast()"),
     **_names("set_numa_affinity check_cuda_p2p_ib_support get_gpu_info check_os_kernel", "run 'shardwise doctor'"),
@@ -89,3 +85,15 @@ def refusal(name: str, importing: bool) -> LeftOut:
     """
     kind = LeftOutImport if importing else LeftOutAttribute
     return kind(f"{name} is left out of Shardwise", where="shardwise.utils", fix=LEFT_OUT[name])
+
+
+def refused_when_called(name: str, instead: str) -> type:
+    """A stand-in for a class or function that libraries import whether they use it or not.
+
+    Nothing is an instance of it, and calling it raises LeftOut.
+    """
+
+    def refuse(cls: type, *args: object, **kwargs: object) -> object:
+        raise LeftOut(f"{name} is left out of Shardwise", where="shardwise.utils", fix=instead)
+
+    return type(name, (), {"__new__": refuse, "__module__": __name__, "__doc__": f"Left out: {instead}."})

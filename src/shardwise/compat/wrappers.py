@@ -9,6 +9,7 @@ from torch import nn
 __all__ = [
     "extract_model_from_parallel",
     "get_module_children_bottom_up",
+    "get_module_class_from_name",
     "has_compiled_regions",
     "is_compiled_module",
     "model_has_dtensor",
@@ -98,3 +99,8 @@ def model_has_dtensor(model: nn.Module) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def get_module_class_from_name(module: nn.Module, name: str) -> type[nn.Module] | None:
+    """The class of that name among the module and its parts; ``None`` if there is none."""
+    return next((type(part) for part in module.modules() if type(part).__name__ == name), None)

@@ -1,0 +1,1 @@
+from shardwise.compat.fsdp_utils import *
