@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from shardwise.stepping import Steps
 
 
+preparations: list[Callable[[], None]] = []
+"""Called whenever a script asks who its process is. So those that stand in for another library see who uses it."""
+
+
 class ProcessControl:
     """What depends on the rank alone: who runs what, who goes first, who takes which part of a list."""
 
@@ -225,6 +229,8 @@ class PartialState(ProcessControl):
     """
 
     def __init__(self, cpu: bool = False, **kwargs: Any) -> None:
+        for prepare in preparations:
+            prepare()
         wanted = torch.device("cpu") if cpu else None
         known = World._current
         if wanted is None and known is not None and known.default_pg is not None:

@@ -120,7 +120,7 @@ class Preparing(Base):
             Deferred(model, self.device, self._param_init_fn).materialise_all()
             if chosen.param_dtype in HALVES:
                 compute_in(model, chosen)
-                model.register_forward_hook(_outputs_in_fp32)
+                _give_fp32(model)
             return model
         return self._prepare_model(model, device_placement, [], strategy)
 
@@ -160,8 +160,8 @@ class Preparing(Base):
             recording.from_environment(model)
         self._steps.models.append(model)
         if engine is not None and engine.strategy.param_dtype in HALVES:
-            model.register_forward_hook(_outputs_in_fp32)
-        if self._compile is not None:
+            _give_fp32(model)
+        if self._compile is not None and model._compiled_call_impl is None:
             model.compile(**self._compile)  # in place, so the module stays the caller's own
         return model
 
@@ -303,6 +303,12 @@ class Preparing(Base):
 
 def _inner(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _give_fp32(model: nn.Module) -> None:
+    """Once, however often it is prepared."""
+    if _outputs_in_fp32 not in model._forward_hooks.values():
+        model.register_forward_hook(_outputs_in_fp32)
 
 
 def _outputs_in_fp32(module: nn.Module, args: Any, output: Any) -> Any:

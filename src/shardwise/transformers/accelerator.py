@@ -10,6 +10,8 @@ from torch import nn
 
 from shardwise.accelerator import Accelerator
 from shardwise.engine.hooks import engine_of
+from shardwise.engine.move import move
+from shardwise.strategy import Strategy
 
 
 class TrainerAccelerator(Accelerator):
@@ -20,6 +22,23 @@ class TrainerAccelerator(Accelerator):
     """
 
     repeats: int | None = None
+
+    def prepare_model(
+        self,
+        model: nn.Module,
+        device_placement: bool | None = None,
+        evaluation_mode: bool = False,
+        *,
+        strategy: str | Strategy | None = None,
+    ) -> nn.Module:
+        """A model that is evaluated may be trained later: its values stay as they are. Where parameters are whole it
+        is only moved; the Trainer chooses the precision."""
+        chosen = self.strategy if strategy is None else Strategy.parse(strategy)
+        if not evaluation_mode or engine_of(model) is not None or chosen.is_auto or chosen.split_params:
+            return super().prepare_model(model, device_placement, strategy=strategy)
+        if self.device_placement if device_placement is None else device_placement:
+            move(model, self.device)
+        return model
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """As :meth:`~shardwise.Accelerator.accumulate` does: gradients that are split are reduced each time, which

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import transformers.trainer
 from torch import nn
 
+from shardwise import operations
+from shardwise.engine.hooks import engine_of
+from shardwise.inference.uneven import together
 from shardwise.strategy import Strategy
-from shardwise.transformers import names
+from shardwise.transformers import checks, names
+from shardwise.transformers.agreement import AgreedCallbacks, agreed
 from shardwise.transformers.saving import Saving
 from shardwise.transformers.settings import accelerator_of
 
+checks.check_version()
 names.serve(transformers.trainer)
 
 
@@ -27,15 +33,22 @@ class ShardwiseMixin(Saving):
 
     Attributes:
         strategy: for trainers whose arguments have none: ``class My(ShardwiseMixin, SFTTrainer): strategy = "zero3"``.
+
+    Raises:
+        ShardwiseError: when it is made, for arguments or a model that are not served.
     """
 
     strategy: str | Strategy | None = None
     args: Any
     model: Any
     accelerator: Any
+    callback_handler: Any
+    control: Any
 
     def create_accelerator_and_postprocess(self) -> None:
         args = self.args
+        checks.check_arguments(args)
+        checks.check_model(self.model)
         asked = getattr(args, "strategy", None)
         if asked is None and args.fsdp_plugin_args is None and args.deepspeed_plugin is None:
             asked = self.strategy
@@ -53,7 +66,47 @@ class ShardwiseMixin(Saving):
         if self.args.place_model_on_device:
             super()._move_model_to_device(model, device)  # type: ignore[misc]
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)  # type: ignore[misc]
+        if not self.accelerator.even_batches:
+            length = float(len(loader)) if transformers.trainer.has_length(loader) else -1.0
+            checks.check_lengths(type(loader.dataset).__name__, [float(n) for n in _of_all(length)])
+        return loader
+
+    # --- training ------------------------------------------------------------------------------
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.callback_handler = agreed(self.callback_handler)
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        some = control.should_log or control.should_evaluate or control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        if some and isinstance(self.callback_handler, AgreedCallbacks):
+            self.control = self.callback_handler.agree(self.control)
+
+    # --- evaluation ----------------------------------------------------------------------------
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._gather_each_sample_once()  # subclasses and the loop itself put others in its place
         self.accelerator.repeats = self.args.eval_batch_size
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        """A model that is evaluated before it is prepared for training has no hooks that choose its precision."""
+        return nullcontext() if engine_of(self.model) is not None else self.accelerator.autocast()
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        step: Any = super().prediction_step  # type: ignore[misc]
+        if getattr(self.args, "predict_with_generate", False) and _is_split(model):
+            with together(model):  # texts of different lengths
+                return step(model, inputs, *args, **kwargs)
+        return step(model, inputs, *args, **kwargs)
+
+
+def _is_split(model: nn.Module) -> bool:
+    engine = engine_of(model)
+    return engine is not None and engine.strategy.split_params and operations.joined().size > 1
+
+
+def _of_all(value: float) -> list[torch.Tensor]:
+    return operations.all_gather(torch.tensor([value], dtype=torch.float64))
