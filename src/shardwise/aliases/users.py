@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from importlib import import_module
 
 from shardwise.errors import MissingPackage
 
@@ -19,7 +20,8 @@ _known: set[str] = set()
 
 
 def check_users() -> None:
-    """Look at those that have been imported since the last call.
+    """Look at those that have been imported since the last call. transformers' Trainers will be ours, see
+    :func:`adopt_trainers`.
 
     Raises:
         MissingPackage: one is too old.
@@ -28,6 +30,8 @@ def check_users() -> None:
         if module not in sys.modules or module in _known:
             continue
         _known.add(module)
+        if module == "transformers":
+            import_module("shardwise.state").preparations.append(adopt_trainers)
         try:
             found = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -37,6 +41,14 @@ def check_users() -> None:
                 f"{distribution} {found} is too old for Shardwise in Accelerate's place",
                 fix=f"pip install '{distribution}>={oldest}'",
             )
+
+
+def adopt_trainers() -> None:
+    """Called when a script asks who its process is, as the arguments of every Trainer do: by then transformers' module
+    is complete, which imports our names in its own first lines."""
+    module = sys.modules.get("transformers.trainer")
+    if module is not None and hasattr(module, "Trainer"):
+        import_module("shardwise.transformers.adopting").adopt(module)
 
 
 def _release(version: str) -> tuple[int, ...]:
