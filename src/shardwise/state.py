@@ -276,7 +276,7 @@ class AcceleratorState(PartialState):
     Attributes:
         strategy: its default strategy.
         mixed_precision: ``no``, ``fp16`` or ``bf16``.
-        fsdp_plugin, deepspeed_plugin: what the script gave, or ``None``.
+        fsdp_plugin, deepspeed_plugin, parallelism_config: what the script gave, or ``None``.
 
     Raises:
         StrategyError: there is no Accelerator yet.
@@ -287,6 +287,7 @@ class AcceleratorState(PartialState):
     mixed_precision: str
     fsdp_plugin: Any
     deepspeed_plugin: Any
+    parallelism_config: Any
 
     def __init__(self, **settings: Any) -> None:
         if settings:

@@ -36,7 +36,7 @@ from shardwise.accelerator.preparing import Preparing
 from shardwise.accelerator.saving import Saving
 from shardwise.accelerator.trackers import Trackers
 from shardwise.accelerator.training import Training
-from shardwise.comm import init
+from shardwise.comm import World, init
 from shardwise.comm.world import default_device
 from shardwise.compat.dataclasses import (
     AutocastKwargs,
@@ -49,6 +49,7 @@ from shardwise.compat.dataclasses import (
     ProfileKwargs,
     ProjectConfiguration,
 )
+from shardwise.compat.parallelism import ParallelismConfig, own_parallelism
 from shardwise.observe import recording
 from shardwise.state import AcceleratorState, GradientState
 from shardwise.stepping import Steps
@@ -80,6 +81,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         step_scheduler_with_optimizer: schedulers step when the optimizer did; otherwise whenever told.
         kwargs_handlers: settings for autocast, loss scaling, the process group, profiling, and of DDP's those
             that mean something here.
+        parallelism_config: how many ranks repeat a model, and over how many it is split, in place of ``strategy``.
         dynamo_backend, dynamo_plugin: compile prepared models with ``torch.compile``, in place.
         strategy: a preset, its string form or a :class:`~shardwise.Strategy`; ``ddp`` by default, as in
             Accelerate when nothing is said. The launcher's (``SHARDWISE_STRATEGY``) wins over this one.
@@ -131,11 +133,11 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         options.refuse_left_out(
             torch_tp_plugin=torch_tp_plugin,
             megatron_lm_plugin=megatron_lm_plugin,
-            parallelism_config=parallelism_config,
         )
         handlers = options.Handlers.of(kwargs_handlers)
         plugin = deepspeed_plugin if deepspeed_plugin is not None else deepspeed_plugins
-        chosen = options.choose_strategy(strategy, fsdp_plugin, plugin, mixed_precision)
+        arranged = own_parallelism(parallelism_config)
+        chosen = options.choose_strategy(strategy, fsdp_plugin, plugin, mixed_precision, arranged)
         ddp: DistributedDataParallelKwargs | None = handlers.get(DistributedDataParallelKwargs)
         group: InitProcessGroupKwargs | None = handlers.get(InitProcessGroupKwargs)
         self.strategy = ddp.apply(chosen.strategy) if ddp is not None else chosen.strategy
@@ -157,6 +159,8 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
 
         self.device = torch.device("cpu") if cpu else default_device()
         init(self.device, timeout=self.strategy.timeout)
+        if arranged is not None:
+            arranged.to_strategy(World.current().size)
         self._recording = recording.of_door(profile_dir)
 
         scaling: GradScalerKwargs | None = handlers.get(GradScalerKwargs)
@@ -177,6 +181,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
             mixed_precision=self.mixed_precision,
             fsdp_plugin=fsdp_plugin,
             deepspeed_plugin=plugin,
+            parallelism_config=arranged,
         )
         self.log_with = filter_trackers(log_with, self.logging_dir)
 
@@ -224,6 +229,16 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
     @property
     def deepspeed_plugin(self) -> Any:
         return self.state.deepspeed_plugin
+
+    @property
+    def parallelism_config(self) -> ParallelismConfig | None:
+        """What was given; ``None`` if nothing was."""
+        return self.state.parallelism_config
+
+    @property
+    def torch_device_mesh(self) -> None:
+        """Ranks are arranged by the strategy's own mesh."""
+        return
 
     @property
     def is_fsdp2(self) -> bool:

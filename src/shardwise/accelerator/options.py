@@ -22,6 +22,7 @@ from shardwise.compat.dataclasses import (
     ProfileKwargs,
     ProjectConfiguration,
 )
+from shardwise.compat.parallelism import ParallelismConfig
 from shardwise.compat.plugins import DeepSpeedPlugin, own_plugin
 from shardwise.environment import (
     DEEPSPEED_CONFIG,
@@ -38,7 +39,6 @@ _HANDLERS = (
 _LEFT_OUT = {
     "megatron_lm_plugin": "use strategy='zero3', or tensor parallelism by torch.distributed.tensor.parallel",
     "torch_tp_plugin": "use torch.distributed.tensor.parallel on models that Shardwise does not shard",
-    "parallelism_config": "data parallelism and sharding are what strategy= says: 'hsdp,shard_size=N' for a 2-D mesh",
 }
 
 
@@ -54,7 +54,9 @@ class Chosen:
     scaling: dict[str, Any] = field(default_factory=dict)  # arguments of the loss scaler
 
 
-def choose_strategy(strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, precision: Any) -> Chosen:
+def choose_strategy(
+    strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, precision: Any, parallelism: ParallelismConfig | None = None
+) -> Chosen:
     """One strategy, in the launcher's or the script's precision; the launcher's DeepSpeed configuration goes before.
 
     Raises:
@@ -65,6 +67,9 @@ def choose_strategy(strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, prec
         "fsdp_plugin": fsdp_plugin,
         "deepspeed_plugin": deepspeed_plugin,
     }
+    arranged = parallelism.to_strategy() if parallelism is not None and parallelism.total_size > 1 else None
+    if arranged is not None and fsdp_plugin is None:
+        given["parallelism_config"] = strategy = strategy if strategy is not None else arranged
     said = [name for name, value in given.items() if value is not None]
     launched = os.environ.get(DEEPSPEED_CONFIG)
     if launched:  # the launcher's word counts
@@ -83,6 +88,8 @@ def choose_strategy(strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, prec
     if plugin is not None:
         own = own_plugin(plugin)
         chosen.strategy, chosen.units = own.to_strategy(), own.units
+        if fsdp_plugin is not None and arranged is not None:
+            chosen.strategy = _arranged(chosen.strategy, arranged)
         chosen.param_init_fn = getattr(own, "param_init_fn", None)
         if isinstance(own, DeepSpeedPlugin):
             chosen.accumulation, chosen.max_norm = own.accumulation_steps, own.max_norm
@@ -101,6 +108,21 @@ def choose_strategy(strategy: Any, fsdp_plugin: Any, deepspeed_plugin: Any, prec
         chosen.strategy = chosen.strategy.in_precision(wanted)
     chosen.strategy = autocast_by_default(chosen.strategy)
     return chosen
+
+
+def _arranged(strategy: Strategy, arranged: Strategy) -> Strategy:
+    """A plugin's strategy on the ranks as a ParallelismConfig arranges them.
+
+    Raises:
+        StrategyError: the two contradict each other.
+    """
+    if strategy.preset == arranged.preset or (arranged.preset == "zero3" and strategy.preset == "zero2"):
+        return strategy
+    if arranged.preset == "hsdp" and strategy.preset in ("zero3", "hsdp"):
+        return strategy.replace(preset="hsdp", shard_size=arranged.shard_size)
+    raise StrategyError(
+        f"fsdp_plugin says {strategy.preset}, parallelism_config {arranged.preset}", fix="give one of them"
+    )
 
 
 def autocast_by_default(strategy: Strategy) -> Strategy:

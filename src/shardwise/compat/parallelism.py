@@ -9,7 +9,7 @@ from typing import Any
 from shardwise.errors import StrategyError
 from shardwise.strategy import Strategy
 
-__all__ = ["ParallelismConfig"]
+__all__ = ["ParallelismConfig", "own_parallelism"]
 
 _REFUSED = {
     "tp_size": "use torch.distributed.tensor.parallel, on models that Shardwise does not shard",
@@ -144,6 +144,19 @@ class ParallelismConfig:
 
     def __repr__(self) -> str:
         return f"ParallelismConfig(dp_replicate_size={self.dp_replicate_size}, dp_shard_size={self.dp_shard_size})"
+
+
+def own_parallelism(config: Any) -> ParallelismConfig | None:
+    """The same of this library's class, whoever's it is.
+
+    Raises:
+        StrategyError: an axis that is not served; looked at again, since libraries set sizes later.
+    """
+    if config is None:
+        return None
+    names = [f.name for f in fields(ParallelismConfig)]
+    own = ParallelismConfig(**{name: getattr(config, name, None) for name in names})
+    return config if isinstance(config, ParallelismConfig) else own
 
 
 _WHERE = "ParallelismConfig"
