@@ -86,7 +86,7 @@ def test_the_accelerator_has_them_all():
 
 # What Accelerate's class has and ours leaves out: TPU, Megatron, fp8, tensor parallelism, its own bookkeeping.
 LEFT_OUT = words("""
-    is_composable_parallelism_enabled parallelism_config torch_device_mesh should_save_model
+    is_composable_parallelism_enabled should_save_model
     tensor_parallel_rank pipeline_parallel_rank context_parallel_rank data_parallel_rank data_parallel_shard_rank
     maybe_context_parallel lomo_backward fp8_backend deepspeed_ulysses_dl_adapter""")
 
@@ -128,7 +128,7 @@ def test_arguments_for_large_models_are_accelerates(place):
             assert parameters_of(mine)[: len(parameters_of(other))] == parameters_of(other), name
 
 
-@pytest.mark.parametrize("argument", ["megatron_lm_plugin", "torch_tp_plugin", "parallelism_config"])
+@pytest.mark.parametrize("argument", ["megatron_lm_plugin", "torch_tp_plugin"])
 def test_what_is_left_out_says_what_to_use(argument):
     with pytest.raises(StrategyError, match=f"{argument} is left out") as caught:
         Accelerator(cpu=True, **{argument: object()})

@@ -150,10 +150,14 @@ def own_parallelism(config: Any) -> ParallelismConfig | None:
     """The same of this library's class, whoever's it is.
 
     Raises:
-        StrategyError: an axis that is not served; looked at again, since libraries set sizes later.
+        StrategyError: it is something else, or has an axis that is not served. Libraries set sizes later, too.
     """
     if config is None:
         return None
+    if not hasattr(config, "dp_shard_size"):
+        raise StrategyError(
+            f"parallelism_config is a {type(config).__name__}", fix="give a ParallelismConfig, or strategy='zero3'"
+        )
     names = [f.name for f in fields(ParallelismConfig)]
     own = ParallelismConfig(**{name: getattr(config, name, None) for name in names})
     return config if isinstance(config, ParallelismConfig) else own
