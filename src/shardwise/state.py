@@ -210,6 +210,14 @@ def _take(inputs: Any, rows: list[int]) -> Any:
     return _sized(inputs).select(rows)
 
 
+class _Told:
+    """``PartialState._shared_state``: libraries compare it with ``{}`` to see whether a state was made before."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> dict[str, Any]:
+        world = World._current
+        return {} if world is None else {"device": world.device, "num_processes": world.size}
+
+
 class PartialState(ProcessControl):
     """The process group, without an Accelerator: for inference scripts and loggers.
 
@@ -227,6 +235,8 @@ class PartialState(ProcessControl):
         CommError: the ranks did not find each other.
         ConfigError: a backend or rendezvous that is not the launcher's.
     """
+
+    _shared_state = _Told()
 
     def __init__(self, cpu: bool = False, **kwargs: Any) -> None:
         for prepare in preparations:

@@ -18,6 +18,7 @@ from shardwise.transformers import checks, names
 from shardwise.transformers.agreement import AgreedCallbacks, agreed
 from shardwise.transformers.saving import Saving
 from shardwise.transformers.settings import accelerator_of
+from shardwise.transformers.subclasses import evaluated_by, generates_together
 
 checks.check_version()
 names.serve(transformers.trainer)
@@ -76,7 +77,9 @@ class ShardwiseMixin(Saving):
     # --- training ------------------------------------------------------------------------------
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self.callback_handler = agreed(self.callback_handler)
-        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        generates_together(self.model)
+        return prepared
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
@@ -89,7 +92,8 @@ class ShardwiseMixin(Saving):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._gather_each_sample_once()  # subclasses and the loop itself put others in its place
         self.accelerator.repeats = self.args.eval_batch_size
-        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        with evaluated_by(getattr(self, "evaluator", None), self.model):
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
     def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
         """A model that is evaluated before it is prepared for training has no hooks that choose its precision."""

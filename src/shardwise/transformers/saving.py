@@ -16,7 +16,7 @@ from transformers.trainer_utils import _is_peft_model
 from shardwise import checkpoint
 from shardwise.checkpoint.coordination import CollectiveBlock
 from shardwise.errors import CheckpointError
-from shardwise.transformers.adapters import whole_modules_to_save
+from shardwise.transformers.subclasses import loaded_in_parts, overrides, saved_in_parts
 
 OPTIMIZER = "optimizer"  # the folder in a checkpoint
 
@@ -40,7 +40,7 @@ class Saving:
         trainer: Any = self
         folder = output_dir if output_dir is not None else self.args.output_dir
         state_dict = self.accelerator.get_state_dict(self.model)
-        with whole_modules_to_save(self.model), CollectiveBlock(f"save_model('{folder}')", slow=True):
+        with saved_in_parts(self), CollectiveBlock(f"save_model('{folder}')", slow=True):
             trainer._save(folder, state_dict=state_dict)
         if self.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -62,15 +62,17 @@ class Saving:
     # --- loading -------------------------------------------------------------------------------
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
-        if _is_peft_model(model):
-            with whole_modules_to_save(self.model):
+        if overrides(self, "_load_from_checkpoint"):
+            super()._load_from_checkpoint(resume_from_checkpoint)  # type: ignore[misc]
+        elif _is_peft_model(model):
+            with loaded_in_parts(model):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
             checkpoint.load_model(model, resume_from_checkpoint, progress=False)
 
     def _load_best_model(self) -> None:
-        if _is_peft_model(self.model):
-            with whole_modules_to_save(self.model):
+        if overrides(self, "_load_best_model") or _is_peft_model(self.model):
+            with loaded_in_parts(self.model):
                 super()._load_best_model()  # type: ignore[misc]
         else:
             checkpoint.load_model(self.model, self.state.best_model_checkpoint, progress=False)
