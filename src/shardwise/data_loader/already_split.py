@@ -156,7 +156,7 @@ class OwnBatches(BatchSamplerShard):
         self.plan = plan
 
     def _deal(self, start: int) -> Iterator[tuple[list[int], Tail | None]]:
-        for index, batch in enumerate(self.batch_sampler):
+        for index, batch in enumerate(self._batches()):
             if index >= start:
                 own = list(batch)
                 yield own, tail_of([len(own)]) if self.plan is None else self.plan.tail(index)

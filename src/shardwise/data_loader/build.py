@@ -106,6 +106,7 @@ class Source:
             else:
                 shard = batches if isinstance(batches, BatchSamplerShard) else None
                 shard = shard or BatchSamplerShard(batches, ranks, rank, split, even)
+            shard.stream = order.stream
             size = shard.batch_size
             parts |= _map_parts(loader, shard)
         source = cls(

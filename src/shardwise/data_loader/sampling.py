@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import BatchSampler
 
@@ -84,9 +84,15 @@ def check_split(size: int | None, ranks: int) -> None:
         )
 
 
+class Reader(Protocol):
+    """Reads a sampler in a random state of its own."""
+
+    def iterate(self, items: Any) -> Iterator[Any]: ...
+
+
 _OF_A_SHARD = frozenset(
     ("batch_sampler", "num_processes", "process_index", "split_batches", "even_batches", "batch_size", "drop_last",
-     "start", "rounds", "iterations")
+     "start", "rounds", "iterations", "stream")
 )  # fmt: skip
 
 
@@ -108,6 +114,8 @@ class BatchSamplerShard(BatchSampler):
     Attributes:
         start: batches of ``batch_sampler`` that the next iteration leaves out at its beginning.
         rounds: for each batch handed out and not yet asked for by the loader, its :class:`Tail` or ``None``.
+        stream: the random state that ``batch_sampler`` is read in, so that it stays the script's own object and no
+            wrapper around it.
 
     Raises:
         DataError: ``split_batches`` with a batch size that n does not divide.
@@ -128,6 +136,7 @@ class BatchSamplerShard(BatchSampler):
         self.start = 0
         self.rounds: deque[Tail | None] = deque()
         self.iterations = 0
+        self.stream: Reader | None = None
         if split_batches:
             check_split(self.batch_size, num_processes)
 
@@ -187,11 +196,14 @@ class BatchSamplerShard(BatchSampler):
                 rounds.append(tail)
                 yield batch
 
+    def _batches(self) -> Iterator[Any]:
+        return iter(self.batch_sampler) if self.stream is None else self.stream.iterate(self.batch_sampler)
+
     def _deal(self, start: int) -> Iterator[tuple[list[int], Tail | None]]:
         n, rank = self.num_processes, self.process_index
         first: list[list[int]] = []
         group: list[list[int]] = []
-        for index, batch in enumerate(self.batch_sampler):
+        for index, batch in enumerate(self._batches()):
             if len(group) == n:  # there is more, so this one is not the last
                 yield group[rank], tail_of([len(b) for b in group])
                 group = []
@@ -222,7 +234,7 @@ class BatchSamplerShard(BatchSampler):
         n, rank = self.num_processes, self.process_index
         part = self.batch_size // n
         first: list[int] = []
-        for index, batch in enumerate(self.batch_sampler):
+        for index, batch in enumerate(self._batches()):
             samples = list(batch)
             first = first or samples
             if index < start:

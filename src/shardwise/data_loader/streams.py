@@ -148,6 +148,7 @@ class Order:
         self.workers = torch.Generator()  # what a DataLoader draws its workers' seeds from
         self.stream: RandomStream | None = None
         self.parts: list[Any] = [dataset]
+        self.originals: list[Any] = []  # of what is copied: a script may ask its own sampler for the epoch
         self.in_workers: EpochDataset | None = None  # the dataset, as workers that stay see it
         self._found: torch.Generator | None = None
         self._initial_seed: int | None = None
@@ -156,11 +157,11 @@ class Order:
             self._found = held
 
     def follow(self, sampler: Any) -> Any:
-        """The sampler (or batch sampler, of any depth) to read instead of ``sampler``."""
-        own = self._copied(sampler)
-        if self.stream is None:
-            return own
-        return _InStream(own, self.stream)
+        """The sampler (or batch sampler, of any depth) to read instead of ``sampler``, inside ``stream`` if there is one.
+
+        The sampler itself if nothing in it draws from a ``torch.Generator``; else one of the same class.
+        """
+        return self._copied(sampler)
 
     def tell(self, part: Any) -> None:
         """Let ``part`` know the epoch too, wherever it is."""
@@ -187,6 +188,7 @@ class Order:
         if changed and not known:
             sampler = overlay(sampler, changed)
         elif changed:
+            self.originals.append(sampler)
             sampler = copy.copy(sampler)
             vars(sampler).update(changed)
         self.parts.append(sampler)
@@ -208,7 +210,7 @@ class Order:
     def set_epoch(self, epoch: int) -> None:
         """Tell dataset and samplers."""
         told: set[int] = set()
-        for part in self.parts:
+        for part in (*self.parts, *self.originals):
             if id(part) not in told and callable(getattr(part, "set_epoch", None)):
                 told.add(id(part))
                 part.set_epoch(epoch)
@@ -222,27 +224,3 @@ class Order:
         self.workers.manual_seed(mixed(self.seed, epoch, self.rank, start))
         if self.stream is not None:
             self.stream.seed(self.seed, epoch)
-
-
-class _InStream:
-    """A sampler that is read inside a stream; everything else is the sampler's own."""
-
-    def __init__(self, sampler: Any, stream: RandomStream) -> None:
-        self._sampler, self._stream = sampler, stream
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_sampler", "_stream"):
-            raise AttributeError(name)
-        return getattr(self._sampler, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("_sampler", "_stream"):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._sampler, name, value)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._stream.iterate(self._sampler)
