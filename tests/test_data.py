@@ -44,7 +44,7 @@ from shardwise.data_loader import (
     prepare_data_loader,
     skip_first_batches,
 )
-from shardwise.errors import DataError, ShardwiseError
+from shardwise.errors import DataError, MissingPackage, ShardwiseError
 from shardwise.utils import DataLoaderConfiguration
 
 STATEFUL = importlib.util.find_spec("torchdata") is not None
@@ -1082,5 +1082,5 @@ def test_stateful_loaders_need_torchdata(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torchdata.stateful_dataloader", None)
-    with pytest.raises(DataError, match="pip install"):
+    with pytest.raises(MissingPackage, match="pip install"):
         prepared(DataLoader(torch.arange(4)), use_stateful_dataloader=True)

@@ -23,7 +23,7 @@ FLOORS = [
     ["plan"],
     ["rng"],
     ["data_loader", "checkpoint", "logging"],
-    ["stepping", "optimizer", "scheduler"],
+    ["stepping", "gradient_state", "optimizer", "scheduler"],
     ["fsdp"],
     ["inference"],
     ["report"],

@@ -11,8 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import ReferenceType, ref
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -22,10 +21,10 @@ from shardwise.comm import World, init
 from shardwise.comm.world import default_device
 from shardwise.compat.dataclasses import DistributedType, InitProcessGroupKwargs
 from shardwise.errors import DataError, StrategyError
+from shardwise.gradient_state import GradientState
 from shardwise.strategy import Strategy
 
-if TYPE_CHECKING:
-    from shardwise.stepping import Steps
+__all__ = ["AcceleratorState", "GradientState", "PartialState", "ProcessControl"]
 
 
 preparations: list[Callable[[], None]] = []
@@ -319,86 +318,3 @@ class AcceleratorState(PartialState):
     @staticmethod
     def _reset_state(reset_partial_state: bool = False) -> None:
         AcceleratorState._newest = None
-
-
-class GradientState:
-    """Where an Accelerator is in its accumulation window.
-
-    ``GradientState()`` shows the Accelerator that was made last; before the first one, every step is a boundary.
-
-    Args:
-        steps: an Accelerator's steps.
-    """
-
-    _newest: ClassVar[ReferenceType[Steps] | None] = None
-
-    def __init__(self, steps: Steps | None = None) -> None:
-        if steps is not None:
-            GradientState._newest = ref(steps)
-        self._of = steps if steps is not None else (self._newest() if self._newest is not None else None)
-
-    @property
-    def initialized(self) -> bool:
-        return self._of is not None
-
-    @property
-    def sync_gradients(self) -> bool:
-        """This micro-batch is the last before an optimizer step."""
-        return self._of is None or self._of.sync_gradients
-
-    def _set_sync_gradients(self, sync_gradients: bool) -> None:
-        """For loops that count their windows themselves, as transformers' Trainer does."""
-        if self._of is not None:
-            self._of.sync_gradients = sync_gradients
-
-    @property
-    def num_steps(self) -> int:
-        """Micro-batches per optimizer step."""
-        return 1 if self._of is None else self._of.length
-
-    @property
-    def sync_with_dataloader(self) -> bool:
-        """The end of a dataloader is a boundary."""
-        return self._of is None or self._of.sync_with_dataloader
-
-    @property
-    def plugin_kwargs(self) -> dict[str, Any]:
-        each = self._of is not None and self._of.sync_each_batch
-        return {
-            "num_steps": self.num_steps,
-            "sync_with_dataloader": self.sync_with_dataloader,
-            "sync_each_batch": each,
-        }
-
-    @property
-    def active_dataloader(self) -> Any:
-        """The prepared dataloader being read, the innermost one; ``None`` outside."""
-        return None if self._of is None else self._of.loader
-
-    @property
-    def in_dataloader(self) -> bool:
-        return self.active_dataloader is not None
-
-    @property
-    def dataloader_references(self) -> list[Any]:
-        return [None, *(self._of.loaders if self._of is not None else [])]
-
-    @property
-    def end_of_dataloader(self) -> bool:
-        """The batch in hand is the last."""
-        loader = self.active_dataloader
-        return loader is not None and loader.end_of_dataloader
-
-    @property
-    def remainder(self) -> int:
-        """How many samples of the last global batch are real, where some are repeated; -1 if none is, or unknown."""
-        loader = self.active_dataloader
-        tail = loader.tail() if loader is not None and loader.end_of_dataloader else None
-        return tail.real if tail is not None and tail.real != tail.total else -1
-
-    def __repr__(self) -> str:
-        return f"Sync Gradients: {self.sync_gradients}\nAt end of current dataloader: {self.end_of_dataloader}\n"
-
-    @staticmethod
-    def _reset_state() -> None:
-        GradientState._newest = None

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import count
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from torch import nn
 from shardwise import events, operations
 from shardwise.comm import World
 from shardwise.data_loader import PreparedLoader, Tail
+from shardwise.data_loader.watching import watch_all
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.join import Join
@@ -27,6 +28,7 @@ from shardwise.engine.unit import unit_of
 from shardwise.errors import DataError, GradientError
 
 if TYPE_CHECKING:
+    from shardwise.gradient_state import GradientState
     from shardwise.optimizer import AcceleratedOptimizer
 
 
@@ -37,11 +39,24 @@ class Steps:
         length: micro-batches per optimizer step.
         scaler: dynamic loss scaling, for fp16.
         sync_with_dataloader: the end of a dataloader is a boundary, however short the window.
+        sync_each_batch: gradients are reduced after every micro-batch.
     """
 
-    def __init__(self, length: int, scaler: torch.amp.GradScaler | None, sync_with_dataloader: bool = True) -> None:
+    _newest: ClassVar[ReferenceType[Steps] | None] = None
+    _without: ClassVar[Steps | None] = None  # what is shown while there is no Accelerator
+
+    def __init__(
+        self,
+        length: int,
+        scaler: torch.amp.GradScaler | None,
+        sync_with_dataloader: bool = True,
+        sync_each_batch: bool = False,
+    ) -> None:
         self.length, self.scaler, self.sync_with_dataloader = length, scaler, sync_with_dataloader
-        self.sync_each_batch = False  # reduce gradients after every micro-batch, whatever the strategy
+<<<<<<< HEAD
+=======
+        self.sync_each_batch = sync_each_batch
+>>>>>>> 2222127 (Loaders of the Accelerate door take Accelerate's arguments and say their GradientState; those made by hand are counted, too)
         self.max_norm: float | None = None  # every optimizer step clips to it, where a DeepSpeed plugin says so
         self.models: list[nn.Module] = []
         self.optimizers: list[AcceleratedOptimizer] = []
@@ -51,6 +66,29 @@ class Steps:
         self._gave: WeakKeyDictionary[PreparedLoader, int] = WeakKeyDictionary()  # when it gave the batch in hand
         self.schedulers: list[Any] = []
         self.restart()
+
+    def become_newest(self) -> None:
+        """From now on, whoever names no Accelerator means this one's."""
+        Steps._newest, Steps._without = ref(self), None
+
+    @classmethod
+    def newest(cls) -> Steps:
+        """Those of the Accelerator that was made last; before the first one, some that all who ask share."""
+        found = Steps._newest() if Steps._newest is not None else None
+        if found is None:
+            found = Steps._without = Steps._without or Steps(1, None)
+        return found
+
+    @classmethod
+    def forget_newest(cls) -> None:
+        Steps._newest = Steps._without = None
+
+    @property
+    def gradient_state(self) -> GradientState:
+        """The view of it that scripts ask."""
+        from shardwise.gradient_state import GradientState
+
+        return GradientState(steps=self)
 
     def restart(self) -> None:
         """Begin a new window, as if nothing had been accumulated, and let go of what the present one knows."""
@@ -343,6 +381,9 @@ class Steps:
                 self.scaler.update(scale)
             for optimizer in self.optimizers:
                 optimizer.checked = optimizer.stepped = False
+
+
+watch_all(Steps.newest)
 
 
 def _uneven(loader: PreparedLoader) -> Tail | None:

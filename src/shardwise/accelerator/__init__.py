@@ -168,13 +168,15 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         if self.mixed_precision == "fp16":
             settings = scaling.to_kwargs() if scaling is not None else chosen.scaling
             self.scaler = torch.amp.GradScaler(self.device.type, **settings)
-        self._steps = Steps(accumulation.num_steps or 1, self.scaler, accumulation.sync_with_dataloader)
+        self._steps = Steps(
+            accumulation.num_steps or 1, self.scaler, accumulation.sync_with_dataloader, accumulation.sync_each_batch
+        )
         self._steps.max_norm = chosen.max_norm
-        self._steps.sync_each_batch = accumulation.sync_each_batch
         self.step = 0
         self._schedulers, self._loaders, self._custom_objects = [], KnownLoaders(), []
         self._save_hooks, self._load_hooks = OrderedDict(), OrderedDict()
-        self.gradient_state = GradientState(self._steps)
+        self._steps.become_newest()
+        self.gradient_state = GradientState(steps=self._steps)
         self.state = AcceleratorState(
             device=self.device,
             strategy=self.strategy,

@@ -222,6 +222,7 @@ class Preparing(Base):
             DataError: ``split_batches`` with a batch size that the ranks do not divide.
         """
         if isinstance(data_loader, PreparedLoader):
+            data_loader.watcher = data_loader.watcher or self._steps
             self._loaders.add(data_loader)
             return data_loader
         config = self.dataloader_config

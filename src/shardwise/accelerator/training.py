@@ -36,6 +36,10 @@ class Training(Base):
         """This micro-batch is the last before an optimizer step (always, if :meth:`accumulate` is not used)."""
         return self._steps.sync_gradients
 
+    @sync_gradients.setter
+    def sync_gradients(self, value: bool) -> None:
+        self._steps.sync_gradients = value
+
     @property
     def optimizer_step_was_skipped(self) -> bool:
         """An optimizer's last step was skipped on all ranks because gradients overflowed fp16 on one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -16,7 +16,7 @@ from shardwise.data_loader.epochs import EpochDataset
 from shardwise.data_loader.iterable import CountingCollate, IterableDatasetShard, StatefulDatasetShard, WorkerInit
 from shardwise.data_loader.sampling import BatchSamplerShard, Listed, Unlisted
 from shardwise.data_loader.streams import Order
-from shardwise.errors import DataError
+from shardwise.errors import DataError, MissingPackage
 
 _SETTINGS = (
     "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
@@ -39,6 +39,7 @@ class Source:
         per_index: batches of the given loader that one batch counted by a batch sampler stands for.
         drop_last: the given loader's.
         in_step: the ranks read shares of unknown lengths, and tell each other.
+        agreeing: how many ranks have one seed.
     """
 
     base: DataLoader[Any]
@@ -51,6 +52,7 @@ class Source:
     per_index: int
     drop_last: bool
     in_step: bool = False
+    agreeing: int = 1
 
     @classmethod
     def of(
@@ -114,26 +116,25 @@ class Source:
             together,
         )  # fmt: skip
         order.in_workers = source.base.dataset if isinstance(source.base.dataset, EpochDataset) else None
-        source._agree(ranks if agree is None else agree, seed)
+        source.agreeing = ranks if agree is None else agree
+        source.agree(seed)
         return source
 
     @classmethod
-    def by_hand(cls, dataset: Any, stateful: bool, settings: dict[str, Any]) -> Source:
+    def by_hand(cls, dataset: Any, stateful: bool, settings: dict[str, Any], drop_last: bool = False) -> Source:
         """Around a new loader whose sampler yields this rank's share already."""
-        settings = {key: value for key, value in settings.items() if not key.startswith("_")}
-        kind = stateful_class() if stateful else DataLoader
-        loader = kind(dataset, **settings)
-        source = cls.of(loader, agree=World.current().size)
+        source = cls.of(new_loader(dataset, stateful, settings), agree=World.current().size)
+        source.drop_last = source.drop_last or drop_last
         if isinstance(source.shard, BatchSamplerShard):
             source.per_round = source.per_read = source.shard.per_round
         return source
 
-    def _agree(self, ranks: int, seed: int | None) -> None:
+    def agree(self, seed: int | None = None) -> None:
         """One seed on all ranks: rank 0's. A collective of 8 bytes."""
         if seed is None:
             seed = self.order.draw()
         seed %= 1 << 62
-        if ranks == World.current().size:  # otherwise ranks are only played, in one process
+        if self.agreeing == World.current().size:  # otherwise ranks are only played, in one process
             seed = operations.from_first(seed)
         self.order.set_seed(seed)
         if isinstance(self.shard, IterableDatasetShard):
@@ -184,6 +185,20 @@ def _with(loader: DataLoader[Any], parts: dict[str, Any]) -> DataLoader[Any]:
     return made
 
 
+def new_loader(dataset: Any, stateful: bool, settings: dict[str, Any]) -> DataLoader[Any]:
+    """A loader as it is asked for with the arguments of ``DataLoader``."""
+    kind: Any = stateful_class() if stateful else DataLoader
+    return cast(DataLoader[Any], kind(dataset, **settings))
+
+
+def refuse_mesh(mesh: Any) -> None:
+    """Raise if some ranks are to get the same batches."""
+    if mesh is not None:
+        raise DataError(
+            "torch_device_mesh is not supported: all ranks share the batches", fix="pass num_processes, process_index"
+        )
+
+
 def has_own_iter(loader: DataLoader[Any]) -> bool:
     """Does a subclass change what an iteration does?"""
     known = {DataLoader.__iter__}
@@ -201,12 +216,12 @@ def stateful_class() -> Any:
     """torchdata's class.
 
     Raises:
-        DataError: torchdata is not installed.
+        MissingPackage: torchdata is not installed.
     """
     try:
         from torchdata.stateful_dataloader import StatefulDataLoader
     except ImportError as error:
-        raise DataError(
+        raise MissingPackage(
             f"use_stateful_dataloader=True needs torchdata: {error}", fix="pip install 'torchdata>=0.8'"
         ) from error
     return StatefulDataLoader
@@ -216,7 +231,8 @@ def as_stateful(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The same loader as a ``StatefulDataLoader``.
 
     Raises:
-        DataError: torchdata is not installed, or the loader's class does something of its own.
+        MissingPackage: torchdata is not installed.
+        DataError: the loader's class does something of its own.
     """
     kind = stateful_class()
     if is_stateful(loader):

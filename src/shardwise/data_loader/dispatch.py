@@ -12,7 +12,7 @@ import torch
 
 from shardwise import operations
 from shardwise.comm import World
-from shardwise.data_loader.build import Source
+from shardwise.data_loader.build import Source, refuse_mesh
 from shardwise.data_loader.loader import PreparedLoader
 from shardwise.data_loader.messages import END, FAILED, Channel
 from shardwise.data_loader.rows import has_rows, rows_of, take, unknown
@@ -38,7 +38,13 @@ class DataLoaderDispatcher(PreparedLoader):
         skip_batches: rounds to leave out at the beginning of every epoch.
         use_stateful_dataloader: read through torchdata's ``StatefulDataLoader``.
         slice_fn: cuts batches, for ``split_batches``: ``slice_fn(batch, slice, process_index=, num_processes=)``.
+        iteration: the number of the first epoch.
+        device: where batches go; those of a loader made by hand go to this rank's device.
         kwargs: those of ``DataLoader``.
+
+    Raises:
+        DataError: ``torch_device_mesh``, or other ranks than those that run.
+        MissingPackage: torchdata is needed, and not installed.
 
     Cost: per rank and batch one message of the batch's bytes and 40 more.
     """
@@ -49,15 +55,20 @@ class DataLoaderDispatcher(PreparedLoader):
         split_batches: bool = False,
         skip_batches: int = 0,
         use_stateful_dataloader: bool = False,
+        _drop_last: bool = False,
+        _non_blocking: bool = False,
         slice_fn: Callable[..., Any] | None = None,
+        torch_device_mesh: Any = None,
+        iteration: int = 0,
+        *,
         device: torch.device | None = None,
         rng_types: Any = None,
         even_batches: bool = True,
         num_processes: int | None = None,
         process_index: int | None = None,
-        _non_blocking: bool = False,
         **kwargs: Any,
     ) -> None:
+        refuse_mesh(torch_device_mesh)
         world = World.current()
         self.num_processes = world.size if num_processes is None else num_processes
         self.process_index = world.rank if process_index is None else process_index
@@ -70,12 +81,13 @@ class DataLoaderDispatcher(PreparedLoader):
             warnings.warn("slice_fn_for_dispatch cuts batches only with split_batches=True", stacklevel=3)
         source = dataset
         if not isinstance(source, Source):
-            source = Source.by_hand(dataset, use_stateful_dataloader, kwargs)
+            source = Source.by_hand(dataset, use_stateful_dataloader, kwargs, _drop_last)
+            device = world.device if device is None else device
         source.ranks = self.num_processes
         source.per_round = 1 if split_batches else self.num_processes
         super().__init__(source, device, _non_blocking, rng_types)
         self.skip_batches, self.split_batches, self.slice_fn = skip_batches, split_batches, slice_fn
-        self._even = even_batches
+        self._even, self._epoch = even_batches, iteration
         self._in_rows = True  # the batches of this epoch hold one row per sample, as far as was seen
         self._channel = Channel(operations.from_first(random.SystemRandom().getrandbits(62)))
 

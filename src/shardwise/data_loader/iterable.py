@@ -64,6 +64,8 @@ class IterableDatasetShard(IterableDataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration, in workers that are running too if :meth:`reach_workers`."""
         self._plan[0] = epoch
+        if callable(getattr(self.dataset, "set_epoch", None)):
+            self.dataset.set_epoch(epoch)
 
     def skip(self, items: int) -> None:
         """Leave out items of the whole stream at the beginning of every iteration from now on."""

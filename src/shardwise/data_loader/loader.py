@@ -1,8 +1,8 @@
 """One epoch of a dataloader: from which batch on, on which device, with a sign before the last batch.
 
 :class:`PreparedLoader` is that for all ways of reading. Its subclasses say where this rank's batches come from:
-:class:`DataLoaderShard` reads them itself, :class:`~shardwise.data_loader.dispatch.DataLoaderDispatcher` gets them
-from rank 0.
+:class:`~shardwise.data_loader.shard.DataLoaderShard` reads them itself,
+:class:`~shardwise.data_loader.dispatch.DataLoaderDispatcher` gets them from rank 0.
 
 *Batches* are counted as the loader that was given would yield them; what all ranks read in one step is a *round*.
 """
@@ -11,41 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from shardwise import operations
-from shardwise.comm import World
-from shardwise.data_loader.already_split import in_step, untold
 from shardwise.data_loader.build import Source, is_stateful
 from shardwise.data_loader.iterable import Counted, IterableDatasetShard
 from shardwise.data_loader.rows import rows_of
-from shardwise.data_loader.sampling import BatchSamplerShard, Tail, tail_of
+from shardwise.data_loader.sampling import BatchSamplerShard, Tail, get_sampler, tail_of
+from shardwise.data_loader.state_mixin import DataLoaderStateMixin
+from shardwise.data_loader.watching import Watcher, watcher_of_all
 from shardwise.errors import DataError
 from shardwise.rng import synchronize_rng_states
 
 
-class Watcher(Protocol):
-    """Who wants to know which loader is being read: the innermost one counts.
-
-    A watcher may also have a method ``loader_opens(loader)``, called when an iterator is asked for, and a method
-    ``batch_comes(loader, exists)``. That is called on every rank before each batch is
-    handed out (``exists`` is true, and ``loader.end_of_dataloader`` already says whether it is this rank's last), and
-    once when the loop asks for another and there is none (``exists`` is false). It may communicate: ranks that read
-    in step call it in step, until the first of them runs out.
-    """
-
-    def loader_begins(self, loader: Any) -> None: ...
-
-    def loader_ends(self, loader: Any) -> None: ...
-
-
-class PreparedLoader(DataLoader[Any]):
+class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):
     """A dataloader that yields this rank's batches. Made by :func:`~shardwise.data_loader.prepare_data_loader`.
 
-    Attributes that are not described here are those of the loader that was given.
+    Attributes that are not described here are those of the loader that was given, of whose class it is an instance,
+    too.
 
     Attributes:
         base_dataloader: the loader that is read: the given one's class and settings, with this rank's sampler.
@@ -76,11 +62,32 @@ class PreparedLoader(DataLoader[Any]):
             raise AttributeError(name)
         return getattr(self.base_dataloader, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # isinstance() looks at type() first
+        return type(self.base_dataloader)
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"watcher": None, "_snapshot": None, "_run": None}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _unpickled, (type(self),), self.__getstate__()
+
     def __len__(self) -> int:
         return len(self.base_dataloader)
+
+    @property
+    def gradient_state(self) -> Any:
+        """Of the Accelerator that counts its batches."""
+        return getattr(self._watched_by(), "gradient_state", None)
+
+    @property
+    def use_stateful_dataloader(self) -> bool:
+        """Reads through torchdata's ``StatefulDataLoader``."""
+        return is_stateful(self.base_dataloader)
+
+    @property
+    def _drop_last(self) -> bool:  # type: ignore[override]
+        return self._source.drop_last
 
     @property
     def dataset(self) -> Any:  # type: ignore[override]
@@ -124,9 +131,32 @@ class PreparedLoader(DataLoader[Any]):
         """The sampler that the order comes from, if there is one."""
         return get_sampler(self)
 
+    def set_sampler(self, sampler: Any) -> None:
+        """Take the order from another sampler from the next iteration on. A collective of 8 bytes.
+
+        Raises:
+            DataError: an iterable dataset has none.
+        """
+        shard = self._shard
+        if not isinstance(shard, BatchSamplerShard):
+            raise DataError("an iterable dataset is read without a sampler", fix="shuffle in the dataset itself")
+        shard.sampler = self._order.follow(sampler)
+        shard.stream = self._order.stream
+        if self.base_dataloader.batch_sampler is not None:
+            vars(self.base_dataloader)["sampler"] = shard.sampler
+        self._source.agree()
+
     def tail(self) -> Tail | None:
         """What the ranks hold of the round in hand; ``None`` if it is simply equal batches of new samples."""
         return self._tail
+
+    def reset(self) -> None:
+        self.end_of_dataloader, self._tail = False, None
+
+    def begin(self) -> None:
+        """Not needed: an iteration says so itself."""
+        self.reset()
+        self.gradient_state._add_dataloader(self)
 
     # --- position --------------------------------------------------------------------------
     @property
@@ -206,13 +236,17 @@ class PreparedLoader(DataLoader[Any]):
         """The epoch that a plain iteration would read now, without its first ``rounds`` batches on this rank."""
         return self._iterate(self.skip_given + rounds * self.per_round)
 
+    def _watched_by(self) -> Watcher | None:
+        return self.watcher if self.watcher is not None else watcher_of_all()
+
     def _iterate(self, start: int | None) -> Iterator[Any]:
-        opens = getattr(self.watcher, "loader_opens", None)
+        watcher = self._watched_by()
+        opens = getattr(watcher, "loader_opens", None)
         if opens is not None:
             opens(self)
-        return self._batches_from(start)
+        return self._batches_from(start, watcher)
 
-    def _batches_from(self, start: int | None) -> Iterator[Any]:
+    def _batches_from(self, start: int | None, watcher: Watcher | None) -> Iterator[Any]:
         snapshot = self._snapshot if self._pending and start is None else None
         if start is None:
             start = self._batches if self._pending else self.skip_given + self.skip_batches * self.per_round
@@ -226,7 +260,6 @@ class PreparedLoader(DataLoader[Any]):
         if isinstance(self._shard, IterableDatasetShard):
             self._shard.set_epoch(self._epoch)
         self._synchronize()
-        watcher = self.watcher
         batch_comes = getattr(watcher, "batch_comes", None)
         if watcher is not None:
             watcher.loader_begins(self)
@@ -297,52 +330,5 @@ class PreparedLoader(DataLoader[Any]):
                 yield item, shard.rounds.popleft() if shard.rounds else None
 
 
-class DataLoaderShard(PreparedLoader):
-    """A dataloader of which every rank reads its own batches.
-
-    Made by :func:`~shardwise.data_loader.prepare_data_loader`; or by hand, around samplers that yield this rank's
-    share already.
-
-    Args:
-        dataset: map-style or iterable.
-        device: where batches go, or ``None`` to leave them.
-        rng_types: random states made equal on all ranks before each epoch: ``torch``, ``cuda``, ... Orders are equal
-            without it.
-        synchronized_generator: not needed here, accepted as elsewhere.
-        skip_batches: batches of this rank to leave out at the beginning of every epoch.
-        use_stateful_dataloader: read through torchdata's ``StatefulDataLoader``.
-        kwargs: those of ``DataLoader``.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        device: torch.device | None = None,
-        rng_types: Any = None,
-        synchronized_generator: Any = None,
-        skip_batches: int = 0,
-        use_stateful_dataloader: bool = False,
-        _non_blocking: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        source = dataset
-        if not isinstance(source, Source):
-            source = Source.by_hand(dataset, use_stateful_dataloader, kwargs)
-        super().__init__(source, device, _non_blocking, rng_types)
-        self.skip_batches = skip_batches
-
-    def _rounds(self, start: int, snapshot: Any) -> Generator[tuple[Any, Tail | None], None, None]:
-        own, source = self._read(start, snapshot), self._source
-        if not source.in_step:
-            return own
-        if World.current().join is not None:  # ranks may run out one by one there: that is what it is for
-            return untold(own)
-        return in_step(own, source.batch_size, self.even_batches, source.drop_last)
-
-
-def get_sampler(dataloader: Any) -> Any:
-    """The sampler that a dataloader's order comes from: the one inside its batch sampler, if it has one."""
-    batches = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
-    while isinstance(batches, BatchSamplerShard):
-        batches = batches.batch_sampler
-    return getattr(batches, "sampler", None)
+def _unpickled(kind: type[PreparedLoader]) -> PreparedLoader:
+    return kind.__new__(kind)

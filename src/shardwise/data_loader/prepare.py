@@ -11,10 +11,12 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from shardwise.data_loader.already_split import split_already
-from shardwise.data_loader.build import Source, as_stateful, rank_and_size
+from shardwise.data_loader.build import Source, as_stateful, is_stateful, new_loader, rank_and_size, refuse_mesh
 from shardwise.data_loader.dispatch import DataLoaderDispatcher
-from shardwise.data_loader.loader import DataLoaderShard, PreparedLoader, Watcher
+from shardwise.data_loader.loader import PreparedLoader
 from shardwise.data_loader.sampling import SkipBatchSampler
+from shardwise.data_loader.shard import DataLoaderShard
+from shardwise.data_loader.watching import Watcher
 from shardwise.errors import DataError
 
 
@@ -66,7 +68,8 @@ def prepare_data_loader(
         watcher: told when an iteration begins and ends.
 
     Raises:
-        DataError: the batches cannot be shared this way; torchdata is needed and not installed.
+        DataError: the batches cannot be shared this way.
+        MissingPackage: torchdata is needed and not installed.
 
     Cost: a collective of 8 bytes (16 when dispatching). Each iteration reads one batch ahead.
     """
@@ -80,10 +83,7 @@ def prepare_data_loader(
             f"a {type(dataloader).__name__} is not a torch DataLoader",
             fix="wrap the dataset in torch.utils.data.DataLoader; other iterables are used as they are, unprepared",
         )
-    if torch_device_mesh is not None:
-        raise DataError(
-            "torch_device_mesh is not supported: all ranks share the batches", fix="pass num_processes, process_index"
-        )
+    refuse_mesh(torch_device_mesh)
     ranks, rank = rank_and_size(num_processes, process_index)
     split = split_already(dataloader) if ranks > 1 else None
     if dispatch_batches is None:
@@ -125,12 +125,41 @@ class SkipDataLoader(DataLoader[Any]):
     after it. A position that was loaded before is replaced: nothing is skipped twice.
 
     Args:
-        dataloader: prepared, or any ``DataLoader``.
+        dataset: a dataloader, prepared or not; or a dataset, of which one is made with ``kwargs``.
         skip_batches: how many batches of this rank to leave out.
+        use_stateful_dataloader: the new one is torchdata's ``StatefulDataLoader``.
+        kwargs: those of ``DataLoader``.
+
+    Raises:
+        DataError: a dataloader together with settings for one.
+        MissingPackage: torchdata is needed, and not installed.
     """
 
-    def __init__(self, dataloader: Any, skip_batches: int = 0) -> None:
-        self.base_dataloader, self.skip_batches = dataloader, skip_batches
+    def __init__(
+        self, dataset: Any, skip_batches: int = 0, use_stateful_dataloader: bool = False, **kwargs: Any
+    ) -> None:
+        loader = dataset
+        if not isinstance(loader, DataLoader):
+            loader = new_loader(dataset, use_stateful_dataloader, kwargs)
+        elif kwargs or use_stateful_dataloader:
+            raise DataError(
+                f"a dataloader is there already, and {', '.join(kwargs) or 'use_stateful_dataloader'} would be for a "
+                "new one",
+                where="SkipDataLoader",
+                fix="pass the dataset, or leave the settings out",
+            )
+        self.base_dataloader, self.skip_batches = loader, skip_batches
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # isinstance() looks at type() first
+        return type(self.base_dataloader)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return SkipDataLoader, (self.base_dataloader, self.skip_batches)
+
+    @property
+    def use_stateful_dataloader(self) -> bool:
+        return is_stateful(self.base_dataloader)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "base_dataloader":

@@ -277,13 +277,13 @@ class Listed:
     """A sampler whose items may be anything, seen as batches of one item each."""
 
     def __init__(self, items: Any) -> None:
-        self.items = self.sampler = items
+        self.sampler = items
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.sampler)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return ([item] for item in self.items)
+        return ([item] for item in self.sampler)
 
 
 class Unlisted:
@@ -297,3 +297,11 @@ class Unlisted:
 
     def __iter__(self) -> Iterator[Any]:
         return (items[0] for items in self.shard)
+
+
+def get_sampler(dataloader: Any) -> Any:
+    """The sampler that a dataloader's order comes from: the one inside its batch sampler, if it has one."""
+    batches = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
+    while isinstance(batches, BatchSamplerShard):
+        batches = batches.batch_sampler
+    return getattr(batches, "sampler", None)

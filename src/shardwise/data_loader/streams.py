@@ -157,7 +157,7 @@ class Order:
             self._found = held
 
     def follow(self, sampler: Any) -> Any:
-        """The sampler (or batch sampler, of any depth) to read instead of ``sampler``, inside ``stream`` if there is one.
+        """The sampler (or batch sampler, of any depth) to read instead of ``sampler``; inside ``stream``, if any.
 
         The sampler itself if nothing in it draws from a ``torch.Generator``; else one of the same class.
         """
