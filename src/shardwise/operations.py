@@ -56,7 +56,7 @@ def to_device(
     def move(item: Any) -> Any:
         return item.to(device, non_blocking=non_blocking) if is_tensor(item) else item.to(device)
 
-    return map_leaves(tree, move, lambda item: callable(getattr(item, "to", None)), skip_keys=skip_keys)
+    return map_leaves(tree, move, lambda item: is_tensor(item) or callable(getattr(item, "to", None)), skip_keys=skip_keys)
 
 
 def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from shardwise import operations
 from shardwise.comm import World
 from shardwise.engine.clip import clip_grad_norm_
+from shardwise.engine.optimizer import attach
 from shardwise.engine.unit import unit_of
 from shardwise.errors import OptimizerError
 from shardwise.stepping import Steps
+
+if TYPE_CHECKING:
+    from shardwise.gradient_state import GradientState
 
 
 class AcceleratedOptimizer(Optimizer):
@@ -22,17 +27,53 @@ class AcceleratedOptimizer(Optimizer):
 
     Everything else (``param_groups``, ``state``, ``state_dict``, hooks, ...) is the inner optimizer's.
 
+    Made by :meth:`shardwise.Accelerator.prepare`; or by hand, for the Accelerator that was made last.
+
     Args:
         optimizer: the inner one.
-        steps: its Accelerator's state.
+        device_placement: its momenta go where its parameters are.
+        scaler: the Accelerator's own, if it is named at all.
+        steps: its Accelerator's state; by default that of the Accelerator that was made last.
+
+    Raises:
+        OptimizerError: another scaler than the Accelerator's.
     """
 
-    def __init__(self, optimizer: Optimizer, steps: Steps) -> None:
+    def __init__(
+        self, optimizer: Optimizer, device_placement: bool = True, scaler: Any = None, *, steps: Steps | None = None
+    ) -> None:
         # Optimizer.__init__ is left out on purpose: it would make groups, state and step hooks of its own.
         self.optimizer = optimizer
-        self._steps = steps
+        self.device_placement = device_placement
+        self._steps = Steps.newest() if steps is None else steps
+        if scaler is not None and scaler is not self._steps.scaler:
+            raise OptimizerError(
+                "a loss scaler of its own, where losses are scaled by the Accelerator",
+                where=f"AcceleratedOptimizer({type(optimizer).__name__})",
+                fix="pass scaler=accelerator.scaler, or leave it out; GradScalerKwargs sets what it does",
+            )
+        if device_placement:
+            _state_to_parameters(optimizer)
+        if steps is None:
+            attach(optimizer)
         self.steps_taken = 0  # at boundaries, and not skipped
         self.forget_step()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_steps"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _steps=Steps.newest())
+
+    @property
+    def scaler(self) -> Any:
+        """The Accelerator's loss scaling, under fp16."""
+        return self._steps.scaler
+
+    @property
+    def gradient_state(self) -> GradientState:
+        """Where its Accelerator is in the accumulation window."""
+        return self._steps.gradient_state
 
     def forget_step(self) -> None:
         """Nothing is known of gradients, nor of a step that was taken with them."""
@@ -170,3 +211,13 @@ class AcceleratedOptimizer(Optimizer):
         with nullcontext() if join is None else join.event("unscale", None, steps.optimizers.index(self)):
             steps.scaler.unscale_(self.optimizer)
             self.checked = True
+
+
+def _state_to_parameters(optimizer: Optimizer) -> None:
+    """Momenta of a resumed run follow their parameters to the device (0-dim counters stay where they are)."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.ndim > 0:
+                    state[key] = value.to(p.device)

@@ -67,6 +67,12 @@ class Steps:
         self.schedulers: list[Any] = []
         self.restart()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"loaders": [], "_opened": None, "_gave": None, "_events": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _opened=WeakKeyDictionary(), _gave=WeakKeyDictionary(), _events=count())
+
     def become_newest(self) -> None:
         """From now on, whoever names no Accelerator means this one's."""
         Steps._newest, Steps._without = ref(self), None

@@ -187,6 +187,11 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         )
         self.log_with = filter_trackers(log_with, self.logging_dir)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for loader in self._loaders:
+            loader.watcher = self._steps
+
     # --- settings, as attributes ---------------------------------------------------------------
     @property
     def split_batches(self) -> bool:

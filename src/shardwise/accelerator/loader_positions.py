@@ -19,10 +19,20 @@ from shardwise.errors import CheckpointError
 
 
 class KnownLoaders:
-    """The prepared loaders that somebody still holds, in the order in which they were prepared."""
+    """The prepared loaders that somebody still holds, in the order in which they were prepared.
+
+    One that was unpickled holds them itself: nobody else can.
+    """
 
     def __init__(self) -> None:
         self._known: list[ref[PreparedLoader]] = []
+        self._unpickled: list[PreparedLoader] = []
+
+    def __getstate__(self) -> list[PreparedLoader]:
+        return list(self)
+
+    def __setstate__(self, loaders: list[PreparedLoader]) -> None:
+        self._known, self._unpickled = [ref(loader) for loader in loaders], loaders
 
     def __iter__(self) -> Iterator[PreparedLoader]:
         return iter([loader for known in self._known if (loader := known()) is not None])
@@ -37,6 +47,7 @@ class KnownLoaders:
 
     def clear(self) -> None:
         self._known.clear()
+        self._unpickled.clear()
 
 
 @dataclass(frozen=True)

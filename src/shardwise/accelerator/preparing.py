@@ -203,10 +203,9 @@ class Preparing(Base):
         for known in self._steps.optimizers:
             if known.optimizer is inner:
                 return known
-        if self.device_placement if device_placement is None else device_placement:
-            _state_to_parameters(inner)
         attach(inner)
-        wrapped = AcceleratedOptimizer(inner, self._steps)
+        place = self.device_placement if device_placement is None else device_placement
+        wrapped = AcceleratedOptimizer(inner, place, steps=self._steps)
         self._steps.optimizers.append(wrapped)
         return wrapped
 
@@ -256,7 +255,9 @@ class Preparing(Base):
         raw = _inner(getattr(inner, "optimizer", None))
         followed = [o for o in self._steps.optimizers if raw is None or o.optimizer is raw]
         times = self.num_processes if self._scheduler_per_process and not self.dataloader_config.split_batches else 1
-        wrapped = AcceleratedScheduler(inner, followed, self._steps, self.step_scheduler_with_optimizer, times)
+        wrapped = AcceleratedScheduler(
+            inner, followed, self.step_scheduler_with_optimizer, steps=self._steps, times=times
+        )
         self._schedulers.append(wrapped)
         return wrapped
 
@@ -316,13 +317,3 @@ def _outputs_in_fp32(module: nn.Module, args: Any, output: Any) -> Any:
     """A forward hook: losses are computed in fp32 whatever the model computed in."""
     half = (torch.float16, torch.bfloat16)
     return map_tensors(output, lambda t: t.float() if t.dtype in half else t)
-
-
-def _state_to_parameters(optimizer: Optimizer) -> None:
-    """Momenta of a resumed run follow their parameters to the device (0-dim counters stay where they are)."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.ndim > 0:
-                    state[key] = value.to(p.device)

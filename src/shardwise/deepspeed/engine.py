@@ -83,7 +83,7 @@ class DeepSpeedEngine(States):
             self._steps.optimizers.append(self.optimizer)
         self.lr_scheduler, self._scheduler = lr_scheduler, None
         if lr_scheduler is not None and self.optimizer is not None:
-            self._scheduler = AcceleratedScheduler(lr_scheduler, [self.optimizer], self._steps)
+            self._scheduler = AcceleratedScheduler(lr_scheduler, [self.optimizer], steps=self._steps)
         self.reports = Reports(facts, module, device, world.rank == 0, self._say)
         self.training = module.training
         _engines[module] = weakref.ref(self)

@@ -31,7 +31,7 @@ class DeepSpeedOptimizer(AcceleratedOptimizer):
     """
 
     def __init__(self, optimizer: Optimizer, steps: GivenWindows, measure: bool, check_finite: bool) -> None:
-        super().__init__(optimizer, steps)
+        super().__init__(optimizer, False, steps=steps)
         self.measure, self.check_finite = measure, check_finite
         self.norm: torch.Tensor | None = None
         self.states: Callable[[], Any] = lambda: None
