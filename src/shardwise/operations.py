@@ -56,7 +56,9 @@ def to_device(
     def move(item: Any) -> Any:
         return item.to(device, non_blocking=non_blocking) if is_tensor(item) else item.to(device)
 
-    return map_leaves(tree, move, lambda item: is_tensor(item) or callable(getattr(item, "to", None)), skip_keys=skip_keys)
+    return map_leaves(
+        tree, move, lambda item: is_tensor(item) or callable(getattr(item, "to", None)), skip_keys=skip_keys
+    )
 
 
 def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -246,6 +248,10 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
     return object_list
 
 
+class CannotPadNestedTensorWarning(UserWarning):
+    """A nested tensor is not made longer."""
+
+
 def pad_across_processes(tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
     """Every tensor of a nest, made as long in ``dim`` as the longest one of all ranks, so that it can be gathered.
 
@@ -269,7 +275,9 @@ def pad_across_processes(tensor: Any, dim: int = 0, pad_index: float = 0, pad_fi
 
     def padded(t: torch.Tensor, length: int) -> torch.Tensor:
         if t.is_nested:
-            warnings.warn("pad_across_processes leaves nested tensors as they are", stacklevel=3)
+            warnings.warn(
+                "pad_across_processes leaves nested tensors as they are", CannotPadNestedTensorWarning, stacklevel=3
+            )
         if not _has_dim(t, dim) or length == t.shape[dim]:
             return t
         shape = list(t.shape)

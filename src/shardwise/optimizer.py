@@ -217,7 +217,8 @@ def _state_to_parameters(optimizer: Optimizer) -> None:
     """Momenta of a resumed run follow their parameters to the device (0-dim counters stay where they are)."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            state = optimizer.state.get(p, {})
+            # Not optimizer.state.get: it refuses parameters of which this rank holds pieces, and those are in place.
+            state = dict.get(optimizer.state, p, {})
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and value.ndim > 0:
                     state[key] = value.to(p.device)

@@ -53,10 +53,7 @@ class Steps:
         sync_each_batch: bool = False,
     ) -> None:
         self.length, self.scaler, self.sync_with_dataloader = length, scaler, sync_with_dataloader
-<<<<<<< HEAD
-=======
         self.sync_each_batch = sync_each_batch
->>>>>>> 2222127 (Loaders of the Accelerate door take Accelerate's arguments and say their GradientState; those made by hand are counted, too)
         self.max_norm: float | None = None  # every optimizer step clips to it, where a DeepSpeed plugin says so
         self.models: list[nn.Module] = []
         self.optimizers: list[AcceleratedOptimizer] = []

@@ -203,9 +203,9 @@ class Preparing(Base):
         for known in self._steps.optimizers:
             if known.optimizer is inner:
                 return known
-        attach(inner)
         place = self.device_placement if device_placement is None else device_placement
         wrapped = AcceleratedOptimizer(inner, place, steps=self._steps)
+        attach(inner)
         self._steps.optimizers.append(wrapped)
         return wrapped
 

@@ -171,6 +171,7 @@ from shardwise.compat.offload import (
     save_offload_index,
 )
 from shardwise.compat.operations import (
+    CannotPadNestedTensorWarning,
     DistributedOperationException,
     broadcast,
     broadcast_object_list,
@@ -259,6 +260,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "WEIGHTS_PATTERN_NAME",
     "AutocastKwargs",
+    "CannotPadNestedTensorWarning",
     "ComputeEnvironment",
     "CustomDtype",
     "DDPCommunicationHookType",

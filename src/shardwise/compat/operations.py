@@ -13,12 +13,19 @@ from shardwise import operations, trees
 from shardwise.compat.dataclasses import TensorInformation
 from shardwise.compat.enums import DistributedType
 from shardwise.errors import CommError, ConfigError, TensorError
-from shardwise.operations import broadcast, broadcast_object_list, gather, pad_across_processes
+from shardwise.operations import (
+    CannotPadNestedTensorWarning,
+    broadcast,
+    broadcast_object_list,
+    gather,
+    pad_across_processes,
+)
 
 DistributedOperationException = CommError
 """What Accelerate calls the error of ranks that bring different shapes."""
 
 __all__ = [
+    "CannotPadNestedTensorWarning",
     "ConvertOutputsToFp32",
     "DistributedOperationException",
     "DistributedType",
