@@ -1,4 +1,8 @@
-"""One hierarchy of errors. Each says what was wrong, where (rank, unit, file), and what to do."""
+"""One hierarchy of errors. Each says what was wrong, where (rank, unit, file), and what to do.
+
+Each is also an error of Python's own that other libraries raise in the same place, so that a script's ``except
+ValueError`` catches here what it caught there. Where they raise several, it is all of them.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,14 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, cutoff: float 
 
 class StrategyError(ShardwiseError, ValueError):
     """A strategy, or a combination of its keys, that does not exist."""
+
+
+class NotServed(StrategyError, NotImplementedError):
+    """Something that exists elsewhere, and is not done here, or not under this strategy."""
+
+
+class WrongPlugin(StrategyError, TypeError):
+    """An object of another class where settings of a known one are needed."""
 
 
 class UnitError(ShardwiseError, ValueError):
@@ -78,16 +90,20 @@ class RankFailed(CommError):
     """Another rank stopped; this one ends because of it. The other rank holds the first cause."""
 
 
-class CheckpointError(ShardwiseError, RuntimeError):
+class CheckpointError(ShardwiseError, ValueError, RuntimeError):
     """A checkpoint that cannot be written, or is missing, damaged, foreign, or does not fit what it is loaded into."""
 
 
-class LaunchError(ShardwiseError):
+class LaunchError(ShardwiseError, ValueError, RuntimeError):
     """A launch that cannot start the processes it was asked for."""
 
 
 class ConfigError(ShardwiseError, ValueError):
     """A setting with a value that has no meaning, or that contradicts another one."""
+
+
+class BatchSizeError(ConfigError, RuntimeError):
+    """A batch size to begin with that is none."""
 
 
 class ArgumentError(ShardwiseError, TypeError):
@@ -106,7 +122,7 @@ class OutOfMemory(ShardwiseError, RuntimeError):
     """Not even the smallest batch fits into memory."""
 
 
-class LeftOut(ShardwiseError):
+class LeftOut(ShardwiseError, NotImplementedError):
     """A name that other libraries have and this one leaves out on purpose."""
 
 
@@ -114,11 +130,15 @@ class TrackerError(ShardwiseError, ValueError):
     """A tracker that is unknown, incomplete, or used before it runs or after it ended."""
 
 
+class IncompleteTracker(TrackerError, NotImplementedError):
+    """A class of trackers that lacks what every tracker has."""
+
+
 class RecordError(ShardwiseError, ValueError):
     """A record of a run that cannot be written, or that cannot be read."""
 
 
-class OffloadError(ShardwiseError, OSError):
+class OffloadError(ShardwiseError, ValueError, OSError):
     """Host memory or a disk that cannot take, or give back, what was put there. ``errno`` is the system's, if any."""
 
 
@@ -126,7 +146,7 @@ class PlacementError(ShardwiseError, ValueError):
     """A device map that does not fit its model, or a tensor that cannot be put where it was asked for."""
 
 
-class ForeignWeights(CheckpointError, ValueError, OSError):
+class ForeignWeights(CheckpointError, OSError):
     """A file of weights in a format that this library, or torch, does not read."""
 
 

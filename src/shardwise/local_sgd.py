@@ -8,7 +8,7 @@ from torch import nn
 
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import engine_of
-from shardwise.errors import StrategyError, UnitError
+from shardwise.errors import NotServed, StrategyError, UnitError
 
 if TYPE_CHECKING:
     from shardwise.accelerator import Accelerator
@@ -91,7 +91,7 @@ def _whole(model: nn.Module) -> Engine:
             f"LocalSGD got a {type(model).__name__} that was not prepared", fix="model = accelerator.prepare(model)"
         )
     if any(u.strategy.preset != "ddp" for u in engine.units):
-        raise StrategyError(
+        raise NotServed(
             "LocalSGD trains one whole copy of the model per rank, and this model's states are split",
             where=f"strategy '{engine.strategy}'",
             fix="use strategy='ddp'",

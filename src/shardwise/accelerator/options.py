@@ -30,7 +30,7 @@ from shardwise.environment import (
     mixed_precision_from_environment,
     strategy_from_environment,
 )
-from shardwise.errors import StrategyError
+from shardwise.errors import NotServed, StrategyError, WrongPlugin
 from shardwise.strategy import Strategy
 
 _HANDLERS = (
@@ -173,7 +173,7 @@ class Handlers:
         for handler in handlers or ():
             kind = next((k for k in _HANDLERS if isinstance(handler, k)), None)
             if kind is None:
-                raise StrategyError(
+                raise WrongPlugin(
                     f"kwargs_handlers holds a {type(handler).__name__}",
                     fix="give " + ", ".join(k.__name__ for k in _HANDLERS) + "; fp8 recipes are left out, use bf16",
                 )
@@ -225,4 +225,4 @@ def refuse_left_out(**given: Any) -> None:
     """Raise for arguments that Accelerate has and this library leaves out on purpose."""
     for name, value in given.items():
         if value is not None:
-            raise StrategyError(f"{name} is left out of Shardwise", fix=_LEFT_OUT[name])
+            raise NotServed(f"{name} is left out of Shardwise", fix=_LEFT_OUT[name])

@@ -144,6 +144,8 @@ def _safetensors(path: Path) -> dict[str, Stored]:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
         out = {name: _entry(path, name, 8 + length, entry) for name, entry in header.items()}
+    except CheckpointError:  # a ValueError too
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(f"its header is damaged ({type(error).__name__}: {error})") from error
     end = max((t.segments[0].at + t.nbytes for t in out.values()), default=0)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from shardwise import device as devices
 from shardwise.comm import World
-from shardwise.errors import ArgumentError, CommError, ConfigError, OutOfMemory
+from shardwise.errors import ArgumentError, BatchSizeError, CommError, OutOfMemory
 from shardwise.observe.out_of_memory import is_out_of_memory
 from shardwise.operations import joined
 
@@ -80,7 +80,9 @@ def find_executable_batch_size(
             reduce_batch_size_fn=reduce_batch_size_fn,
         )
     if isinstance(starting_batch_size, bool) or not isinstance(starting_batch_size, int) or starting_batch_size < 1:
-        raise ConfigError(f"starting_batch_size={starting_batch_size!r} is not a number of rows", fix="give 1 or more")
+        raise BatchSizeError(
+            f"starting_batch_size={starting_batch_size!r} is not a number of rows", fix="give 1 or more"
+        )
     size = starting_batch_size
 
     @functools.wraps(function)

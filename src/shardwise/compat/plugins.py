@@ -8,7 +8,7 @@ from typing import Any
 from shardwise.compat.deepspeed_plugin import DeepSpeedPlugin
 from shardwise.compat.fsdp_plugin import FullyShardedDataParallelPlugin
 from shardwise.engine.select import UnitRule
-from shardwise.errors import ConfigError
+from shardwise.errors import WrongPlugin
 from shardwise.strategy import Strategy
 
 __all__ = ["DeepSpeedPlugin", "FullyShardedDataParallelPlugin", "own_plugin", "strategy_of_plugin"]
@@ -21,7 +21,8 @@ def own_plugin(plugin: Any) -> DeepSpeedPlugin | FullyShardedDataParallelPlugin:
         plugin: told by its fields, not by its class: other libraries need not be importable.
 
     Raises:
-        ConfigError: it is nothing of the kind, or it asks for something which is not done here.
+        WrongPlugin: it is nothing of the kind.
+        ConfigError: it asks for something which is not done here.
     """
     if isinstance(plugin, (DeepSpeedPlugin, FullyShardedDataParallelPlugin)):
         return plugin
@@ -34,7 +35,7 @@ def own_plugin(plugin: Any) -> DeepSpeedPlugin | FullyShardedDataParallelPlugin:
     if hasattr(plugin, "sharding_strategy") or hasattr(plugin, "reshard_after_forward"):
         names = [f.name for f in fields(FullyShardedDataParallelPlugin)]
         return FullyShardedDataParallelPlugin(**{n: getattr(plugin, n) for n in names if hasattr(plugin, n)})
-    raise ConfigError(
+    raise WrongPlugin(
         f"{type(plugin).__name__} is not a plugin that is known here",
         fix="give a DeepSpeedPlugin, a FullyShardedDataParallelPlugin, or strategy='...'",
     )

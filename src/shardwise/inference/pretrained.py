@@ -85,6 +85,8 @@ def _readable(file: Path) -> Iterator[None]:
 
     try:
         yield
+    except CheckpointError:  # a ValueError too
+        raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         said = " ".join(str(error).split())
         raise CheckpointError(

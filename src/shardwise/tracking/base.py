@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TypeVar
 
-from shardwise.errors import TrackerError
+from shardwise.errors import IncompleteTracker, TrackerError
 from shardwise.operations import rank_and_size
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -86,13 +86,13 @@ def check_complete(tracker: Any) -> None:
     """Raise unless a tracker, or a class of trackers, has what every tracker needs.
 
     Raises:
-        TrackerError: naming what is missing.
+        IncompleteTracker: naming what is missing.
     """
     has = dir(tracker)  # not hasattr: `tracker` may be a property that works only after `start`
     lacking = [name for name in ("name", "requires_logging_directory", "tracker") if name not in has]
     if lacking:
         kind = tracker if isinstance(tracker, type) else type(tracker)
-        raise TrackerError(
+        raise IncompleteTracker(
             f"the tracker class lacks {', '.join(f'`{name}`' for name in lacking)}",
             where=kind.__name__,
             fix="define them in the class: a string, a bool, and a property that returns the client's own object",
