@@ -19,6 +19,7 @@ from shardwise.comm.stats import Op
 from shardwise.comm.world import default_device
 from shardwise.engine import activations, hooks, state_dict
 from shardwise.engine import optimizer as _optimizer  # installs the optimizer hooks
+from shardwise.engine.agreement import require_agreement
 from shardwise.engine.deferred import Deferred, InitFn, has_meta
 from shardwise.engine.engine import Engine
 from shardwise.engine.hooks import ENGINE, engine_of, set_engine
@@ -62,10 +63,6 @@ def shard(
     refuse_overlaps(params)
     activations.check(module, chosen)
     device = _device(params)
-    world = init(device, timeout=chosen.timeout)
-    engine = Engine(module, chosen, mesh_of(world, device, chosen, mesh))
-    if chosen.optimizer_in_backward:
-        engine.backward.in_backward = InBackward(_optimizer.optimizer_shard)
     adopted = [
         (name, child, sub)
         for name, child in module.named_modules()
@@ -79,6 +76,11 @@ def shard(
     ]
     owners = dict(selected)
     owners[""] = module
+    world = init(device, timeout=chosen.timeout)
+    require_agreement(world, chosen, () if mesh is None else tuple(mesh.mesh.shape), params, owners)
+    engine = Engine(module, chosen, mesh_of(world, device, chosen, mesh))
+    if chosen.optimizer_in_backward:
+        engine.backward.in_backward = InBackward(_optimizer.optimizer_shard)
     of_unit = members_of(params, owners)
     home = _home(engine, device)
     holder = partial(holder_of, module)
