@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +10,31 @@ import processes
 
 # With it, a print() is two writes, and the lines of several processes that share a pipe come out mixed.
 os.environ.pop("PYTHONUNBUFFERED", None)
+# Every rank imports the module of its test, and every new interpreter all of Shardwise: to compile them anew each time
+# would be a good part of all that the tests do.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Before torch is imported. The models are tiny: more threads only wait for each other, long on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# The files that take longest, by themselves or by waiting. Several processes share the files: what begins last should
+# be short, or the others wait for it. Otherwise files with few tests come last, and some of these have few.
+_LONGEST = (
+    "plan_questions", "any_to_any", "offload", "plan_memory", "plan_auto", "plan_calibrate", "plan_subject",
+    "scenarios", "examples", "load", "data", "launch", "demo", "doctor", "simulated_training", "simulated_features",
+    "compare", "generate", "elastic", "checkpoint_kills", "clipping", "copies", "deferred_update", "in_backward",
+    "offload_params",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": index for index, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,15 @@
 Most of what starting a rank costs is importing torch, some five seconds of a core each time. ``fork`` and ``script``
 skip it: a process that has done the imports, and nothing else, forks. What is forked runs its function or script as
 the main module, with an environment and a working directory of its own, and ends as any interpreter ends: excepthook,
-threads, atexit, destructors. There are two such servers, so that ranks differ in their hash seed, as they do when
+threads, atexit. There are two such servers, so that ranks differ in their hash seed, as they do when
 they are started one by one: what iterates over a set in different orders on different ranks must fail here.
+
+Taking an interpreter apart, module by module, costs as much as all that most scripts here do, since nothing of it can
+be shared with the server any more. So it is left out, unless ``whole_end`` asks for it: that is for tests of how
+processes end, destructors included.
+
+What ``module`` runs may start interpreters itself, as the launcher does. They are forked in the same way, and are its
+children all the same; with ``new_interpreters`` they are started anew.
 
 ``program`` starts a new interpreter, for what is about the start itself.
 
@@ -14,6 +21,7 @@ Whatever a test leaves running is killed at its end (``end_all``, called from co
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import importlib
 import itertools
@@ -28,17 +36,23 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-_PRELOAD = ("torch", "torch._dynamo", "torch.distributed.checkpoint", "shardwise.accelerator", "shardwise.cli.ranks")
+_PRELOAD = (
+    "torch", "torch._dynamo", "torch.distributed.checkpoint", "shardwise.accelerator", "shardwise.cli.ranks",
+    "pytest", "hypothesis",
+)  # fmt: skip
 _START_S = 150.0  # the imports, on a machine that does much else
 _REQUEST = struct.Struct("=cq")  # b"f": fork (three file descriptors come along), b"p": how did this process end?
 _REPLY = struct.Struct("=q")
+_PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 _RUNNING = 1 << 32  # no exit code
 _started: list[Process] = []
 _servers: list[_Server] = []
@@ -134,6 +148,7 @@ def fork(
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     connected: bool = False,
+    whole_end: bool = False,
 ) -> tuple[Process, Connection]:
     """Call a module-level function in a new process.
 
@@ -144,6 +159,7 @@ def fork(
         environment: all of its variables; ``None`` for this process's.
         cwd: its working directory.
         connected: whether the connection stays open after the start.
+        whole_end: whether the interpreter is taken apart in the end, with all destructors.
 
     Returns:
         The process, and our end of a connection to it.
@@ -157,7 +173,7 @@ def fork(
         handle = _servers[number % 2].fork([theirs.fileno(), out_file.fileno(), err_file.fileno()])
     process = Process(handle, out, err)
     ours.send((bytes(multiprocessing.current_process().authkey), str(folder), dict(environment or os.environ), cwd))
-    ours.send((function, args, connected))
+    ours.send((function, args, connected, whole_end))
     return process, ours
 
 
@@ -166,9 +182,9 @@ def script(path: Path, *args: object, **options: Any) -> Process:
     return fork(_script, path, [str(a) for a in args], **options)[0]
 
 
-def module(name: str, *args: object, **options: Any) -> Process:
-    """The same for ``python -m name``."""
-    return fork(_module, name, [str(a) for a in args], **options)[0]
+def module(name: str, *args: object, new_interpreters: bool = False, **options: Any) -> Process:
+    """The same for ``python -m name``. Interpreters that it starts are forked, unless they are to be new ones."""
+    return fork(_module if new_interpreters else _nursing_module, name, [str(a) for a in args], **options)[0]
 
 
 def program(*command: object, environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> Process:
@@ -199,11 +215,13 @@ def free_port() -> int:
     raise AssertionError("unreachable")
 
 
-def ranks_of_a_script(path: Path, size: int, *args: object) -> list[Process]:
+def ranks_of_a_script(path: Path, size: int, *args: object, whole_end: bool = False) -> list[Process]:
     """Run a script on ``size`` ranks without a launcher, which would have its own word at the end."""
     port = free_port()
     return [
-        script(path, *args, number=rank, environment=os.environ | rank_environment(rank, size, port))
+        script(
+            path, *args, number=rank, environment=os.environ | rank_environment(rank, size, port), whole_end=whole_end
+        )
         for rank in range(size)
     ]
 
@@ -300,7 +318,16 @@ def _serve(control: int) -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # collections in the children leave these pages shared
-    requests = socket.socket(fileno=control)
+    _answer(socket.socket(fileno=control))
+
+
+def _answer(requests: socket.socket, adopted: bool = False) -> None:
+    """Fork when told to, until nobody is left who could tell.
+
+    Args:
+        requests: from there.
+        adopted: whether what is forked is to be a child of our parent's.
+    """
     running: set[int] = set()
     while True:
         data, files, _, _ = socket.recv_fds(requests, _REQUEST.size, 3)
@@ -313,14 +340,15 @@ def _serve(control: int) -> None:
             os._exit(0)
         kind, pid = _REQUEST.unpack(data)
         if kind == b"f":
-            pid = os.fork()
+            pid = _forked_twice() if adopted else os.fork()
             if not pid:
                 requests.close()
                 _forked(*files)
                 return
             for file in files:
                 os.close(file)
-            running.add(pid)
+            if not adopted:
+                running.add(pid)
             requests.sendall(_REPLY.pack(pid))
         else:
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -328,8 +356,26 @@ def _serve(control: int) -> None:
             requests.sendall(_REPLY.pack(os.waitstatus_to_exitcode(status) if done else _RUNNING))
 
 
+def _forked_twice() -> int:
+    """As ``os.fork``, but when this returns, the new process's parent has ended, and it leads a session."""
+    read, write = os.pipe()
+    if between := os.fork():
+        os.waitpid(between, 0)
+        pid = int(_REPLY.unpack(os.read(read, _REPLY.size))[0])
+    elif os.fork():
+        os._exit(0)
+    else:
+        os.setsid()
+        os.write(write, _REPLY.pack(os.getpid()))
+        pid = 0
+    os.close(read)
+    os.close(write)
+    return pid
+
+
 def _forked(connection_file: int, out: int, err: int) -> None:
-    os.setsid()
+    if os.getsid(0) != os.getpid():
+        os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for file, number in ((out, 1), (err, 2)):
         os.dup2(file, number)
@@ -346,12 +392,52 @@ def _forked(connection_file: int, out: int, err: int) -> None:
     os.environ.update(environment)
     if cwd is not None:
         os.chdir(cwd)
-    function, args, connected = connection.recv()
+    function, args, connected, whole_end = connection.recv()
     if connected:
-        function(connection, *args)
+        args = (connection, *args)
     else:
         connection.close()
+    if whole_end:
         function(*args)
+    else:
+        _end(_exit_code(function, args))
+
+
+def _exit_code(function: Callable[..., Any], args: Iterable[Any]) -> int:
+    """Call it, and do with what it raises what the interpreter does."""
+    try:
+        function(*args)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException as error:  # noqa: BLE001  (whatever it is, it is the hook's)
+        sys.last_exc = sys.last_value = error
+        sys.last_type, sys.last_traceback = type(error), error.__traceback__
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 1
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def _end(code: int) -> NoReturn:
+    """End as an interpreter does, but leave it to the system to free what it has."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # noqa: BLE001
+            code = 120  # whatever it was
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code & 0xFF)
 
 
 def _unlike_others() -> None:
@@ -371,6 +457,78 @@ def _script(path: Path, args: list[str]) -> None:
 def _module(name: str, args: list[str]) -> None:
     sys.argv = [name, *args]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+# --- processes that start interpreters ----------------------------------------------------------
+def _nursing_module(name: str, args: list[str]) -> None:
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    if sys.platform == "linux":  # elsewhere nobody adopts the children of another
+        _Popen.nursery = _Nursery()
+        subprocess.Popen = subprocess_handler.Popen = _Popen  # type: ignore[misc,assignment]
+    # It looks at the whole stack nine times, for a log that nobody keeps: most of what a launch costs in a process with
+    # so many modules.
+    dynamic_rendezvous.get_method_name = lambda depth=2: ""  # type: ignore[assignment]
+    _module(name, args)
+
+
+def _python(words: list[str], paths: str) -> None:
+    """What ``python`` with these words does."""
+    sys.stdout.reconfigure(write_through="-u" in words[:1])  # type: ignore[union-attr]
+    words = words[words[0] == "-u" :]
+    sys.path[1:1] = [path for path in paths.split(os.pathsep) if path and path not in sys.path]
+    if words[0] != "-m":
+        _script(Path(words[0]).absolute(), words[1:])
+    elif words[1] == "shardwise":
+        _nursing_module(words[1], words[2:])
+    else:
+        _module(words[1], words[2:])
+
+
+class _Nursery(_Server):
+    """A process beside this one that forks what this one starts as ``python ...``.
+
+    Whoever starts ranks waits for them as for its own children. So each is forked twice, and this process, a
+    "subreaper" of the kernel's, is its parent as soon as the one between has ended.
+    """
+
+    def __init__(self) -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self.control, theirs = socket.socketpair()
+        if not os.fork():
+            self.control.close()
+            os.setsid()
+            _answer(theirs, adopted=True)
+            raise AssertionError("what it forks ends by itself")
+        theirs.close()
+
+
+class _Popen(subprocess.Popen):  # type: ignore[type-arg]
+    """As ever, but for ``python ...`` with its output in files or in ours, which is forked."""
+
+    nursery: _Nursery
+
+    def __init__(self, args: Any, *more: Any, **options: Any) -> None:
+        self._forked = not isinstance(args, str) and list(args)[:1] == [sys.executable] and args[1] != "-c"
+        self._forked &= subprocess.PIPE not in (options.get("stdout"), options.get("stderr"))
+        super().__init__(args, *more, **options)
+
+    def _execute_child(self, *given: Any) -> None:
+        if not self._forked:
+            super()._execute_child(*given)  # type: ignore[misc]
+            return
+        words, cwd, environment, out, err = ([*given[0]], given[5], given[6], given[13], given[15])
+        environment = dict(os.environ if environment is None else environment)
+        ours, theirs = multiprocessing.Pipe()
+        with ours, theirs:
+            files = [theirs.fileno(), 1 if out == -1 else out, 2 if err == -1 else err]
+            self.pid = self.nursery.fork(files).pid
+            self._child_created = True
+            folder = multiprocessing.util.get_temp_dir()
+            ours.send((bytes(multiprocessing.current_process().authkey), folder, environment, cwd or os.getcwd()))
+            ours.send((_python, ([str(w) for w in words[1:]], environment.get("PYTHONPATH", "")), False, False))
+        self._close_pipe_fds(*given[10:16])  # type: ignore[attr-defined]
 
 
 @contextmanager

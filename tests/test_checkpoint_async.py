@@ -381,8 +381,8 @@ checkpoint.async_save(sys.argv[1], models=[model], state={"n": 1})
 def test_a_process_does_not_end_before_its_save(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    good = processes.script(script, tmp_path / "good", "")
-    bad = processes.script(script, tmp_path / "bad", "fails")
+    good = processes.script(script, tmp_path / "good", "", whole_end=True)
+    bad = processes.script(script, tmp_path / "bad", "fails", whole_end=True)
     assert good.finish()[0] == 0
     assert bad.finish()[0] == 120
     assert checkpoint.load(tmp_path / "good", models=[torch.nn.Linear(1500, 1500)]).state == {"n": 1}

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shardwise.cli import app
+from test_launch import command
 
 SCRIPT = """
 import os, sys, torch, shardwise
@@ -40,6 +41,11 @@ def invoke(*args):
     return CliRunner().invoke(app, ["compare", *map(str, args)])
 
 
+def compared(folder, *args):
+    """The whole command, whose launchers and ranks are forked."""
+    return command("compare", *args, cwd=folder)
+
+
 @pytest.fixture
 def script(tmp_path):
     path = tmp_path / "train.py"
@@ -50,12 +56,12 @@ def script(tmp_path):
 def test_measured_stands_beside_predicted_and_a_failure_is_a_row(tmp_path, script):
     page, folder, model = tmp_path / "page.html", tmp_path / "runs", tmp_path / "model.py"
     model.write_text(MODEL)
-    done = invoke(
-        "--strategies", "zero2,zero3", "--steps", 4, "-n", 2, "--cpu", "--json", "--html", page, "--folder", folder,
-        "--model", f"{model}:planned", "--batch", 4, script, "zero2",
+    code, out, err = compared(
+        tmp_path, "--strategies", "zero2,zero3", "--steps", 4, "-n", 2, "--cpu", "--json", "--html", page,
+        "--folder", folder, "--model", f"{model}:planned", "--batch", 4, script, "zero2",
     )  # fmt: skip
-    assert done.exit_code == 0, done.output
-    failed, row = json.loads(done.stdout)
+    assert code == 0, out + err
+    failed, row = json.loads(out)
     assert failed["strategy"] == "zero2" and "ValueError: not under this one" in failed["failure"]
     assert row["strategy"] == "zero3" and not row["failure"] and row["step_s"] > 0
     assert row["unit"] == "rows/s" and row["rate"] == pytest.approx(8 / row["step_s"])
@@ -65,16 +71,16 @@ def test_measured_stands_beside_predicted_and_a_failure_is_a_row(tmp_path, scrip
     assert "zero3" in page.read_text() and (folder / "01-zero3" / "output.txt").exists()
 
 
-def test_all_failed_is_exit_code_1(script):
-    done = invoke("--strategies", "ddp", "--steps", 3, "--cpu", "-n", 1, script, "ddp")
-    assert done.exit_code == 1 and "not under this one" in done.stdout
+def test_all_failed_is_exit_code_1(tmp_path, script):
+    code, out, _ = compared(tmp_path, "--strategies", "ddp", "--steps", 3, "--cpu", "-n", 1, script, "ddp")
+    assert code == 1 and "not under this one" in out
 
 
 def test_a_run_that_does_not_end_is_a_row(tmp_path):
     path = tmp_path / "slow.py"
     path.write_text("import time\ntime.sleep(600)\n")
-    done = invoke("--strategies", "ddp", "--cpu", "-n", 1, "--timeout", 4, path)
-    assert done.exit_code == 1 and "not over after 4 s" in done.stdout
+    code, out, _ = compared(tmp_path, "--strategies", "ddp", "--cpu", "-n", 1, "--timeout", 3, path)
+    assert code == 1 and "not over after 3 s" in out
 
 
 @pytest.mark.parametrize(

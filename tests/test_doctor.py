@@ -70,7 +70,7 @@ def ranks_of(process: Any) -> list[int]:
     ],
 )
 def test_a_rank_that_ends_or_hangs_is_named_with_its_place(number: int, message: str, tmp_path: Path) -> None:
-    process = start("doctor", "--cpu", "-n", 2, "--patience", 15, cwd=tmp_path)
+    process = start("doctor", "--cpu", "-n", 2, "--patience", 15, cwd=tmp_path, new_interpreters=True)
     process.until(lambda: "training under ddp" in process.err)
     os.kill(ranks_of(process)[1], number)
     begun = time.monotonic()
@@ -82,7 +82,7 @@ def test_a_rank_that_ends_or_hangs_is_named_with_its_place(number: int, message:
 
 
 def test_ctrl_c_ends_it(tmp_path: Path) -> None:
-    process = start("doctor", "--cpu", "-n", 2, cwd=tmp_path)
+    process = start("doctor", "--cpu", "-n", 2, cwd=tmp_path, new_interpreters=True)  # which start at once
     process.until(lambda: "doctor: starting" in process.err)
     process.send_signal(signal.SIGINT)
     code, _, err = process.finish()

@@ -73,7 +73,8 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         what, culprit, strategy = re.split("[- ]", scenario)
         timeout = SHORT if what in ("hang", "diverge") else LONG
         size = 3 if what == "kill" else 2
-        running[scenario] = processes.ranks_of_a_script(path, size, what, strategy, culprit, timeout)
+        words = (what, strategy, culprit, timeout)
+        running[scenario] = processes.ranks_of_a_script(path, size, *words, whole_end=True)
         for process in running[scenario]:
             processes.keep(process)
     yield running

@@ -405,7 +405,7 @@ def failing(tmp_path_factory):
     """Two ranks per kind of error, started at once: most of the time they wait."""
     path = tmp_path_factory.mktemp("join") / "script.py"
     path.write_text(SCRIPT)
-    running = {what: processes.ranks_of_a_script(path, 2, what, "zero3") for what in ERRORS}
+    running = {what: processes.ranks_of_a_script(path, 2, what, "zero3", whole_end=True) for what in ERRORS}
     for process in chain.from_iterable(running.values()):
         processes.keep(process)
     yield running

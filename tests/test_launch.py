@@ -16,15 +16,18 @@ from shardwise import ShardwiseError, Strategy, cli, environment
 SRC = str(Path(__file__).parent.parent / "src")
 
 
-def start(*args: object, cwd: Path, **variables: str) -> Process:
-    """The command, in a process of its own that has imported torch already; the ranks it starts have not."""
+def start(*args: object, cwd: Path, new_interpreters: bool = False, **variables: str) -> Process:
+    """The command, in a process of its own that has imported torch already, and so have the ranks that it starts.
+
+    Unless they are ``new_interpreters``.
+    """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SHARDWISE_", "OMP_"))}
     environment = {**inherited, "PYTHONPATH": SRC, "XDG_CONFIG_HOME": str(cwd), **variables}
-    return processes.module("shardwise", *args, cwd=cwd, environment=environment)
+    return processes.module("shardwise", *args, cwd=cwd, environment=environment, new_interpreters=new_interpreters)
 
 
-def command(*args: object, cwd: Path, **variables: str) -> tuple[int, str, str]:
-    return start(*args, cwd=cwd, **variables).finish()
+def command(*args: object, cwd: Path, new_interpreters: bool = False, **variables: str) -> tuple[int, str, str]:
+    return start(*args, cwd=cwd, new_interpreters=new_interpreters, **variables).finish()
 
 
 def script(folder: Path, text: str, name: str = "job.py") -> str:
@@ -112,7 +115,7 @@ def test_a_rank_that_raises_is_named_first_and_the_launcher_adds_one_line_per_ra
 def test_a_killed_rank_is_named_with_its_signal_and_the_others_report_where_they_waited(tmp_path: Path) -> None:
     code, _, err = command(
         "launch", "-n", 2, "--cpu",
-        script(tmp_path, FAILS.format(end="os.kill(os.getpid(), signal.SIGKILL)")), cwd=tmp_path,
+        script(tmp_path, FAILS.format(end="os.kill(os.getpid(), signal.SIGKILL)")), cwd=tmp_path, new_interpreters=True,
     )  # fmt: skip
     assert code == 1
     assert "shardwise: rank 1 was ended by SIGKILL" in err

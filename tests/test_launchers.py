@@ -1,18 +1,17 @@
-"""``notebook_launcher`` and ``debug_launcher``, each from a fresh process, as a notebook is one."""
+"""``notebook_launcher`` and ``debug_launcher``, each from a process of its own, as a notebook is one."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import processes
+from processes import Process
 from shardwise import ShardwiseError, debug_launcher, launchers, notebook_launcher
 from test_launch import SRC, alive
 
@@ -43,20 +42,19 @@ def main(lr, steps=3):
 """
 
 
-def notebook(folder: Path, body: str, **variables: str) -> subprocess.Popen[str]:
+def notebook(folder: Path, body: str, new_interpreter: bool = False, **variables: str) -> Process:
     """A process in which ``body`` runs after the usual imports."""
-    (folder / "cells.py").write_text(HEAD.format(body=body))
+    cells = folder / "cells.py"
+    cells.write_text(HEAD.format(body=body))
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SHARDWISE_")}
-    return subprocess.Popen(
-        [sys.executable, "cells.py"], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**inherited, "PYTHONPATH": SRC, "CUDA_VISIBLE_DEVICES": "", **variables},
-    )  # fmt: skip
+    environment = {**inherited, "PYTHONPATH": SRC, "CUDA_VISIBLE_DEVICES": "", **variables}
+    if new_interpreter:
+        return processes.program("cells.py", cwd=folder, environment=environment)
+    return processes.script(cells, cwd=folder, environment=environment)
 
 
-def ran(folder: Path, body: str, **variables: str) -> tuple[int, str, str]:
-    process = notebook(folder, body, **variables)
-    out, err = process.communicate(timeout=90)
-    return process.returncode, out, err
+def ran(folder: Path, body: str, new_interpreter: bool = False, **variables: str) -> tuple[int, str, str]:
+    return notebook(folder, body, new_interpreter, **variables).finish()
 
 
 def wrote(folder: Path) -> list[str]:
@@ -140,6 +138,7 @@ def test_how_a_rank_ended_is_said(end: str, message: str | None, tmp_path: Path)
     code, _, err = ran(
         tmp_path,
         f"def main():\n    if os.environ['RANK'] == '1':\n        {end}\ndebug_launcher(main)\n",
+        new_interpreter=message is None,
     )
     assert (code == 0) is (message is None), err
     assert message is None or message in err
@@ -159,15 +158,12 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_rank_outlives_an_interrupted_or_killed_notebook(number: int, tmp_path: Path) -> None:
     process = notebook(tmp_path, SLEEPS)
-    until = time.monotonic() + 60
-    pids: list[int] = []
-    while len(pids) < 2 and time.monotonic() < until and process.poll() is None:
-        time.sleep(0.1)
-        pids = [int(text) for p in tmp_path.glob("pid-*") if (text := p.read_text())]
+    process.until(lambda: len([p for p in tmp_path.glob("pid-*") if p.read_text()]) == 2)
+    pids = [int(p.read_text()) for p in tmp_path.glob("pid-*")]
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    code, out, err = process.finish()
     if number == signal.SIGINT:
-        assert out == "interrupted\n" and process.returncode == 0, err
+        assert out == "interrupted\n" and code == 0, err
     until = time.monotonic() + 10
     while any(alive(pid) for pid in pids) and time.monotonic() < until:
         time.sleep(0.1)
@@ -231,8 +227,8 @@ notebook_launcher(
 """
     hosts = [notebook(tmp_path, body, HOST=str(host)) for host in range(2)]
     for number, host in enumerate(hosts):
-        out, err = host.communicate(timeout=60)
-        assert host.returncode == 0, err
+        code, out, err = host.finish()
+        assert code == 0, err
         assert out == f"<{number}> of 2\n"
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 
+import processes
 from models import rank
 from ranks import run
 from shardwise import ShardwiseError
@@ -118,14 +116,12 @@ except Exception as error:
 """
 
 
-def test_works_before_the_ranks_have_joined():
+def test_works_before_the_ranks_have_joined(tmp_path):
     """Accelerate raises here. Rank facts come from the launcher; only a collective needs the process group."""
-    found = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    both = [
-        subprocess.Popen([sys.executable, "-c", BEFORE, str(r)], stdout=subprocess.PIPE, text=True, env=found)
-        for r in range(2)
-    ]
-    first, second = (process.communicate(timeout=120)[0].splitlines() for process in both)
+    script = tmp_path / "before.py"
+    script.write_text(BEFORE)
+    both = [processes.script(script, rank, number=rank) for rank in range(2)]
+    first, second = (process.finish()[1].splitlines() for process in both)
     assert first[:2] == ["[RANK 0] rank 0 only", "[RANK 0] all"]
     assert second[0] == "[RANK 1] all"
     for lines in (first, second):

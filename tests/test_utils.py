@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 import warnings
 from datetime import timedelta
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffload, MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy, transformer_auto_wrap_policy
 
+import processes
 import shardwise
 from models import PRESETS, assert_close, batch, loss_of, make, rank
 from ranks import close_all, run
@@ -900,8 +900,8 @@ def test_what_is_left_out_says_what_to_use():
 def test_a_launched_script_is_never_answered_by_one_rank_alone(tmp_path):
     script = tmp_path / "alone.py"
     script.write_text("import torch\nfrom shardwise.utils import gather\nprint(gather(torch.ones(1)))\n")
-    env = {**os.environ, "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    env = {**os.environ, "WORLD_SIZE": "2"}
     for key in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(key, None)
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "WORLD_SIZE=2 is set but RANK" in done.stderr and "tensor" not in done.stdout
+    code, out, err = processes.script(script, environment=env).finish()
+    assert code == 1 and "WORLD_SIZE=2 is set but RANK" in err and "tensor" not in out
