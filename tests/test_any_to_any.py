@@ -316,41 +316,64 @@ def load_all(saved: Saved, turns: Sequence[Turn], again: bool = True) -> None:
     run(turns[0][0].world, load, saved, turns, again)
 
 
-# --- a covering design -----------------------------------------------------------------------------------
+# --- covering designs ------------------------------------------------------------------------------------
+class Design:
+    """Runs that save, and which of their checkpoints each loads: of its own world size, and of another one in turn;
+    under other presets and with other homes."""
+
+    def __init__(self, cases: Sequence[Case], shifts: tuple[int, int, int, int]) -> None:
+        self.cases, self._shifts = cases, shifts
+        self.by_world = {size: [case for case in cases if case.world == size] for size in WORLDS}
+
+    def savers_for(self, case: Case) -> list[Case]:
+        k = self.by_world[case.world].index(case)
+        found = []
+        for delta in (0, 1 + k % 3):
+            others = self.by_world[WORLDS[(case.world - 1 + delta) % 4]]
+            found.append(others[(k + self._shifts[delta]) % len(others)])
+        return found
+
+    def turns(self, size: int) -> list[Turn]:
+        return [(case, self.savers_for(case)) for case in self.by_world[size]]
+
+
 # Every pair of preset and home, and with the world size chosen by their sum every pair of those with it.
-COVER = [Case(WORLDS[(p + h) % 4], preset, home) for h, home in enumerate(HOMES) for p, preset in enumerate(ALL)]
-BY_WORLD = {size: [case for case in COVER if case.world == size] for size in WORLDS}
-SHIFTS = (8, 8, 6, 7)
+FULL = [Case(WORLDS[(p + h) % 4], preset, home) for h, home in enumerate(HOMES) for p, preset in enumerate(ALL)]
+# The first and the last preset have the same world size: of each home one of the two is left out.
+FEWER = [c for c in FULL if c.preset != (ALL[0] if c.home in HOMES[4:8] else ALL[-1])]
+EVERY_PAIR, COVER = Design(FULL, (8, 8, 6, 7)), Design(FEWER, (2, 2, 1, 1))
+BY_WORLD = COVER.by_world
 
 
-def savers_for(case: Case) -> list[Case]:
-    """Of its own world size, and of another one in turn; under other presets and with other homes."""
-    k = BY_WORLD[case.world].index(case)
-    found = []
-    for delta in (0, 1 + k % 3):
-        others = BY_WORLD[WORLDS[(case.world - 1 + delta) % 4]]
-        found.append(others[(k + SHIFTS[delta]) % len(others)])
-    return found
-
-
-def test_the_design_covers():
-    for first, second in ((0, 1), (0, 2), (1, 2)):
-        values = [sorted({case[i] for case in COVER}) for i in (first, second)]
-        assert {(case[first], case[second]) for case in COVER} == {(a, b) for a in values[0] for b in values[1]}
-    loads = [(case, saver) for case in COVER for saver in savers_for(case)]
+@pytest.mark.parametrize("design", [COVER, EVERY_PAIR])
+def test_the_designs_cover(design):
+    cases = design.cases
+    for first, second in ((0, 1), (0, 2), *([(1, 2)] if design is EVERY_PAIR else [])):
+        values = [sorted({case[i] for case in cases}) for i in (first, second)]
+        assert {(case[first], case[second]) for case in cases} == {(a, b) for a in values[0] for b in values[1]}
+    assert [{case[i] for case in cases} for i in range(3)] == [set(WORLDS), set(ALL), set(HOMES)]
+    loads = [(case, saver) for case in cases for saver in design.savers_for(case)]
     assert {(case.world, saver.world) for case, saver in loads} == {(a, b) for a in WORLDS for b in WORLDS}
     assert all(case.preset != saver.preset and case.home != saver.home for case, saver in loads)
-    assert {saver for _, saver in loads} == set(COVER)
+    assert {saver for _, saver in loads} == set(cases)
 
 
 @pytest.fixture(scope="module")
 def cover(tmp_path_factory):
-    return saved_by("tied", tmp_path_factory.mktemp("cover"), COVER)
+    return saved_by("tied", tmp_path_factory.mktemp("cover"), COVER.cases)
 
 
 @pytest.mark.parametrize("size", WORLDS)
 def test_any_strategy_and_world_size_loads_what_any_other_saved_and_goes_on(cover, size):
-    load_all(cover, [(case, savers_for(case)) for case in BY_WORLD[size]])
+    load_all(cover, COVER.turns(size))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_preset_with_every_home(tmp_path):
+    saved = saved_by("tied", tmp_path, EVERY_PAIR.cases)
+    for size in WORLDS:
+        load_all(saved, EVERY_PAIR.turns(size))
 
 
 def test_tied_parameters_are_stored_once(cover):
@@ -365,7 +388,7 @@ def test_tied_parameters_are_stored_once(cover):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tied"])
 def test_other_dtypes_optimizers_and_groups(kind, tmp_path):
-    cases = COVER[list(KINDS).index(kind) :: 9]  # all presets and world sizes; the first one's again at the end
+    cases = FULL[list(KINDS).index(kind) :: 9]  # all presets and world sizes; the first one's again at the end
     saved = saved_by(kind, tmp_path, cases)
     for size in WORLDS:
         load_all(saved, [(case, [cases[k - 1]]) for k, case in enumerate(cases) if case.world == size])

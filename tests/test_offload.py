@@ -38,6 +38,14 @@ def at(strategy: str, home: str, path: str) -> str:
     return f"{strategy},{home if '=' in home else f'offload_optimizer={home}'},nvme_path={path}"
 
 
+every = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in turn", "every"])
+"""A strategy with each second home, and the next with the others; or each with all of them."""
+
+
+def homes_for(index: int, homes: Sequence[str], every: bool) -> Sequence[str]:
+    return homes if every else homes[index % 2 :: 2]
+
+
 # --- the same bits ---------------------------------------------------------------------------------
 def pairs(strategies: list[str], path: str, kw: dict[str, Any], homes: Sequence[str] = HOMES) -> None:
     for strategy in strategies:
@@ -524,7 +532,7 @@ def bad_day(tmp_path: Path, what: str, homes: str = "nvme") -> tuple[list[int], 
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "disk").mkdir(exist_ok=True)
     strategy = at("zero2", homes, str(tmp_path / "disk"))
-    ranks = processes.ranks_of_a_script(tmp_path / "script.py", 2, strategy, what)
+    ranks = processes.ranks_of_a_script(tmp_path / "script.py", 2, strategy, what, whole_end=True)
     ended = [process.finish() for process in ranks]
     return [code for code, _, _ in ended], [err for _, _, err in ended]
 
@@ -614,11 +622,11 @@ GRADS = [
 ]  # fmt: skip
 
 
-def grads_on_the_host(path: str, world: int) -> None:
-    for strategy in ON[world]:
+def grads_on_the_host(path: str, world: int, every: bool) -> None:
+    for index, strategy in enumerate(ON[world]):
         plain = train(strategy, steps=3)
         with separate_memory():
-            for homes in GRADS:
+            for homes in homes_for(index, GRADS, every):
                 losses, norms, weights = train(at(strategy, homes, path), steps=3)
                 assert (losses, norms) == plain[:2], (strategy, homes)
                 assert_same(weights, plain[2])
@@ -628,9 +636,10 @@ def grads_on_the_host(path: str, world: int) -> None:
             doors(path, GRADS[2:3])
 
 
+@every
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_same_bits_with_gradients_on_the_host(world, tmp_path):
-    run(world, grads_on_the_host, str(tmp_path), world)
+def test_same_bits_with_gradients_on_the_host(world, every, tmp_path):
+    run(world, grads_on_the_host, str(tmp_path), world, every)
 
 
 def grads_of_a_device(path: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, train, whole
 from ranks import run
 from shardwise.tiers.home import Home
-from test_offload import at, doors, pairs, saved_and_resumed, separate_memory, stories, values_by_hand
+from test_offload import at, doors, every, homes_for, pairs, saved_and_resumed, separate_memory, stories, values_by_hand
 
 HOMES = ("device", "cpu", "nvme")
 MIXED = [f"offload_params={p},offload_optimizer={o}" for p, o in product(("cpu", "nvme"), HOMES)]
@@ -33,22 +34,31 @@ def clean(path: Path) -> None:
 
 
 # --- the same bits ---------------------------------------------------------------------------------
-ON = {1: ["ddp", "zero3"], 2: PRESETS, 3: ["zero1", "zero3"], 4: ["zero2", "hsdp,shard_size=2"]}
+ON = {1: ["ddp", "zero3"], 3: ["zero1", "zero3"], 4: ["zero2", "hsdp,shard_size=2"]}
 
 
-@pytest.mark.parametrize("world", ON)
-def test_same_bits_under_every_preset(world, tmp_path):
-    homes = MIXED if world == 2 else FEW
-    run(world, pairs, ON[world], str(tmp_path), {"steps": 3, "clip": 0.5 if world > 1 else None}, homes)
+def each_with(strategies: Sequence[str], path: str, kw: dict[str, Any], every: bool) -> None:
+    for index, strategy in enumerate(strategies):
+        pairs([strategy], path, kw, homes_for(index, MIXED, every))
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_same_bits_on_any_number_of_ranks(world, tmp_path):
+    run(world, pairs, ON[world], str(tmp_path), {"steps": 3, "clip": 0.5 if world > 1 else None}, FEW)
     clean(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_same_bits_with_master_values_apart(dtype, tmp_path):
-    extra = f",param_dtype={dtype}"
-    homes = MIXED if dtype == "bf16" else FEW
-    strategies = ["ddp", "zero2", "zero3", "zero1,layout=tensor"] if dtype == "bf16" else ["zero3"]
-    run(2, pairs, [s + extra for s in strategies], str(tmp_path), {"steps": 3}, homes)
+@every
+def test_same_bits_under_every_preset(every, tmp_path):
+    run(2, each_with, PRESETS, str(tmp_path), {"steps": 3, "clip": 0.5}, every)
+    clean(tmp_path)
+
+
+@every
+def test_same_bits_with_master_values_apart(every, tmp_path):
+    strategies = [s + ",param_dtype=bf16" for s in ("ddp", "zero2", "zero3", "zero1,layout=tensor")]
+    run(2, each_with, strategies, str(tmp_path), {"steps": 3}, every)
+    run(2, pairs, ["zero3,param_dtype=fp16"], str(tmp_path), {"steps": 3}, FEW)
 
 
 @pytest.mark.parametrize("depth", [0, 3])
@@ -109,11 +119,11 @@ def test_units_used_twice_in_a_row(tmp_path):
     run(2, used_twice, str(tmp_path))
 
 
-def over_the_link(path: str) -> None:
-    for strategy in ("ddp", "zero2", "zero3", "zero3,layout=tensor"):
+def over_the_link(path: str, every: bool) -> None:
+    for index, strategy in enumerate(("ddp", "zero2", "zero3", "zero3,layout=tensor")):
         plain = train(strategy, steps=3)
         with separate_memory():
-            for home in MIXED:
+            for home in homes_for(index, MIXED, every):
                 losses, norms, weights = train(at(strategy, home, path), steps=3)
                 assert (losses, norms) == plain[:2], (strategy, home)
                 assert_same(weights, plain[2])
@@ -122,8 +132,9 @@ def over_the_link(path: str) -> None:
         values_by_hand(path, "", [BOTH])
 
 
-def test_same_bits_when_values_are_copied_to_the_device(tmp_path):
-    run(2, over_the_link, str(tmp_path))
+@every
+def test_same_bits_when_values_are_copied_to_the_device(every, tmp_path):
+    run(2, over_the_link, str(tmp_path), every)
 
 
 # --- without gradients ------------------------------------------------------------------------------
