@@ -87,9 +87,9 @@ def test_local_sgd(size):
 @sizes
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_oom_retry(size):
-    # Less memory than by default, so that less is computed before it is used up: 2**14 samples want a GiB at once.
-    fits = everywhere(size, "oom_retry", "--limit-mib", "512", "--starting-batch-size", str(2**14))
-    assert 2**9 < fits < 2**14
+    # Less memory than by default, so that less is computed before it is used up: 2**13 samples want 256 MiB at once.
+    fits = everywhere(size, "oom_retry", "--limit-mib", "320", "--starting-batch-size", str(2**13))
+    assert 2**9 < fits < 2**13
 
 
 @sizes

@@ -19,7 +19,7 @@ from models import LM
 strategy, size = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
 with FakeTensorMode():
-    model = LM(d=256, layers=6, vocab=512)
+    model = LM(d=256, layers=3, vocab=512)
     n = sum(p.numel() for p in model.parameters())
     shardwise.fully_shard(model, strategy=strategy)
     opt = torch.optim.AdamW(model.parameters(), foreach=True)
