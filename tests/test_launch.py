@@ -136,6 +136,17 @@ def test_ctrl_c_ends_every_rank_with_one_message(tmp_path: Path) -> None:
     assert not any(alive(pid) for pid in pids)
 
 
+def test_ctrl_c_while_ranks_are_being_started_leaves_none_behind(tmp_path: Path) -> None:
+    says = "import os, time\nopen('pid-' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+    process = start("launch", "--nproc", 12, "--cpu", script(tmp_path, says), cwd=tmp_path)
+    process.until(lambda: any(p.read_text() for p in tmp_path.glob("pid-*")))
+    process.send_signal(signal.SIGINT)
+    code, _, err = process.finish()
+    pids = [int(text) for p in tmp_path.glob("pid-*") if (text := p.read_text())]
+    assert code == 130 and "all 12 ranks have ended" in err
+    assert not any(alive(pid) for pid in pids)
+
+
 def test_restarts_are_said_and_can_succeed(tmp_path: Path) -> None:
     once = "import os, sys\nsys.exit(3 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' else 0)\n"
     code, _, err = command("launch", "-n", 1, "--cpu", "--max-restarts", 1, script(tmp_path, once), cwd=tmp_path)

@@ -37,6 +37,7 @@ from shardwise.errors import LaunchError
 # waits for the other ranks' words, and the end of the interpreter after it.
 _GRACE_S = 8.0
 _SHUTDOWN_S = 10  # after SIGTERM, before SIGKILL
+_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ def run_ranks(ranks: Ranks, failed: list[int] | None = None) -> int:
     os.environ.update(ranks.environment)
     _quiet_torch()
     agent = _agent(ranks)
-    with _interruptible(agent) as stop:
+    with _interruptible(agent):
         try:
             result = agent.run()
         except (SignalException, KeyboardInterrupt) as error:
-            number = stop.received or int(getattr(error, "sigval", signal.SIGINT))
+            number = agent.told_to_stop or int(getattr(error, "sigval", signal.SIGINT))
             agent.kill()
             show_cursor()
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
@@ -123,12 +124,17 @@ class _Agent(LocalElasticAgent):
     """torch's agent, with patience: survivors of a failure may finish their last words.
 
     And a start after a failure may have fewer ranks.
+
+    Attributes:
+        told_to_stop: the signal; 0 for none.
     """
 
     _ended: dict[int, float]  # pid: when it was first seen ended, this round
     _started = 0.0
     limit_s: float | None = None
     out_of_time = False
+    told_to_stop = 0
+    _starting = False
 
     def __init__(self, spec: WorkerSpec, ranks: Ranks) -> None:
         patience: dict[str, Any] = {"shutdown_timeout": _SHUTDOWN_S}
@@ -144,9 +150,34 @@ class _Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._ended = {}
         self._started = time.monotonic()
-        return super()._start_workers(worker_group)
+        self._starting = True
+        try:
+            return super()._start_workers(worker_group)
+        finally:
+            self._starting = False
+
+    def stop(self, number: int) -> None:
+        """A signal has come. Where ranks are being started, it waits until all of them are known: who is not known
+        cannot be ended.
+
+        Raises:
+            SignalException: which ends the run.
+        """
+        again, self.told_to_stop = bool(self.told_to_stop), self.told_to_stop or number
+        if again and not self._starting:
+            self.kill()
+        elif not self._starting:
+            self._stop_now()
+
+    def _stop_now(self) -> None:
+        """Not by SIGINT: each rank would print a KeyboardInterrupt traceback, and a rank that waits inside a
+        collective would not see it before the collective returns."""
+        number = signal.Signals(self.told_to_stop)
+        raise SignalException("told to stop", signal.SIGTERM if number == signal.SIGINT else number)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if self.told_to_stop:
+            self._stop_now()
         if self.limit_s is not None and not self.out_of_time and time.monotonic() - self._started > self.limit_s:
             self.out_of_time = True
             self.kill()
@@ -244,36 +275,24 @@ def _agent(ranks: Ranks) -> _Agent:
         master_addr=host if static else None,
         master_port=int(port) if static else None,
     )
-    # The agent makes torch's handlers for these; Ctrl-C has its own below.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+    # torch's handlers would end a start half way, and forget the ranks that there are. Nobody sends this one.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGRTMAX"
     return _Agent(spec, ranks)
 
 
-class _Stop:
-    received = 0
-
-
 @contextmanager
-def _interruptible(agent: _Agent) -> Iterator[_Stop]:
-    """Ctrl-C ends the ranks by SIGTERM, a second one by SIGKILL.
-
-    Not by SIGINT: each rank would print a KeyboardInterrupt traceback, and a rank that waits inside a
-    collective would not see it before the collective returns.
-    """
-    stop = _Stop()
+def _interruptible(agent: _Agent) -> Iterator[None]:
+    """Ctrl-C and its like end the ranks by SIGTERM, a second one by SIGKILL."""
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if stop.received:
-            agent.kill()
-            return
-        stop.received = number
-        raise SignalException("interrupted", signal.SIGTERM)
+        agent.stop(number)
 
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in _STOPPING}
     try:
-        yield stop
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, known in before.items():
+            signal.signal(number, known if known is not None else signal.SIG_DFL)  # not set from Python
 
 
 @contextmanager
