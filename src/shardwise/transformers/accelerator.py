@@ -19,9 +19,11 @@ class TrainerAccelerator(Accelerator):
 
     Attributes:
         repeats: how often the loop repeats a batch's mean loss to give it its weight, whatever the batch's size.
+        rows: samples that this rank has of the batch in hand; ``None`` if that is not known.
     """
 
     repeats: int | None = None
+    rows: int | None = None
 
     def prepare_model(
         self,
@@ -48,9 +50,8 @@ class TrainerAccelerator(Accelerator):
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """Every sample once. A mean that was repeated for a full batch counts as often as the batch has samples."""
-        tail = self._steps.tail()
-        if tail is not None and self._repeated(input_data):
-            input_data = input_data[: tail.rows[self.process_index]]
+        if self.rows is not None and self._repeated(input_data):
+            input_data = input_data[: self.rows]
         return super().gather_for_metrics(input_data, use_gather_object)
 
     def _repeated(self, data: Any) -> bool:

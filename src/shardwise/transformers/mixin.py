@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers.trainer
 from torch import nn
+from transformers.trainer_pt_utils import find_batch_size
 
 from shardwise import operations
 from shardwise.engine.hooks import engine_of
@@ -100,11 +101,19 @@ class ShardwiseMixin(Saving):
         return nullcontext() if engine_of(self.model) is not None else self.accelerator.autocast()
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        step: Any = super().prediction_step  # type: ignore[misc]
-        if getattr(self.args, "predict_with_generate", False) and _is_split(model):
-            with together(model):  # texts of different lengths
-                return step(model, inputs, *args, **kwargs)
-        return step(model, inputs, *args, **kwargs)
+        """A batch's loss is the mean over its own tokens, as in one process.
+
+        Over those of all ranks, a rank's share would be none of its samples', which are counted one by one, without
+        those that are repeated at the end.
+        """
+        self.accelerator.rows = find_batch_size(inputs)
+        generates = getattr(self.args, "predict_with_generate", False) and _is_split(model)
+        across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            with together(model) if generates else nullcontext():  # texts of different lengths
+                return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.args.average_tokens_across_devices = across
 
 
 def _is_split(model: nn.Module) -> bool:
