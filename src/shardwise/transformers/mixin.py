@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from transformers.trainer_pt_utils import find_batch_size
 
 from shardwise import operations
+from shardwise.engine.gathered import gathered
 from shardwise.engine.hooks import engine_of
+from shardwise.engine.unit import unit_of
 from shardwise.inference.uneven import together
 from shardwise.strategy import Strategy
 from shardwise.transformers import checks, names
@@ -110,7 +113,7 @@ class ShardwiseMixin(Saving):
         generates = getattr(self.args, "predict_with_generate", False) and _is_split(model)
         across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
-            with together(model) if generates else nullcontext():  # texts of different lengths
+            with _generating(model) if generates else nullcontext():
                 return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.args.average_tokens_across_devices = across
@@ -119,6 +122,15 @@ class ShardwiseMixin(Saving):
 def _is_split(model: nn.Module) -> bool:
     engine = engine_of(model)
     return engine is not None and engine.strategy.split_params and operations.joined().size > 1
+
+
+@contextmanager
+def _generating(model: nn.Module) -> Iterator[None]:
+    """Texts may be of different lengths. What no block has, embeddings say, is here meanwhile: an encoder that is
+    called by itself is not the model's forward, which would bring it."""
+    outside = [p for p in model.parameters() if (unit := unit_of(p)) is not None and not unit.name]
+    with gathered(outside), together(model):
+        yield
 
 
 def _of_all(value: float) -> list[torch.Tensor]:
