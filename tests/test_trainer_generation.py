@@ -50,10 +50,11 @@ def generated(folder, strategy, own=True, precision=None):
         lengths.append((found.predictions != 0).sum(-1).tolist())
         return {"rows": len(found.predictions), "sum": int(np.where(found.predictions > 0, found.predictions, 0).sum())}
 
-    settings = dict(
-        use_cpu=True, per_device_train_batch_size=1, per_device_eval_batch_size=1, learning_rate=0.05, max_steps=6,
-        report_to=[], disable_tqdm=True, save_strategy="no", predict_with_generate=True, generation_max_length=9,
-    )  # fmt: skip
+    settings = {
+        "use_cpu": True, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "learning_rate": 0.05,
+        "max_steps": 6, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "predict_with_generate": True,
+        "generation_max_length": 9,
+    }  # fmt: skip
     kinds = (Seq2SeqTrainer, Seq2SeqTrainingArguments) if own else (
         transformers.Seq2SeqTrainer, transformers.Seq2SeqTrainingArguments
     )  # fmt: skip

@@ -60,3 +60,108 @@ def test_going_on_under_another_strategy_on_other_ranks(tmp_path, before, after,
     for found, end in run(ranks, resumed, str(tmp_path), after, 8 // ranks, "checkpoint-2"):
         assert found == pytest.approx(losses, rel=1e-5)
         same(end, values, exact=False)
+
+
+def kept(folder, strategy, changes, tied):
+    """What folders there are at the end of a run, what the model is then, and what is read from the last of them."""
+    import trainer_models as tm
+
+    settings = SAVING | {"strategy": strategy, "gradient_accumulation_steps": 4} | changes
+    made = tm.trainer(folder, tm.data(20), module=tm.model(tied), eval_dataset=tm.data(4), **settings)
+    made.train()
+    folders = sorted(p.name for p in Path(folder).glob("checkpoint-*"))
+    made.save_model()
+    return folders, tm.values(made.model), made.state.best_model_checkpoint
+
+
+def read(folder):
+    from transformers import LlamaForCausalLM
+
+    import trainer_models as tm
+
+    return tm.values(LlamaForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "tied", "folders"),
+    [
+        ("zero3", {"save_total_limit": 1}, True, ["checkpoint-6"]),
+        ("zero3", {"save_only_model": True, "save_total_limit": 2}, False, ["checkpoint-4", "checkpoint-6"]),
+        ("zero1", {"save_strategy": "epoch", "bf16": True}, True, ["checkpoint-3", "checkpoint-6"]),
+        ("zero2", {"save_strategy": "no", "fp16": True}, False, []),
+    ],
+)
+def test_what_is_there_and_what_from_pretrained_reads(tmp_path, strategy, changes, tied, folders):
+    first, second = run(2, kept, str(tmp_path), strategy, changes, tied)
+    assert first[0] == second[0] == folders
+    for folder in [tmp_path, *(tmp_path / name for name in folders[-1:])]:
+        same(read(str(folder)), first[1], exact=True)
+    if "save_only_model" in changes:
+        assert not (tmp_path / "checkpoint-6" / "optimizer").exists()
+
+
+def best(folder, strategy, changes):
+    """A run that gets worse: its rate is far too high after the first evaluation."""
+    import trainer_models as tm
+
+    settings = {"strategy": strategy, "learning_rate": 3.0, "warmup_steps": 0, "max_grad_norm": 0.0} | changes
+    made = tm.trainer(
+        folder, tm.data(16), eval_dataset=tm.data(4), optim="sgd", num_train_epochs=4, eval_strategy="steps",
+        eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True, **settings,
+    )  # fmt: skip
+    made.train()
+    losses = tm.history(made, "eval_loss")
+    return losses, made.state.best_model_checkpoint, made.evaluate()["eval_loss"], tm.values(made.model)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [("zero3", {}), ("ddp", {"save_only_model": True, "save_total_limit": 1}), ("zero2", {"save_total_limit": 1})],
+)
+def test_the_best_model_is_loaded_at_the_end(tmp_path, strategy, changes):
+    for losses, folder, loss, values in run(2, best, str(tmp_path), strategy, changes):
+        assert min(losses) < losses[-1] and loss == pytest.approx(min(losses), rel=1e-6)
+        same(read(folder), values, exact=True)
+
+
+def another_batch(folder):
+    import trainer_models as tm
+    from shardwise.errors import ShardwiseError
+
+    made = tm.trainer(folder, tm.data(20), strategy="zero2", gradient_accumulation_steps=3, **SAVING)
+    try:
+        made.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+    except ShardwiseError as error:
+        return str(error)
+    return "it went on"
+
+
+def test_another_batch_size_has_no_place_in_the_data(tmp_path):
+    run(2, whole, str(tmp_path), "zero2", 4)
+    for message in run(2, another_batch, str(tmp_path)):
+        assert "8 samples" in message and "6" in message and "ignore_data_skip" in message, message
+
+
+def with_adapters(folder, strategy, resume):
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    import trainer_models as tm
+
+    torch.manual_seed(3)
+    module = get_peft_model(tm.model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False))
+    made = tm.trainer(folder, tm.data(20), module=module, strategy=strategy, gradient_accumulation_steps=4, **SAVING)
+    made.train(resume_from_checkpoint=f"{folder}/checkpoint-4" if resume else None)
+    made.save_model()
+    mine = {n.replace(".default", ""): v for n, v in tm.values(made.model).items() if "lora" in n}
+    written = load_file(f"{folder}/adapter_model.safetensors") if made.args.should_save else None
+    return tm.history(made), mine, written
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_adapters(tmp_path, strategy):
+    (losses, values, written), _ = run(2, with_adapters, str(tmp_path), strategy, False)
+    same(written, values, exact=True)
+    (again, end, _), _ = run(2, with_adapters, str(tmp_path), strategy, True)
+    assert again == losses
+    same(end, values, exact=True)

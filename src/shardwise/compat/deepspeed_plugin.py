@@ -59,6 +59,9 @@ class DeepSpeedPlugin:
             raise ConfigError(
                 "enable_msamp: fp8 is not served", where="DeepSpeedPlugin", fix="use mixed_precision='bf16'"
             )
+        if hasattr(self.hf_ds_config, "trainer_config_process"):  # transformers' Trainer: it builds these itself
+            whole = self.hf_ds_config.config
+            self.hf_ds_config = {key: value for key, value in whole.items() if key not in ("optimizer", "scheduler")}
         given = self.hf_ds_config not in (None, "none")
         self.deepspeed_config, self._where = load_ds_config(self.hf_ds_config) if given else ({}, "DeepSpeedPlugin")
         if not given and self.zero_stage is None:

@@ -14,7 +14,6 @@ from shardwise.engine.hooks import engine_of
 from shardwise.errors import ConfigError, DataError, MissingPackage, UnitError
 
 _OLDEST, _BEFORE = (5, 0), (6, 0)
-_AXES = ("tp", "cp", "sp", "pp", "ep")
 
 
 def check_version() -> None:
@@ -74,14 +73,6 @@ def check_arguments(args: Any) -> None:
         )
     if args.fsdp and args.deepspeed:
         raise ConfigError("fsdp= and deepspeed= together", where=type(args).__name__, fix="give one, or strategy=")
-    parallel = getattr(args, "parallelism_config", None)
-    split = [axis for axis in _AXES if (getattr(parallel, f"{axis}_size", 1) or 1) > 1]
-    if split:
-        raise ConfigError(
-            f"a parallelism_config with {', '.join(f'{axis}_size' for axis in split)} above 1 is not served",
-            where=type(args).__name__,
-            fix="strategy='zero3', or 'hsdp,shard_size=N', spreads a model over data-parallel ranks",
-        )
 
 
 def check_lengths(what: str, lengths: Sequence[float]) -> None:

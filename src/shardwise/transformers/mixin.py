@@ -20,8 +20,9 @@ from shardwise.inference.uneven import together
 from shardwise.strategy import Strategy
 from shardwise.transformers import checks, names
 from shardwise.transformers.agreement import AgreedCallbacks, agreed
+from shardwise.transformers.deepspeed_file import DeepSpeedFile
 from shardwise.transformers.saving import Saving
-from shardwise.transformers.settings import accelerator_of
+from shardwise.transformers.settings import accelerator_of, settle_accumulation
 from shardwise.transformers.subclasses import evaluated_by, generates_together
 
 checks.check_version()
@@ -54,10 +55,15 @@ class ShardwiseMixin(Saving):
         args = self.args
         checks.check_arguments(args)
         checks.check_model(self.model)
+        settle_accumulation(args)
+        if args._n_gpu > 1:
+            args._n_gpu = 1  # one process has one device
+        self._file = DeepSpeedFile(args) if args.deepspeed else None
+        plugin = self._file.plugin() if self._file is not None else args.deepspeed_plugin
         asked = getattr(args, "strategy", None)
-        if asked is None and args.fsdp_plugin_args is None and args.deepspeed_plugin is None:
+        if asked is None and args.fsdp_plugin_args is None and plugin is None:
             asked = self.strategy
-        self.accelerator = accelerator_of(args, asked)
+        self.accelerator = accelerator_of(args, asked, plugin)
         # The Trainer knows FSDP and DeepSpeed by wrappers of theirs. A prepared model is an ordinary module.
         self.is_deepspeed_enabled = self.is_fsdp_enabled = False
         self._gather_each_sample_once()
@@ -84,6 +90,20 @@ class ShardwiseMixin(Saving):
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
         generates_together(self.model)
         return prepared
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, or what the section ``optimizer`` of DeepSpeed's file describes."""
+        if self.optimizer is None and self._file is not None:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = self._file.optimizer(trained, self.model)
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' own, or what the section ``scheduler`` of DeepSpeed's file describes."""
+        if self.lr_scheduler is None and self._file is not None:
+            found = self._file.scheduler(optimizer or self.optimizer, num_training_steps)
+            self.lr_scheduler, self._created_lr_scheduler = found, found is not None
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control

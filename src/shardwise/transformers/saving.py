@@ -12,6 +12,7 @@ from torch import nn
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import reissue_pt_warnings
 from transformers.trainer_utils import _is_peft_model
+from transformers.utils import CONFIG_NAME
 
 from shardwise import checkpoint
 from shardwise.checkpoint.coordination import CollectiveBlock
@@ -41,7 +42,10 @@ class Saving:
         folder = output_dir if output_dir is not None else self.args.output_dir
         state_dict = self.accelerator.get_state_dict(self.model)
         with saved_in_parts(self), CollectiveBlock(f"save_model('{folder}')", slow=True):
-            trainer._save(folder, state_dict=state_dict)
+            dtype = next((v.dtype for v in state_dict.values() if torch.is_tensor(v) and v.is_floating_point()), None)
+            trainer._save(folder, state_dict=state_dict)  # which empties it
+            if self.args.should_save:
+                _write_true_dtype(self.model, dtype, folder)
         if self.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -51,7 +55,7 @@ class Saving:
             models=[self.model],
             excluded=[self.model],
             optimizers=[self.optimizer.optimizer],
-            info={"step": self.state.global_step},
+            info={"step": self.state.global_step, "samples": self._samples_per_step()},
             progress=False,
         )
         if self.args.should_save:
@@ -59,7 +63,34 @@ class Saving:
                 torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
             reissue_pt_warnings(caught)
 
+    def _samples_per_step(self) -> int:
+        """Of all ranks and micro-batches."""
+        trainer: Any = self
+        return int(trainer.get_total_train_batch_size(self.args))
+
     # --- loading -------------------------------------------------------------------------------
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> Any:
+        """The Trainer finds its place in the data by the number of steps: each has to have as many samples as before.
+
+        Raises:
+            CheckpointError: they have others now.
+        """
+        folder = None if resume_from_checkpoint is None else Path(resume_from_checkpoint) / OPTIMIZER
+        if folder is not None and folder.is_dir() and not self.args.ignore_data_skip:
+            before, now = checkpoint.read_manifest(folder).info.get("samples"), self._samples_per_step()
+            if before not in (None, now):
+                raise CheckpointError(
+                    f"its steps had {before} samples, and those of this run have {now}: the place in the data is lost",
+                    where=str(resume_from_checkpoint),
+                    fix=f"choose per_device_train_batch_size and gradient_accumulation_steps so that all ranks have "
+                    f"{before} together, or ignore_data_skip=True to begin the epoch anew",
+                )
+        return super()._init_training_state(  # type: ignore[misc]
+            max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial
+        )
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
         if overrides(self, "_load_from_checkpoint"):
@@ -86,6 +117,18 @@ class Saving:
             with warnings.catch_warnings(record=True) as caught:
                 self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
             reissue_pt_warnings(caught)
+
+
+def _write_true_dtype(model: Any, written: torch.dtype | None, folder: str) -> None:
+    """Parameters are shown in the dtype that computes; what was written is the master values, in theirs.
+
+    ``config.json`` says in which dtype ``from_pretrained`` gives them back.
+    """
+    config: Any = getattr(model, "config", None)
+    if written in (None, getattr(model, "dtype", written)) or not (Path(folder) / CONFIG_NAME).is_file():
+        return
+    config.dtype = str(written).removeprefix("torch.")
+    config.save_pretrained(folder)
 
 
 def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

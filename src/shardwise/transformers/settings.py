@@ -17,27 +17,19 @@ from shardwise.errors import ConfigError
 from shardwise.transformers.accelerator import TrainerAccelerator
 
 
-def accelerator_of(args: Any, strategy: Any) -> TrainerAccelerator:
+def accelerator_of(args: Any, strategy: Any, deepspeed: Any) -> TrainerAccelerator:
     """The Accelerator that a Trainer's arguments describe. A collective: joins the process group.
 
     Args:
-        args: ``TrainingArguments``. ``gradient_accumulation_steps`` becomes what counts: the launcher's, or what
-            ``accelerator_config`` says.
+        args: ``TrainingArguments``.
         strategy: in place of what ``fsdp=`` and ``deepspeed=`` describe.
+        deepspeed: a plugin that describes what ``deepspeed=`` asks for, or ``None``.
 
     Raises:
         ConfigError, StrategyError: arguments that contradict each other, or are not served.
     """
     config = args.accelerator_config
-    window = dict(config.gradient_accumulation_kwargs or {})
-    steps = window.pop("num_steps", None)
-    if steps is not None and args.gradient_accumulation_steps not in (1, steps):
-        raise ConfigError(
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps}, and {steps} in accelerator_config",
-            where="TrainingArguments",
-            fix="say it once",
-        )
-    args.gradient_accumulation_steps = accumulation_from_environment(steps or args.gradient_accumulation_steps)
+    window = {k: v for k, v in (config.gradient_accumulation_kwargs or {}).items() if k != "num_steps"}
     seed = args.data_seed if args.data_seed is not None else args.seed
     loading = DataLoaderConfiguration(
         split_batches=config.split_batches,
@@ -52,14 +44,33 @@ def accelerator_of(args: Any, strategy: Any) -> TrainerAccelerator:
         mixed_precision=args.mixed_precision,
         dataloader_config=loading,
         fsdp_plugin=fsdp,
-        deepspeed_plugin=args.deepspeed_plugin,
+        deepspeed_plugin=deepspeed,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, **window),
         kwargs_handlers=[_wrapper(args), InitProcessGroupKwargs(timeout=args.ddp_timeout_delta)],
         dynamo_plugin=TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode),
+        parallelism_config=getattr(args, "parallelism_config", None),
         strategy=strategy,
     )
-    accelerator.gradient_accumulation_steps = 1  # the Trainer divides, whatever a launcher or a file says
+    # The Trainer divides and clips, whatever a launcher or a file says: the file says the same.
+    accelerator.gradient_accumulation_steps = 1
+    accelerator._steps.max_norm = None
     return accelerator
+
+
+def settle_accumulation(args: Any) -> None:
+    """Let ``args.gradient_accumulation_steps`` be what counts: the launcher's, or what ``accelerator_config`` says.
+
+    Raises:
+        ConfigError: ``accelerator_config`` says something else than the arguments.
+    """
+    inside = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps")
+    if inside is not None and args.gradient_accumulation_steps not in (1, inside):
+        raise ConfigError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}, and {inside} in accelerator_config",
+            where=type(args).__name__,
+            fix="say it once",
+        )
+    args.gradient_accumulation_steps = accumulation_from_environment(inside or args.gradient_accumulation_steps)
 
 
 def _wrapper(args: Any) -> DistributedDataParallelKwargs:
