@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from shardwise.accelerator import Accelerator
+from shardwise.data_loader import PreparedLoader, prepare_data_loader
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.move import move
 from shardwise.strategy import Strategy
@@ -41,6 +44,26 @@ class TrainerAccelerator(Accelerator):
         if self.device_placement if device_placement is None else device_placement:
             move(model, self.device)
         return model
+
+    def prepare_data_loader(
+        self, data_loader: DataLoader[Any], device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
+    ) -> PreparedLoader:
+        """transformers' ``BatchRebalanceSampler`` has a rank's own batches already: they are read as they are."""
+        if not isinstance(getattr(data_loader, "batch_sampler", None), BatchRebalanceSampler):
+            return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
+        config = self.dataloader_config
+        prepared = prepare_data_loader(
+            data_loader,
+            self.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=self.device_placement if device_placement is None else device_placement,
+            data_seed=config.data_seed,
+            non_blocking=config.non_blocking,
+            watcher=self._steps,
+        )
+        self._loaders.add(prepared)
+        return prepared
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """As :meth:`~shardwise.Accelerator.accumulate` does: gradients that are split are reduced each time, which
