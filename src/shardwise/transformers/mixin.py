@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,10 +12,7 @@ from torch import nn
 from transformers.trainer_pt_utils import find_batch_size
 
 from shardwise import operations
-from shardwise.engine.gathered import gathered
 from shardwise.engine.hooks import engine_of
-from shardwise.engine.unit import unit_of
-from shardwise.inference.uneven import together
 from shardwise.strategy import Strategy
 from shardwise.transformers import checks, names
 from shardwise.transformers.agreement import AgreedCallbacks, agreed
@@ -116,6 +112,7 @@ class ShardwiseMixin(Saving):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._gather_each_sample_once()  # subclasses and the loop itself put others in its place
         self.accelerator.repeats = self.args.eval_batch_size
+        generates_together(self.model)
         with evaluated_by(getattr(self, "evaluator", None), self.model):
             return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
@@ -130,27 +127,11 @@ class ShardwiseMixin(Saving):
         those that are repeated at the end.
         """
         self.accelerator.rows = find_batch_size(inputs)
-        generates = getattr(self.args, "predict_with_generate", False) and _is_split(model)
         across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
-            with _generating(model) if generates else nullcontext():
-                return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.args.average_tokens_across_devices = across
-
-
-def _is_split(model: nn.Module) -> bool:
-    engine = engine_of(model)
-    return engine is not None and engine.strategy.split_params and operations.joined().size > 1
-
-
-@contextmanager
-def _generating(model: nn.Module) -> Iterator[None]:
-    """Texts may be of different lengths. What no block has, embeddings say, is here meanwhile: an encoder that is
-    called by itself is not the model's forward, which would bring it."""
-    outside = [p for p in model.parameters() if (unit := unit_of(p)) is not None and not unit.name]
-    with gathered(outside), together(model):
-        yield
 
 
 def _of_all(value: float) -> list[torch.Tensor]:

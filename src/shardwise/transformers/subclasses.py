@@ -18,6 +18,7 @@ from torch import nn
 from shardwise import operations
 from shardwise.engine.gathered import gathered
 from shardwise.engine.hooks import engine_of
+from shardwise.engine.unit import unit_of
 from shardwise.inference.uneven import together
 
 
@@ -78,5 +79,7 @@ def generates_together(model: nn.Module | None) -> None:
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if not is_split(model):
         return type(model).generate(model, *args, **kwargs)
-    with together(model):
+    # What no block has, embeddings say, is here meanwhile: an encoder that is called by itself does not bring it.
+    outside = [p for p in model.parameters() if (unit := unit_of(p)) is not None and not unit.name]
+    with gathered(outside), together(model):
         return type(model).generate(model, *args, **kwargs)
