@@ -210,6 +210,21 @@ def test_another_sampler_gives_another_order():
         prepare_data_loader(DataLoader(Stream())).set_sampler(range(3))
 
 
+def test_a_seedable_sampler_is_shown_and_shuffles_alike():
+    def loader(seedable: bool) -> Any:
+        return prepare_data_loader(
+            DataLoader(DATA, batch_size=2, shuffle=True), use_seedable_sampler=seedable, data_seed=5
+        )
+
+    seedable, plain = loader(True), loader(False)
+    assert isinstance(seedable.batch_sampler.batch_sampler.sampler, SeedableRandomSampler)
+    assert isinstance(seedable.get_sampler(), SeedableRandomSampler)
+    for _ in range(2):
+        assert values(seedable) == values(plain)
+    expected = DataLoader(DATA, batch_size=2, sampler=SeedableRandomSampler(DATA, data_seed=5))
+    assert values(loader(True)) == values(expected)
+
+
 class Stream(IterableDataset):
     epoch = 0
 

@@ -64,13 +64,15 @@ class Source:
         even: bool = True,
         seed: int | None = None,
         agree: int | None = None,
+        seedable: bool = False,
     ) -> Source:
         """Share a loader's batches among ranks. See :func:`~shardwise.data_loader.prepare_data_loader`.
 
         Args:
             agree: how many ranks have the same seed, if not ``ranks``.
+            seedable: see :class:`~shardwise.data_loader.streams.Order`.
         """
-        order = Order(loader.dataset, rank)
+        order = Order(loader.dataset, rank, seedable)
         if not getattr(loader, "in_order", True):
             warnings.warn("in_order=False would mix up which samples are repeats; set to True", stacklevel=4)
         parts: dict[str, Any] = {"generator": order.workers, "in_order": True}

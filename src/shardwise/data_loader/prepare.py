@@ -61,7 +61,7 @@ def prepare_data_loader(
             ranks may run out of batches at different times.
         slice_fn_for_dispatch: cuts dispatched batches: ``slice_fn(batch, slice, process_index=, num_processes=)``.
         use_seedable_sampler: shuffles are seedable in any case; this takes torch's initial seed for the seed, where
-            otherwise one is drawn.
+            otherwise one is drawn, and shows a :class:`SeedableRandomSampler`.
         data_seed: the seed of the orders.
         non_blocking: copies to the device do not wait; always so from pinned memory.
         use_stateful_dataloader: read through torchdata's ``StatefulDataLoader``.
@@ -101,7 +101,7 @@ def prepare_data_loader(
                 "pass dispatch_batches=False",
             )
         prepared: PreparedLoader = DataLoaderDispatcher(
-            Source.of(loader, seed=data_seed, agree=ranks),
+            Source.of(loader, seed=data_seed, agree=ranks, seedable=use_seedable_sampler),
             split_batches,
             slice_fn=slice_fn_for_dispatch,
             device=target,
@@ -112,7 +112,7 @@ def prepare_data_loader(
             _non_blocking=non_blocking,
         )
     else:
-        source = Source.of(loader, ranks, rank, split_batches, even_batches, data_seed)
+        source = Source.of(loader, ranks, rank, split_batches, even_batches, data_seed, seedable=use_seedable_sampler)
         prepared = DataLoaderShard(source, target, rng_types, _non_blocking=non_blocking)
     prepared.watcher, prepared.skip_given = watcher, skipped
     return prepared

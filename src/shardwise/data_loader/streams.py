@@ -139,10 +139,11 @@ class Order:
     Args:
         dataset: told the epoch, if it has a ``set_epoch``.
         rank: workers of different ranks draw different numbers.
+        seedable: show a ``RandomSampler`` as a :class:`SeedableRandomSampler`, whose order is the same.
     """
 
-    def __init__(self, dataset: Any, rank: int) -> None:
-        self.dataset, self.rank = dataset, rank
+    def __init__(self, dataset: Any, rank: int, seedable: bool = False) -> None:
+        self.dataset, self.rank, self.seedable = dataset, rank, seedable
         self.seed = 0
         self.shuffler = torch.Generator()
         self.workers = torch.Generator()  # what a DataLoader draws its workers' seeds from
@@ -191,6 +192,9 @@ class Order:
             self.originals.append(sampler)
             sampler = copy.copy(sampler)
             vars(sampler).update(changed)
+            if self.seedable and type(sampler) is RandomSampler:
+                sampler.__class__ = SeedableRandomSampler
+                vars(sampler).update(initial_seed=0, epoch=0)
         self.parts.append(sampler)
         return sampler
 
