@@ -341,6 +341,28 @@ def test_gradient_state_is_the_last_accelerators():
     assert AcceleratorState().mixed_precision == "no"
 
 
+def test_a_loop_that_counts_itself_says_when_to_step():
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(1, 1, bias=False)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    before = model.weight.item()
+    for boundary in (False, True):
+        accelerator.gradient_state._set_sync_gradients(boundary)
+        accelerator.backward(model(torch.ones(1, 1)).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.weight.item() == before - 2 and model.weight.grad is None
+
+
+def test_settings_of_an_accelerator_are_not_changed_by_its_state():
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    assert AcceleratorState(mixed_precision="bf16", cpu=True, fsdp_plugin=None).strategy == accelerator.strategy
+    for settings in ({"mixed_precision": "fp16"}, {"fsdp_plugin": object()}, {"unknown": 3}):
+        with pytest.raises(ValueError, match="another " + next(iter(settings))):
+            AcceleratorState(**settings)
+    assert AcceleratorState().mixed_precision == "bf16"
+
+
 def test_without_an_accelerator_gradient_states_are_one(monkeypatch):
     GradientState._reset_state()
     GradientState(GradientAccumulationPlugin(num_steps=4))

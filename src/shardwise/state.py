@@ -282,13 +282,16 @@ class AcceleratorState(PartialState):
 
     ``AcceleratorState()`` shows the Accelerator that was made last.
 
+    Args:
+        mixed_precision, cpu, settings: none is needed, and what is said must be what the Accelerator was made with.
+
     Attributes:
         strategy: its default strategy.
         mixed_precision: ``no``, ``fp16`` or ``bf16``.
         fsdp_plugin, deepspeed_plugin, parallelism_config: what the script gave, or ``None``.
 
     Raises:
-        StrategyError: there is no Accelerator yet.
+        StrategyError: there is no Accelerator yet, or it was made with other settings.
     """
 
     _newest: ClassVar[AcceleratorState | None] = None
@@ -298,14 +301,32 @@ class AcceleratorState(PartialState):
     deepspeed_plugin: Any
     parallelism_config: Any
 
-    def __init__(self, **settings: Any) -> None:
-        if settings:
-            self.__dict__.update(settings)
-            AcceleratorState._newest = self
-        elif AcceleratorState._newest is None:
+    def __init__(self, mixed_precision: Any = None, cpu: bool = False, **settings: Any) -> None:
+        if AcceleratorState._newest is None:
             raise StrategyError("there is no Accelerator yet", fix="create one first: accelerator = Accelerator()")
-        else:
-            self.__dict__ = AcceleratorState._newest.__dict__
+        self.__dict__ = AcceleratorState._newest.__dict__
+        said = {name: value for name, value in settings.items() if value is not None}
+        other = [name for name, value in said.items() if getattr(self, name, None) is not value]
+        if mixed_precision is not None and str(getattr(mixed_precision, "value", mixed_precision)) != (
+            self.mixed_precision
+        ):
+            other.append("mixed_precision")
+        if cpu and self.device.type != "cpu":
+            other.append("cpu")
+        if other:
+            raise StrategyError(
+                f"the Accelerator was made with another {', '.join(other)}, and settings are not changed afterwards",
+                where="AcceleratorState",
+                fix="pass it to Accelerator()",
+            )
+
+    @classmethod
+    def of(cls, **settings: Any) -> AcceleratorState:
+        """That of an Accelerator that is being made: from now on it is the newest."""
+        state = cls.__new__(cls)
+        state.__dict__.update(settings)
+        AcceleratorState._newest = state
+        return state
 
     @classmethod
     def exists(cls) -> bool:

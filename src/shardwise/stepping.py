@@ -236,8 +236,8 @@ class Steps:
 
     def may_zero(self) -> bool:
         """May ``zero_grad()`` clear? What a finished window left, always; what this one has gathered, never."""
-        if not self.sync_gradients:
-            return self._fresh
+        if not self.sync_gradients:  # said by the script, if accumulate() does not count
+            return self._fresh and self.micro > 0
         return self.micro <= 1 or not self._block_fresh
 
     def backward(self, loss: torch.Tensor, weight: float | None, **kwargs: Any) -> None:

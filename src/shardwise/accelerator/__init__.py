@@ -177,7 +177,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         self._save_hooks, self._load_hooks = OrderedDict(), OrderedDict()
         self._steps.become_newest()
         self.gradient_state = GradientState(steps=self._steps)
-        self.state = AcceleratorState(
+        self.state = AcceleratorState.of(
             device=self.device,
             strategy=self.strategy,
             mixed_precision=self.mixed_precision,
