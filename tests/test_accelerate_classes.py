@@ -371,6 +371,13 @@ def test_without_an_accelerator_gradient_states_are_one(monkeypatch):
     assert GradientState().num_steps == 1
 
 
+def test_all_that_cannot_be_registered_is_named():
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(ValueError, match=r"object 0, a Tensor; object 2, a list\n"):
+        accelerator.register_for_checkpointing(torch.ones(1), nn.Linear(1, 1), [])
+    assert not accelerator._custom_objects
+
+
 # --- others ----------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_send_to_device_compiles():

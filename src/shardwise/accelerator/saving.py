@@ -68,12 +68,18 @@ class Saving(Base):
         Raises:
             CheckpointError: something that has not both.
         """
-        for item in objects:
-            if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
-                raise CheckpointError(
-                    f"a {type(item).__name__} has no state_dict and load_state_dict",
-                    fix="give it both methods, or save it yourself with accelerator.save",
-                )
+        both = ("state_dict", "load_state_dict")
+        lacking = [
+            f"object {index}, a {type(item).__name__}"
+            for index, item in enumerate(objects)
+            if not all(callable(getattr(item, name, None)) for name in both)
+        ]
+        if lacking:
+            raise CheckpointError(
+                f"there is no state_dict or no load_state_dict: {'; '.join(lacking)}",
+                where="register_for_checkpointing",
+                fix="give them both methods, or save them yourself with accelerator.save",
+            )
         self._custom_objects.extend(objects)
 
     def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
