@@ -91,6 +91,7 @@ class Mine(DataLoader):
 def test_a_prepared_loader_is_one_of_the_scripts_class():
     loader = prepare_data_loader(Mine(DATA, batch_size=2))
     assert isinstance(loader, Mine) and loader.hello() == "hello"
+    assert {"hello", "set_epoch", "batch_size"} <= set(dir(loader))
 
 
 def counts_by_hand(kind: str) -> tuple[list[Any], list[Any]]:

@@ -66,6 +66,9 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):
     def __class__(self) -> Any:  # isinstance() looks at type() first
         return type(self.base_dataloader)
 
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(type(self)), *vars(self), *dir(self.base_dataloader)})
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"watcher": None, "_snapshot": None, "_run": None}
 
