@@ -379,6 +379,16 @@ def test_all_that_cannot_be_registered_is_named():
     assert not accelerator._custom_objects
 
 
+@pytest.mark.parametrize("backend", ["EAGER", "NO"])
+def test_models_are_compiled_as_accelerates_launcher_was_told(backend, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "True")
+    model = Accelerator(cpu=True).prepare(nn.Sequential(nn.Linear(2, 2)))
+    assert (model._compiled_call_impl is not None) == (backend == "EAGER")
+    assert torch.isfinite(model(torch.ones(1, 2))).all()
+
+
 # --- others ----------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_send_to_device_compiles():

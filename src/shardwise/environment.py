@@ -44,6 +44,8 @@ STEPS = "SHARDWISE_STEPS"
 PRECISIONS = ("no", "fp16", "bf16")
 _ACCELERATE_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _ACCELERATE_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+_ACCELERATE_COMPILE = "ACCELERATE_DYNAMO_"
+_COMPILE = ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC")
 _ACCELERATE_MODES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -124,6 +126,22 @@ def accumulation_from_environment(default: int) -> int:
     if not text.isdigit() or int(text) < 1:
         raise StrategyError(f"'{text}' is not a number of batches", where=ACCUMULATION, fix="give 1 or more")
     return int(text)
+
+
+def compile_from_environment() -> dict[str, Any]:
+    """Arguments for ``torch.compile`` that Accelerate's launcher was given; none if nothing is to be compiled."""
+    said = {name: os.environ.get(f"{_ACCELERATE_COMPILE}{name}", "").lower() for name in _COMPILE}
+    if said["BACKEND"] in ("", "no"):
+        return {}
+    found: dict[str, Any] = {"backend": said["BACKEND"]}
+    if said["MODE"] not in ("", "default"):
+        found["mode"] = said["MODE"]
+    found |= {
+        argument: True
+        for argument in ("fullgraph", "dynamic")
+        if said[f"USE_{argument.upper()}"] in ("true", "1", "yes", "y", "on")
+    }
+    return found
 
 
 @contextmanager

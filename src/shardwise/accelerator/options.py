@@ -27,6 +27,7 @@ from shardwise.compat.plugins import DeepSpeedPlugin, own_plugin
 from shardwise.environment import (
     DEEPSPEED_CONFIG,
     accumulation_from_environment,
+    compile_from_environment,
     mixed_precision_from_environment,
     strategy_from_environment,
 )
@@ -207,7 +208,10 @@ def choose_project(project_dir: str | os.PathLike[str] | None, config: ProjectCo
 
 
 def choose_compile(backend: Any, plugin: Any) -> dict[str, Any] | None:
-    """Arguments for ``module.compile``, or ``None`` to leave models as they are."""
+    """Arguments for ``module.compile``, or ``None`` to leave models as they are.
+
+    Where the script says nothing, those that ``accelerate launch`` was given.
+    """
     if backend is not None and plugin is not None:
         raise StrategyError("dynamo_backend and dynamo_plugin say the same thing twice", fix="give one of them")
     if plugin is not None:
@@ -215,7 +219,7 @@ def choose_compile(backend: Any, plugin: Any) -> dict[str, Any] | None:
         keywords["backend"] = plugin.backend
     elif backend is not None:
         keywords = {"backend": backend}
-    else:
+    elif not (keywords := compile_from_environment()):
         return None
     keywords["backend"] = str(getattr(keywords["backend"], "value", keywords["backend"])).lower()
     return None if keywords["backend"] == "no" else keywords
