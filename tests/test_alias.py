@@ -222,3 +222,38 @@ def test_the_folders_say_the_versions_that_are_claimed() -> None:
         assert info.name == f"{name}-{version}.dist-info"
         assert f"\nName: {name}\nVersion: {version}\n" in (info / "METADATA").read_text()
         assert (info / "top_level.txt").read_text() == f"{name}\n"
+
+
+COMMANDS = """
+import sys
+import shardwise
+shardwise.install_as("accelerate")
+from accelerate.commands.config import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+open("settings.yaml", "w").write("nproc: 1\\ncpu: true\\n")
+assert load_config_from_file("settings.yaml").to_dict() == {"nproc": 1, "cpu": True}
+assert default_config_file.endswith(".yaml")
+parser = launch_command_parser()
+try:
+    launch_command(parser.parse_args(["--num_processes", "2", "rank.py"]))
+except shardwise.ShardwiseError as error:
+    assert "use --nproc" in str(error)
+launch_command(parser.parse_args(["--config", "settings.yaml", "rank.py", "--lr", "3"]))
+try:
+    launch_command(parser.parse_args(["--config", "settings.yaml", "rank.py", "fail"]))
+except SystemExit as end:
+    assert end.code == 1
+"""
+
+
+def test_a_library_that_launches_by_accelerates_command(tmp_path: Path) -> None:
+    script(tmp_path, COMMANDS)
+    text = "import sys, accelerate; sys.exit(3 if 'fail' in sys.argv else 0 * open('ran', 'w').write(str(sys.argv)))"
+    script(tmp_path, text, "rank.py")
+    started = processes.program(
+        "job.py", cwd=tmp_path, environment={**with_sources(), "XDG_CONFIG_HOME": str(tmp_path)}
+    )
+    code, out, err = started.finish()
+    assert code == 0, f"{out}\n{err}"
+    assert (tmp_path / "ran").read_text() == "['rank.py', '--lr', '3']"

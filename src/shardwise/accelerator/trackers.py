@@ -157,6 +157,8 @@ class Trackers(Base):
         return [str(_name(kind)) for kind in self.log_with]
 
     def _check_running(self, what: str) -> None:
+        if self._phase == "new" and not any(_runs_here(kind) for kind in self.log_with):
+            return  # "if accelerator.is_main_process: accelerator.init_trackers(...)", as scripts have it
         if self._phase != "running":
             raise TrackerError(
                 f"{what} before init_trackers" if self._phase == "new" else f"{what} after end_training",
@@ -167,6 +169,10 @@ class Trackers(Base):
 
 def _name(kind: Any) -> Any:
     return kind.name if is_tracker(kind) else kind
+
+
+def _runs_here(kind: Any) -> bool:
+    return runs_here(kind if is_tracker(kind) else LOGGER_TYPE_TO_CLASS[str(kind)])
 
 
 def _finish(trackers: list[Any]) -> None:

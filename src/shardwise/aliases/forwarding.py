@@ -16,6 +16,8 @@ HOMES = {
     "deepspeed": "shardwise.deepspeed",
     "accelerate.accelerator": "shardwise.accelerator",
     "accelerate.big_modeling": "shardwise.big_modeling",
+    "accelerate.commands.config": "shardwise.cli.accelerate_commands",
+    "accelerate.commands.launch": "shardwise.cli.accelerate_commands",
     "accelerate.data_loader": "shardwise.data_loader",
     "accelerate.hooks": "shardwise.hooks",
     "accelerate.launchers": "shardwise.launchers",

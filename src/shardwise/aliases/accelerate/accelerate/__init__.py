@@ -30,7 +30,7 @@ _NAMES = {
     "shardwise.utils": ("ParallelismConfig", "is_rich_available", "load_checkpoint_in_model", "prepare_pippy"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = {name.split(".")[1] for name in forwarding.HOMES if name.startswith("accelerate.")}
+_MODULES = {name.split(".")[1] for name in forwarding.HOMES if name.count(".") == 1}
 __all__ = [name for name in _HOME if name != "prepare_pippy"]
 
 forwarding.forward()

@@ -1,0 +1,1 @@
+"""``accelerate.commands``: its parts are :mod:`shardwise.cli.accelerate_commands`."""
