@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -18,7 +18,10 @@ def example(name, *arguments):
     """Run an example's ``main`` in this process."""
     sys.path.insert(0, str(EXAMPLES))
     try:
-        return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](list(arguments))
+        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # whose classes can be pickled
+        spec.loader.exec_module(module)
+        return module.main(list(arguments))
     finally:
         sys.path.remove(str(EXAMPLES))
 
@@ -159,3 +162,24 @@ def test_deepspeed_script(tmp_path):
     model = transformers.LlamaForCausalLM.from_pretrained(folder)
     ids = __import__("torch").arange(10)[None]
     assert model(input_ids=ids, labels=ids).loss.item() < whole[-1] + 0.5
+
+
+def test_trl_sft(tmp_path):
+    pytest.importorskip("trl")
+    first, last = everywhere(2, "trl_sft", "--save", str(tmp_path))
+    assert last < first - 1
+    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "tokenizer.json").exists()
+
+
+def test_peft_qlora(tmp_path):
+    pytest.importorskip("peft")
+    first, last = everywhere(2, "peft_qlora", "--save", str(tmp_path))
+    assert last < first - 0.3
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 100_000 and not list(tmp_path.glob("model*"))
+
+
+def test_diffusers_unet(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    first, last = everywhere(2, "diffusers_unet", "--save", str(tmp_path))
+    assert last < 0.7 * first
+    assert diffusers.DDPMPipeline.from_pretrained(tmp_path).unet.config.sample_size == 8
