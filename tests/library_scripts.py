@@ -57,7 +57,7 @@ def prepare(folder: Path) -> None:
 def settings(out: Path, per: int, **changes: object) -> dict[str, object]:
     """What the arguments of all trainers have in common: eight samples a step, in two micro-batches."""
     return {
-        "output_dir": str(out), "per_device_train_batch_size": per, "per_device_eval_batch_size": per,
+        "output_dir": str(out), "per_device_train_batch_size": per, "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1,
         "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False, "seed": 1, "disable_tqdm": True,
         "gradient_checkpointing": False, "lr_scheduler_type": "constant", **changes,
@@ -166,8 +166,9 @@ def lora(models: Path, out: Path, per: int) -> None:
         LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
     )
     rows = [tokenizer(text(i, 4 + i % 5)) for i in range(32)]
-    # The rate is so high that what comes first is best, and is loaded at the end.
-    often = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1.0}
+    # The first checkpoint is loaded at the end: the one with the highest loss is called best.
+    often = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    often |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
     trainer = Trainer(
         model,
         TrainingArguments(**settings(out, per, load_best_model_at_end=True, **often)),
