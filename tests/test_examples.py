@@ -141,6 +141,15 @@ def test_transformers_model(size, tmp_path):
     assert model(input_ids=ids, labels=ids).loss.item() < 1.5
 
 
+def test_trainer(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    losses, evaluated = everywhere(2, "trainer", "--folder", str(tmp_path))
+    assert losses[-1] < 1.0 and evaluated < 1.0 and (tmp_path / "model.safetensors").is_file()
+    again, same = everywhere(1, "trainer", "--folder", str(tmp_path), "--resume")  # on another number of ranks
+    assert again == pytest.approx(losses, rel=1e-3) and same == pytest.approx(evaluated, rel=1e-3)
+
+
 @sizes
 def test_peft_lora(size, tmp_path):
     pytest.importorskip("peft")
