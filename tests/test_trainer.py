@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models import PRESETS
-from ranks import run
+from ranks import everywhere, run
+from slowly import slow
 
 pytest.importorskip("accelerate")  # transformers' Trainer asks for it
 pytest.importorskip("transformers")
@@ -41,16 +42,16 @@ def rows(count):
     return tm.data(count)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [slow(1), 2, slow(4)])
 @pytest.mark.parametrize("strategy", PRESETS)
 def test_the_mean_over_tokens_is_that_of_one_process(tmp_path, strategy, ranks):
     # 20 rows in windows of 8: the last one of an epoch has 4, of 4, 2 or 1 micro-batches.
-    found = run(ranks, trained, str(tmp_path), strategy, 20, 8 // ranks)
+    found = everywhere(ranks, trained, str(tmp_path), strategy, 20, 8 // ranks)
     for one in found:
         close(one, plain(rows(20), 8))
 
 
-@pytest.mark.parametrize("strategy", PRESETS)
+@pytest.mark.parametrize("strategy", [slow("ddp"), slow("zero1"), "zero2", slow("zero3")])
 def test_each_rank_for_itself_is_the_mean_of_means(tmp_path, strategy):
     found = run(2, trained, str(tmp_path), strategy, 16, 2, {"average_tokens_across_devices": False})
     for one in found:

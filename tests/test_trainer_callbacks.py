@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ranks import run
+from slowly import slow
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -46,10 +47,10 @@ def stopped(folder, strategy, event, what, accumulation=2):
     [
         ("ddp", "on_step_end", "should_training_stop", 3, 0, 0),
         ("zero3", "on_substep_end", "should_training_stop", 2, 0, 0),
-        ("zero3", "on_step_end", "should_epoch_stop", 7, 0, 0),
-        ("zero1", "on_step_end", "should_evaluate", 8, 1, 0),
+        slow("zero3", "on_step_end", "should_epoch_stop", 7, 0, 0),
+        slow("zero1", "on_step_end", "should_evaluate", 8, 1, 0),
         ("zero2", "on_step_end", "should_save", 8, 0, 1),
-        ("ddp", "on_log", "should_training_stop", 3, 0, 0),
+        slow("ddp", "on_log", "should_training_stop", 3, 0, 0),
     ],
 )
 def test_one_rank_asks(tmp_path, strategy, event, what, steps, evaluated, saved):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from models import PRESETS
-from ranks import run
+from ranks import everywhere, run
+from slowly import slow
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -48,10 +48,10 @@ def agree(found, wanted):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", PRESETS)
+@pytest.mark.parametrize("strategy", ["ddp", slow("zero1"), slow("zero2"), "zero3"])
 def test_every_sample_once_in_order(tmp_path, strategy):
     changes = {"per_device_eval_batch_size": 1}
-    (wanted,) = run(1, evaluated, str(tmp_path), changes, False)
+    (wanted,) = everywhere(1, evaluated, str(tmp_path), changes, False)
     for found in run(2, evaluated, str(tmp_path), changes | {"strategy": strategy}):
         agree(found, wanted)
 
@@ -60,10 +60,10 @@ def test_every_sample_once_in_order(tmp_path, strategy):
     "changes",
     [
         {},
-        {"eval_accumulation_steps": 2},
-        {"include_for_metrics": ["inputs", "loss"]},
+        slow({"eval_accumulation_steps": 2}),
+        slow({"include_for_metrics": ["inputs", "loss"]}),
         {"bf16": True},
-        {"prediction_loss_only": True},
+        slow({"prediction_loss_only": True}),
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     ],
     ids=str,
@@ -71,8 +71,8 @@ def test_every_sample_once_in_order(tmp_path, strategy):
 def test_a_short_last_batch_counts_for_what_it_has(tmp_path, changes):
     changes = {"per_device_eval_batch_size": 4} | changes
     asked = ("evaluate",) if "prediction_loss_only" in changes else ("evaluate", "predict")
-    (wanted,) = run(1, evaluated, str(tmp_path), changes, False, 7, asked)
-    (found,) = run(1, evaluated, str(tmp_path), changes | {"strategy": "ddp"}, True, 7, asked)
+    (wanted,) = everywhere(1, evaluated, str(tmp_path), changes, False, 7, asked)
+    (found,) = everywhere(1, evaluated, str(tmp_path), changes | {"strategy": "ddp"}, True, 7, asked)
     agree(found, wanted)
 
 
@@ -106,8 +106,11 @@ def left_behind(made):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=str)
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [("ddp", {"bf16": True}), slow("ddp", {}), ("zero3", {}), slow("zero3", {"bf16": True})],
+    ids=str,
+)
 def test_nothing_piles_up(tmp_path, strategy, precision):
     for counts, losses, untouched, first, trained in run(2, again_and_again, str(tmp_path), strategy, precision):
         assert len(set(counts)) == 1 and len(set(losses)) == 1

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ranks import run
+from ranks import everywhere, run
+from slowly import slow
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -71,9 +72,9 @@ def generated(folder, strategy, own=True, precision=None):
     return (before["eval_rows"], before["eval_sum"], round(before["eval_loss"], 4)), told.predictions.shape[0], lengths
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", [slow("ddp"), "zero3"])
 def test_generated_predictions(tmp_path, strategy):
-    ((wanted, rows, _),) = run(1, generated, str(tmp_path), strategy, False)
+    ((wanted, rows, _),) = everywhere(1, generated, str(tmp_path), strategy, False)
     for before, count, lengths in run(2, generated, str(tmp_path), strategy):
         assert before == wanted and count == rows == 5, "each sample once, though five do not go into two"
         assert len(set(lengths[0])) > 1 or len(set(lengths[1])) > 1, "texts of different lengths"

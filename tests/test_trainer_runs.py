@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ranks import run
+from slowly import slow
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -105,7 +106,7 @@ def halved(folder, strategy):
     return made._train_batch_size, made.state.global_step, tm.history(made)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", [slow("ddp"), "zero3"])
 def test_a_batch_that_fits_is_found(tmp_path, strategy):
     found = run(2, halved, str(tmp_path), strategy)
     size, steps, losses = found[0]
@@ -147,7 +148,7 @@ def ordered(folder, sampling, stream=False, **changes):
     return [index[row] for row in collects.read], tm.history(made), made.state.global_step
 
 
-@pytest.mark.parametrize("sampling", ["random", "sequential", "group_by_length", "batch_rebalance"])
+@pytest.mark.parametrize("sampling", ["random", slow("sequential"), slow("group_by_length"), "batch_rebalance"])
 def test_every_sample_once_in_an_epoch(tmp_path, sampling):
     (first, losses, steps), (second, others, _) = run(2, ordered, str(tmp_path), sampling)
     assert losses == others and steps == 4
@@ -167,7 +168,7 @@ def noisy(folder, strategy):
     return tm.history(made), tm.values(made.model), len(made.model.get_input_embeddings()._forward_hooks)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", [slow("ddp"), "zero3"])
 def test_noise_on_embeddings(tmp_path, strategy):
     first, second = run(2, noisy, str(tmp_path), strategy)
     assert first[0] == second[0] and all(torch.equal(first[1][name], second[1][name]) for name in first[1])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import PRESETS
-from ranks import run
+from ranks import everywhere, run
+from slowly import slow
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -43,7 +43,7 @@ def same(found, wanted, exact):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("strategy", PRESETS)
+@pytest.mark.parametrize("strategy", [slow("ddp"), "zero1", slow("zero2"), "zero3"])
 def test_going_on_in_the_middle_of_an_epoch(tmp_path, strategy):
     (losses, values, folders), _ = run(2, whole, str(tmp_path), strategy, 4)
     assert folders == ["checkpoint-2", "checkpoint-4", "checkpoint-6"] and len(losses) == 6
@@ -53,11 +53,11 @@ def test_going_on_in_the_middle_of_an_epoch(tmp_path, strategy):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "ranks"), [("zero3", "ddp", 1), ("zero1", "zero3", 1), ("ddp", "zero2", 4)]
+    ("before", "after", "ranks"), [("zero3", "ddp", 1), slow("zero1", "zero3", 1), slow("ddp", "zero2", 4)]
 )
 def test_going_on_under_another_strategy_on_other_ranks(tmp_path, before, after, ranks):
     (losses, values, _), _ = run(2, whole, str(tmp_path), before, 4)
-    for found, end in run(ranks, resumed, str(tmp_path), after, 8 // ranks, "checkpoint-2"):
+    for found, end in everywhere(ranks, resumed, str(tmp_path), after, 8 // ranks, "checkpoint-2"):
         assert found == pytest.approx(losses, rel=1e-5)
         same(end, values, exact=False)
 
@@ -86,9 +86,9 @@ def read(folder):
     ("strategy", "changes", "tied", "folders"),
     [
         ("zero3", {"save_total_limit": 1}, True, ["checkpoint-6"]),
-        ("zero3", {"save_only_model": True, "save_total_limit": 2}, False, ["checkpoint-4", "checkpoint-6"]),
+        slow("zero3", {"save_only_model": True, "save_total_limit": 2}, False, ["checkpoint-4", "checkpoint-6"]),
         ("zero1", {"save_strategy": "epoch", "bf16": True}, True, ["checkpoint-3", "checkpoint-6"]),
-        ("zero2", {"save_strategy": "no", "fp16": True}, False, []),
+        slow("zero2", {"save_strategy": "no", "fp16": True}, False, []),
     ],
 )
 def test_what_is_there_and_what_from_pretrained_reads(tmp_path, strategy, changes, tied, folders):
@@ -116,7 +116,11 @@ def best(folder, strategy, changes):
 
 @pytest.mark.parametrize(
     ("strategy", "changes"),
-    [("zero3", {}), ("ddp", {"save_only_model": True, "save_total_limit": 1}), ("zero2", {"save_total_limit": 1})],
+    [
+        ("zero3", {}),
+        slow("ddp", {"save_only_model": True, "save_total_limit": 1}),
+        slow("zero2", {"save_total_limit": 1}),
+    ],
 )
 def test_the_best_model_is_loaded_at_the_end(tmp_path, strategy, changes):
     for losses, folder, loss, values in run(2, best, str(tmp_path), strategy, changes):
@@ -158,7 +162,7 @@ def with_adapters(folder, strategy, resume):
     return tm.history(made), mine, written
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", [slow("ddp"), "zero3"])
 def test_adapters(tmp_path, strategy):
     (losses, values, written), _ = run(2, with_adapters, str(tmp_path), strategy, False)
     same(written, values, exact=True)

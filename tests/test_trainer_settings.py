@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from models import PRESETS
-from ranks import run
+from ranks import everywhere, run
+from slowly import slow
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -41,6 +42,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
+OFTEN = ("label smoothing", "recomputed", "whole tensors", "workers", "last left out", "fsdp", "deepspeed")
+
+
 def settled(folder, changes, own, accumulation, count=22):
     import transformers
 
@@ -55,11 +59,11 @@ def settled(folder, changes, own, accumulation, count=22):
     return tm.history(made), tm.history(made, "grad_norm"), tm.values(made.model)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name if name in OFTEN else slow(name) for name in SETTINGS])
 def test_as_in_one_process(tmp_path, name):
     changes = SETTINGS[name]
     plain = {key: value for key, value in changes.items() if not key.startswith(("fsdp", "deepspeed"))}
-    ((losses, norms, values),) = run(1, settled, str(tmp_path), plain, False, 4, 24)
+    ((losses, norms, values),) = everywhere(1, settled, str(tmp_path), plain, False, 4, 24)
     own = changes if plain != changes else changes | {"strategy": PRESETS[len(name) % 4]}
     for found, found_norms, end in run(2, settled, str(tmp_path), own, True, 2, 24):
         assert found == pytest.approx(losses, rel=2e-5)

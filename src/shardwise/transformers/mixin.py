@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.trainer_pt_utils import find_batch_size
 
 from shardwise import operations
+from shardwise.compat.memory import should_reduce_batch_size
 from shardwise.engine.hooks import engine_of
 from shardwise.strategy import Strategy
 from shardwise.transformers import checks, names
@@ -81,6 +83,19 @@ class ShardwiseMixin(Saving):
         return loader
 
     # --- training ------------------------------------------------------------------------------
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._inner_training_loop(batch_size, *args, **kwargs)  # type: ignore[misc]
+        except Exception as error:
+            ranks = self.accelerator.num_processes
+            if self.args.auto_find_batch_size and ranks > 1 and should_reduce_batch_size(error):
+                warnings.warn(
+                    f"rank {self.accelerator.process_index} ran out of memory with batches of {batch_size}: smaller "
+                    "ones are tried if all ranks did; otherwise the others' next collective ends the run",
+                    stacklevel=2,
+                )
+            raise
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self.callback_handler = agreed(self.callback_handler)
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
