@@ -63,6 +63,7 @@ def test_every_sample_once_in_order(tmp_path, strategy):
         slow({"eval_accumulation_steps": 2}),
         slow({"include_for_metrics": ["inputs", "loss"]}),
         {"bf16": True},
+        {"bf16_full_eval": True},
         slow({"prediction_loss_only": True}),
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     ],

@@ -127,6 +127,7 @@ def refused(folder, changes, make=None):
         ({"deepspeed": {"zero_optimization": {"stage": 3}}, "fsdp": True}, "fsdp= and deepspeed="),
         ({"fsdp": True, "strategy": "zero2"}, "say the same thing twice"),
         ({"strategy": "zero4"}, "zero4"),
+        ({"strategy": "zero3", "bf16_full_eval": True}, "bf16=True computes in it"),
         ({"fsdp": True, "fsdp_config": {"xla": True}}, "TPUs"),
         ({"accelerator_config": {"even_batches": False}}, "the ranks have"),
         ({"accelerator_config": THREE, "gradient_accumulation_steps": 2}, "3 in accelerator_config"),

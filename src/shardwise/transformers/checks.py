@@ -75,6 +75,29 @@ def check_arguments(args: Any) -> None:
         raise ConfigError("fsdp= and deepspeed= together", where=type(args).__name__, fix="give one, or strategy=")
 
 
+def full_eval(args: Any) -> str | None:
+    """The precision that ``fp16_full_eval`` or ``bf16_full_eval`` asks for."""
+    return "fp16" if args.fp16_full_eval else "bf16" if args.bf16_full_eval else None
+
+
+def check_full_eval(args: Any, precision: str) -> None:
+    """Raise where a model that a strategy holds would be converted for its evaluation.
+
+    In the precision that it computes in there is nothing to convert.
+
+    Args:
+        precision: ``no``, ``fp16`` or ``bf16``: of the Accelerator.
+    """
+    asked = full_eval(args)
+    if asked not in (None, precision):
+        raise ConfigError(
+            f"{asked}_full_eval converts the model, whose values the strategy holds",
+            where=type(args).__name__,
+            fix=f"{asked}=True computes in it, in training and evaluation; alone it is for models that are only "
+            "evaluated, under ddp, zero1 or zero2",
+        )
+
+
 def check_lengths(what: str, lengths: Sequence[float]) -> None:
     """Raise where ranks have differently many batches: a Trainer's loop waits for all of them in each step.
 

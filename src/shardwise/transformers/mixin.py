@@ -62,6 +62,8 @@ class ShardwiseMixin(Saving):
         if asked is None and args.fsdp_plugin_args is None and plugin is None:
             asked = self.strategy
         self.accelerator = accelerator_of(args, asked, plugin)
+        if self.accelerator.strategy.split_params:
+            checks.check_full_eval(args, self.accelerator.mixed_precision)
         # The Trainer knows FSDP and DeepSpeed by wrappers of theirs. A prepared model is an ordinary module.
         self.is_deepspeed_enabled = self.is_fsdp_enabled = False
         self._gather_each_sample_once()
@@ -97,6 +99,7 @@ class ShardwiseMixin(Saving):
             raise
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        checks.check_full_eval(self.args, self.accelerator.mixed_precision)
         self.callback_handler = agreed(self.callback_handler)
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
         generates_together(self.model)
@@ -128,8 +131,15 @@ class ShardwiseMixin(Saving):
         self._gather_each_sample_once()  # subclasses and the loop itself put others in its place
         self.accelerator.repeats = self.args.eval_batch_size
         generates_together(self.model)
-        with evaluated_by(getattr(self, "evaluator", None), self.model):
-            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        told = self.args
+        asked = told.fp16_full_eval, told.bf16_full_eval
+        if engine_of(self.model) is not None or self.accelerator.strategy.split_params:
+            told.fp16_full_eval = told.bf16_full_eval = False  # it computes in that precision already
+        try:
+            with evaluated_by(getattr(self, "evaluator", None), self.model):
+                return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            told.fp16_full_eval, told.bf16_full_eval = asked
 
     def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
         """A model that is evaluated before it is prepared for training has no hooks that choose its precision."""
