@@ -139,7 +139,6 @@ def wrong(folder):
         lambda: engine.load_checkpoint(folder, "no_such_tag"),
         lambda: engine.save_checkpoint(""),
         lambda: engine.save_checkpoint(None),
-        lambda: engine.save_checkpoint(folder, exclude_frozen_parameters=True),
         lambda: engine.save_checkpoint(folder, client_state={"model": object()}),
         lambda: engine.load_checkpoint(folder, custom_load_fn=print),
     ):
@@ -162,7 +161,7 @@ def wrong(folder):
 def test_what_cannot_be_saved_or_loaded(tmp_path):
     for found in run(2, wrong, str(tmp_path)):
         for word, text in zip(
-            ("no_such_tag", "save_dir", "save_dir", "exclude_frozen", "client_state", "custom_load_fn"),
+            ("no_such_tag", "save_dir", "save_dir", "client_state", "custom_load_fn"),
             found,
             strict=True,
         ):
@@ -189,3 +188,45 @@ def test_weights_for_others(tmp_path):
         assert set(right) - set(trained) == {"norm.weight"}
         assert {value.dtype for value in trained.values()} == {dtype}
         assert not list(tmp_path.glob(".*"))
+
+
+def adapted(stage, seed):
+    """A model with tied weights of which one block trains, and the rest does not."""
+    model = make(0, tied=True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("blocks.1"))
+    if seed:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(seed if p.requires_grad else 0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings(stage, 1, 0.5))
+    return engine
+
+
+def trained_only(folder, stage):
+    engine = adapted(stage, 0)
+    steps(engine, 0, 2)
+    engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+    engine.save_checkpoint(folder, "all", save_latest=False)
+    steps(engine, 2, 4)
+    return whole(engine.module)
+
+
+def goes_on(folder, stage):
+    engine = adapted(stage, 1)
+    engine.load_checkpoint(folder)
+    steps(engine, 2, 4)
+    found = whole(engine.module)
+    other, *_ = engine_of(settings(stage, 1, 0.5))  # all of it trains: values are missing
+    with pytest.raises(CheckpointError, match=r"embed.weight' is not in the checkpoint"):
+        other.load_checkpoint(folder)
+    return found
+
+
+def test_a_checkpoint_without_frozen_parameters(tmp_path):
+    for saved, loaded in ((3, 2), (1, 3)):
+        (right, _) = run(2, trained_only, str(tmp_path), saved)
+        for found in run(2, goes_on, str(tmp_path), loaded):
+            assert_same(found, right)
+        sizes = [sum(f.stat().st_size for f in (tmp_path / tag).rglob("*")) for tag in ("global_step2", "all")]
+        assert sizes[0] < 0.8 * sizes[1]

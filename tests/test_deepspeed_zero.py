@@ -28,7 +28,7 @@ from shardwise.deepspeed.zero.probes import mark
 from shardwise.engine.move import move
 from shardwise.engine.parked import is_parked
 from shardwise.engine.unit import unit_of
-from shardwise.errors import ConfigError, ShardwiseError, UnitError, WriteLost
+from shardwise.errors import ConfigError, LeftOut, ShardwiseError, UnitError, WriteLost
 
 AVAILABLE, AWAY = zero.ZeroParamStatus.AVAILABLE, zero.ZeroParamStatus.NOT_AVAILABLE
 HOMES = [None, "cpu", "nvme"]
@@ -668,8 +668,12 @@ def test_transformers_loads_a_model_in_parts(tmp_path):
 
 
 def test_what_is_left_out_says_so():
-    with pytest.raises(ImportError, match=r"MiCS_Init.*left out(.|\n)*mics_shard_size"):
-        from shardwise.deepspeed.zero import MiCS_Init  # noqa: F401
+    with pytest.raises(ImportError, match=r"tp_model_init.*left out(.|\n)*tensor.parallel"):
+        from shardwise.deepspeed import tp_model_init  # noqa: F401
     from shardwise.deepspeed import zero
+    from shardwise.deepspeed.moe.layer import MoE
 
-    assert not hasattr(zero, "MiCS_Init") and not hasattr(zero, "nothing")
+    assert not hasattr(zero, "TiledLinear") and not hasattr(zero, "nothing")
+    assert not isinstance(nn.Linear(2, 2), MoE)
+    with pytest.raises(LeftOut, match=r"'MoE'.*left out(.|\n)*set_z3_leaf_modules"):
+        MoE(4, nn.Linear(4, 4))

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise import datasheets
-from shardwise.environment import patch_environment
+from shardwise.environment import local_rank, patch_environment
 from shardwise.errors import DeviceError
 
 CPU = torch.device("cpu")
@@ -127,12 +127,12 @@ def numbers_of_this_rank() -> tuple[list[int], int]:
 
 
 def _dealt(ranks: int) -> range:
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = local_rank()
     return range(local, count(), max(ranks, local + 1))
 
 
 def _of_rank(number: int, kind: str) -> int:
-    local, ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local, ranks = local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if max(local + 1, ranks) > number:
         raise DeviceError(
             f"this host has {max(local + 1, ranks)} ranks and {number} {kind} device{'s' * (number > 1)}",

@@ -54,6 +54,23 @@ _ACCELERATE_MODES = {
 }
 
 
+def local_rank(default: int = 0) -> int:
+    """This rank's number on its host, as whatever launched it says in ``LOCAL_RANK``.
+
+    Args:
+        default: where nobody said anything.
+
+    Raises:
+        ConfigError: the variable holds no number.
+    """
+    text = os.environ.get("LOCAL_RANK", "").strip()
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise ConfigError(f"'{text}' is not the number of a rank", where="LOCAL_RANK", fix="a number from 0 on")
+    return int(text)
+
+
 def strategy_from_environment(default: str | Strategy | None = None) -> Strategy:
     """The strategy to use: the launcher's, else the script's ``default``, else ``zero3``, in the launcher's precision.
 

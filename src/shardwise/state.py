@@ -7,7 +7,6 @@ Accelerator's steps. Made without arguments, the last two show the Accelerator t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -20,6 +19,7 @@ from shardwise import operations
 from shardwise.comm import World, init
 from shardwise.comm.world import default_device
 from shardwise.compat.dataclasses import DistributedType, InitProcessGroupKwargs
+from shardwise.environment import local_rank
 from shardwise.errors import DataError, StrategyError
 from shardwise.gradient_state import GradientState
 from shardwise.strategy import Strategy
@@ -50,7 +50,7 @@ class ProcessControl:
     @property
     def local_process_index(self) -> int:
         """This rank's number on its host."""
-        return int(os.environ.get("LOCAL_RANK", "0")) if self.num_processes > 1 else 0
+        return local_rank() if self.num_processes > 1 else 0
 
     @property
     def is_main_process(self) -> bool:

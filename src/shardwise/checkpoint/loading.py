@@ -33,6 +33,7 @@ from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.comm import World
 from shardwise.engine.state_dict import held, publish, units_of
 from shardwise.errors import CheckpointError
+from shardwise.naming import clean_name
 
 _SHOWN = 10  # differences that an error lists
 
@@ -221,7 +222,10 @@ def _differences(
         saved_names = {name[len(prefix) :] for name in stored if name.startswith(prefix)}
         mine = {**s.parameters, **s.buffers}
         names = mine.keys() | s.aliases.keys()
+        left_out = {clean_name(name) for name in common.get("left_out", {}).get(s.label, ())}
         for name, tensor in mine.items():
+            if name in left_out and not tensor.requires_grad:
+                continue
             if name not in saved_names:
                 out.append(f"{s.label}: '{name}' is not in the checkpoint")
             elif tuple(stored[prefix + name].size) != tuple(tensor.shape):

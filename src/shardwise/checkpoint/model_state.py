@@ -197,6 +197,7 @@ class ModelState:
         buffers: persistent ones by name.
         extra: owners of extra state by name.
         excluded: only names count: somebody else saves and loads its values.
+        left_out: parameters that are not saved: a load leaves them as they are.
     """
 
     label: str
@@ -206,6 +207,11 @@ class ModelState:
     aliases: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     extra: dict[str, nn.Module] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
+
+    def leave_out_frozen(self) -> None:
+        """Save the parameters that train, and no others."""
+        self.left_out = {name for name, p in self.parameters.items() if not p.requires_grad}
 
     def tensors(self, everything: bool) -> dict[str, torch.Tensor]:
         """What this rank holds, by name, aliasing the model.
@@ -217,6 +223,8 @@ class ModelState:
         if self.excluded:
             return out
         for name, p in self.parameters.items():
+            if name in self.left_out:
+                continue
             mine = held(p)
             if mine is not None and p.numel():
                 out[name] = Slices(mine.shape, mine.dtype, mine.device, mine.pieces)

@@ -188,6 +188,7 @@ class _Contents:
 
     models: Sequence[nn.Module]
     excluded: Collection[nn.Module]
+    frozen: bool
     optimizers: Sequence[Optimizer]
     state: Mapping[str, Any] | None
     rank_state: Mapping[str, Any] | None
@@ -201,6 +202,7 @@ def save(
     *,
     models: Sequence[nn.Module] = (),
     excluded: Collection[nn.Module] = (),
+    frozen: bool = True,
     optimizers: Sequence[Optimizer] = (),
     state: Mapping[str, Any] | None = None,
     rank_state: Mapping[str, Any] | None = None,
@@ -216,6 +218,7 @@ def save(
             complete; files that others put beside it there stay.
         models: sharded or not; parameters (master values), persistent buffers and extra state are saved.
         excluded: those of ``models`` whose values somebody else saves. What optimizers have of them is saved.
+        frozen: ``False``: leave parameters out that do not train. A load leaves those as they are that still do not.
         optimizers: their state and hyperparameters are saved under the names of their parameters.
         state: small state that all ranks have in common; rank 0's is written.
         rank_state: small state of this rank.
@@ -235,7 +238,7 @@ def save(
 
     Cost: each rank writes what it holds, once over all ranks, through buffers of some 40 MiB. Some small collectives.
     """
-    given = _Contents(models, excluded, optimizers, state, rank_state, info, files_from, total_limit)
+    given = _Contents(models, excluded, frozen, optimizers, state, rank_state, info, files_from, total_limit)
     settle_saves()
     workers = WorkerThreads()
     try:
@@ -253,6 +256,7 @@ def async_save(
     *,
     models: Sequence[nn.Module] = (),
     excluded: Collection[nn.Module] = (),
+    frozen: bool = True,
     optimizers: Sequence[Optimizer] = (),
     state: Mapping[str, Any] | None = None,
     rank_state: Mapping[str, Any] | None = None,
@@ -280,7 +284,7 @@ def async_save(
     Cost: the copy of values, and of state that is not in host memory; state on a disk is read for it. Host memory for
     all that this rank writes, kept for the next time.
     """
-    given = _Contents(models, excluded, optimizers, state, rank_state, info, files_from, total_limit)
+    given = _Contents(models, excluded, frozen, optimizers, state, rank_state, info, files_from, total_limit)
     settle_saves()
     background = Background.of(World.current())
     files = OutputFiles(background.buffers, None, background.plan)
@@ -300,11 +304,13 @@ def _begin(directory: str | os.PathLike[str], out: OutputFiles, given: _Contents
         for s in states:
             if not s.excluded:
                 refuse_incomplete(s.module)
+            if not given.frozen:
+                s.leave_out_frozen()
         labels = parameter_labels(states)
         steppers = [OptimizerState(i, o, labels) for i, o in enumerate(given.optimizers)]
         collected = [stepper.collect() for stepper in steppers]
         tensors = PlannedTensors(*_nest(states, steppers, [found for found, _ in collected], world.rank == 0), out.plan)
-        names = [(s.label, s.excluded, sorted(s.parameters), sorted(s.buffers)) for s in states]
+        names = [(s.label, s.excluded, sorted(s.parameters.keys() - s.left_out), sorted(s.buffers)) for s in states]
         groups = [(o.label, [s.label for s in o.entries]) for o in steppers]
         _check_json(given.info)
         directories.check_limit(given.total_limit)
@@ -405,6 +411,7 @@ def _common(
         },
         "optimizers": [{**o.plain(), "state": k} for o, k in zip(steppers, kinds, strict=True)],
         "buffers": {s.label: list(s.buffers) for s in states if not s.excluded},
+        "left_out": {s.label: sorted(s.left_out) for s in states if s.left_out},
     }
 
 
@@ -419,5 +426,7 @@ def _nest(
     for stepper, found in zip(steppers, collected, strict=True):
         nest[stepper.label] = {"state": found}
     kept = [s for s in states if not s.excluded]
-    aliases = {(s.label, alias): (s.label, name) for s in kept for alias, name in s.aliases.items()}
+    aliases = {
+        (s.label, alias): (s.label, name) for s in kept for alias, name in s.aliases.items() if name not in s.left_out
+    }
     return nest, aliases

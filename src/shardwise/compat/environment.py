@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from shardwise.environment import patch_environment
+from shardwise.environment import local_rank, patch_environment
 from shardwise.errors import ConfigError
 
 __all__ = [
@@ -27,7 +27,7 @@ _FALSE = ("n", "no", "f", "false", "off", "0")
 
 def current_local_rank() -> int:
     """This rank's number on its host, as the launcher says."""
-    return get_int_from_env(["LOCAL_RANK"], 0)
+    return local_rank()
 
 
 def str_to_bool(value: str, to_bool: bool = False) -> int | bool:

@@ -44,8 +44,8 @@ _HOME = {
     "logger": "utils",
 }
 _MODULES = (
-    "accelerator", "checkpoint", "checkpointing", "comm", "config", "monitor", "ops", "pipe", "profiling", "runtime",
-    "utils", "zero",
+    "accelerator", "checkpoint", "checkpointing", "comm", "config", "moe", "monitor", "ops", "pipe", "profiling",
+    "runtime", "utils", "zero",
 )  # fmt: skip
 __all__ = ["DeepSpeedEngine", "init_distributed", "initialize"]
 _named = importing(__name__, _HOME, _MODULES)

@@ -38,6 +38,7 @@ from torch.distributed import (
 from shardwise import comm
 from shardwise import device as devices
 from shardwise.comm.world import default_device
+from shardwise.environment import local_rank
 from shardwise.errors import CommError
 
 __all__ = [
@@ -130,7 +131,7 @@ def get_world_size(group: Any = None) -> int:
 
 def get_local_rank() -> int:
     """This rank's number on its host."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return local_rank()
 
 
 def get_global_rank(group: Any = None, group_rank: int = 0) -> int:

@@ -42,7 +42,8 @@ class Saving(Stepping):
                 ``checkpoint.tag_validation`` says.
             client_state: of the script: tensors, numbers, strings and nests of these; rank 0's is written.
             save_latest: name this one in the file ``latest``, when it is complete.
-            exclude_frozen_parameters: leave them out. Not served.
+            exclude_frozen_parameters: leave them out: whoever loads it keeps its own, as a fine-tuning run does that
+                begins with the same ones.
 
         Raises:
             CheckpointError: on every rank; what was there before still is.
@@ -50,12 +51,6 @@ class Saving(Stepping):
         with CollectiveBlock("save_checkpoint") as ranks:
             if save_dir is None or not os.fspath(save_dir):
                 raise CheckpointError("save_dir is empty", where="save_checkpoint", fix="name a folder")
-            if exclude_frozen_parameters:
-                raise LeftOut(
-                    "exclude_frozen_parameters: checkpoints hold the whole model",
-                    where="save_checkpoint",
-                    fix="leave it out; for the trained weights alone save_16bit_model(exclude_frozen_parameters=True)",
-                )
             if not isinstance(client_state, (Mapping, NoneType)):
                 raise CheckpointError(
                     f"client_state is a {type(client_state).__name__}", where="save_checkpoint", fix="give a dict"
@@ -66,6 +61,7 @@ class Saving(Stepping):
         checkpoint.save(
             folder / name,
             models=[self.module],
+            frozen=not exclude_frozen_parameters,
             optimizers=[] if self.optimizer is None else [self.optimizer.optimizer],
             state={
                 "client_state": dict(client_state or {}),

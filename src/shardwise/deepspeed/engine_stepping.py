@@ -217,6 +217,8 @@ class Stepping(Answers):
                 where="engine.step",
                 fix="engine.step(lr_kwargs={'metrics': loss}), the same number on all ranks",
             )
+        if self.facts.needs_all_gradients:
+            self._need_all_gradients()
         self.optimizer.step()
         self._steps.drop_gradients()
         skipped = self.optimizer.step_was_skipped
@@ -228,6 +230,16 @@ class Stepping(Answers):
         windows = 1.0 if self.managed_gradient_accumulation() else self._backwards / self._steps.length
         self.global_samples += round(self._train_batch * windows)
         self._backwards = self._expected = 0
+
+    def _need_all_gradients(self) -> None:
+        """What reduces leave shows the same gradients on every rank."""
+        for name, p in self.module.named_parameters():
+            if p.requires_grad and p.grad is None:
+                raise GradientError(
+                    "no backward of this window gave it a gradient, and ignore_unused_parameters is false",
+                    where=f"parameter '{name}'",
+                    fix="use it in every window, or set zero_optimization.ignore_unused_parameters to true",
+                )
 
     def _tell(self) -> None:
         every = self.steps_per_print()
@@ -245,6 +257,9 @@ class Stepping(Answers):
     def coalesce_grad_reduction(self) -> AbstractContextManager[None]:
         """Around several backwards. Gradients add up by themselves, so there is nothing to do."""
         return nullcontext()
+
+    def allreduce_gradients(self, bucket_size: int = 0) -> None:
+        """Nothing to do: gradients cross the wire as they arrive, or with the first backward behind ``no_sync``."""
 
     def _need_optimizer(self, call: str) -> None:
         if self.optimizer is None:

@@ -34,8 +34,8 @@ NAMES: dict[str, str] = {
     "replace_transformer_layer": "kernels are not put in place of layers; engine.compile() fuses them",
     "revert_transformer_layer": "kernels are not put in place of layers; engine.compile() fuses them",
     "set_autotp_mode": _PARALLEL,
-    "MiCS_Init": "use zero.Init; mics_shard_size in the configuration, or strategy='hsdp,shard_size=...'",
-    "moe": "mixtures of experts are trained like any model; experts are not spread over ranks",
+    "MoE": "use a mixture of experts of transformers or your own, with set_z3_leaf_modules on the block of experts: "
+    "experts are split like everything else, not spread over ranks",
 }
 
 

@@ -16,17 +16,16 @@ from shardwise.comm import World
 from shardwise.deepspeed.agreement import check_agreement, what_must_agree
 from shardwise.deepspeed.comm import init_distributed
 from shardwise.deepspeed.engine import DeepSpeedEngine, engine_for
+from shardwise.deepspeed.zero.leaf import LEAF, apply_leaf_config, leaf_units
 from shardwise.deepspeed_config import DsFacts, load_ds_config, read_ds_config, resolved_batch
 from shardwise.engine.build import shard
 from shardwise.engine.elementwise import check, needs_whole_tensors
 from shardwise.engine.hooks import engine_of
 from shardwise.engine.move import move
 from shardwise.engine.optimizer import attach
-from shardwise.environment import DEEPSPEED_CONFIG, strategy_from_environment
+from shardwise.environment import DEEPSPEED_CONFIG, local_rank, strategy_from_environment
 from shardwise.errors import ConfigError, OptimizerError, UnitError
 from shardwise.strategy import Strategy
-
-_LEAF = "_z3_leaf"  # marks modules that a script made leaves
 
 
 def initialize(
@@ -155,10 +154,8 @@ def _refuse_model_parallelism(mpu: Any, mesh_param: Any, ranks: int) -> None:
 
 
 def _local_rank(args: Any) -> int:
-    if "LOCAL_RANK" in os.environ:
-        return int(os.environ["LOCAL_RANK"])
     given = getattr(args, "local_rank", None)
-    return int(given) if given is not None and int(given) >= 0 else 0
+    return local_rank(int(given) if given is not None and int(given) >= 0 else 0)
 
 
 def _optimizer_of(
@@ -211,9 +208,7 @@ def _shard(model: nn.Module, optimizer: Optimizer | None, facts: DsFacts) -> Str
         if needs_whole_tensors(optimizer):
             strategy = strategy.replace(layout="tensor")
     units = None
-    if facts.leaf_modules or any(getattr(module, _LEAF, False) for module in model.modules()):
-        from shardwise.deepspeed.zero.leaf import apply_leaf_config, leaf_units
-
+    if facts.leaf_modules or any(getattr(module, LEAF, False) for module in model.modules()):
         apply_leaf_config(model, facts.leaf_modules)
         units = leaf_units(model)
     move(model, World.current().device)

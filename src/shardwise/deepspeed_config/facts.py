@@ -42,6 +42,7 @@ class DsFacts:
         pin_memory: host buffers are page-locked, where there is an accelerator.
         offload_activations: ``device`` or ``cpu``.
         leaf_modules: ``classes``, ``names`` and ``name_suffixes`` of modules that are gathered as one.
+        needs_all_gradients: a step is an error where a parameter that trains got no gradient.
         param_dtype: ``fp16``, ``bf16`` or ``None``.
         reduce_dtype: the dtype of gradients on the wire, or ``None``.
         train_batch, micro_batch, accumulation: samples of a step over all ranks, samples of a rank's micro-batch,
@@ -75,6 +76,7 @@ class DsFacts:
     offload_ratio: float = 1.0
     pin_memory: bool = True
     leaf_modules: dict[str, list[str]] = field(default_factory=dict)
+    needs_all_gradients: bool = False
     param_dtype: str | None = None
     reduce_dtype: str | None = None
     train_batch: int | None = None

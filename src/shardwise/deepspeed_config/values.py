@@ -15,6 +15,9 @@ def said(value: Any) -> bool:
     return value not in (None, AUTO, False) and value != {}
 
 
+_ON_BY_NAME = ("zenflow",)  # sections that DeepSpeed turns on when they are there, whatever they say
+
+
 def is_on(key: str, value: Any) -> bool:
     """Does the value of a key that is not served ask for it?
 
@@ -23,6 +26,8 @@ def is_on(key: str, value: Any) -> bool:
         value: a section is on if ``enabled`` says so, or else if anything in it is.
     """
     if isinstance(value, Mapping):
+        if not value:
+            return key in _ON_BY_NAME
         if "enabled" in value:
             return said(value["enabled"])
         return any(is_on(name, inner) for name, inner in value.items())

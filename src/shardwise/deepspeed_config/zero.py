@@ -40,6 +40,9 @@ def states(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "offload_ratio": ratio,
         "pin_memory": _pins(zero, where),
         "leaf_modules": _leaves(zero, where),
+        "needs_all_gradients": not flag(
+            zero.get("ignore_unused_parameters"), "zero_optimization.ignore_unused_parameters", where, default=True
+        ),
     }
 
 

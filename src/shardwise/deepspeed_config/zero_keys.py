@@ -23,7 +23,9 @@ ZERO: Table = {
     "mics_shard_size": served("hsdp: groups of so many ranks hold a copy of the states. DeepSpeed has taken it out"),
     "mics_hierarchical_params_gather": tunes("hosts of a group gather at once"),
     "contiguous_gradients": always("gradients of a unit lie end to end"),
-    "ignore_unused_parameters": always("parameters without a gradient are left alone"),
+    "ignore_unused_parameters": served(
+        "parameters without a gradient are left alone, unless false says that it is an error"
+    ),
     "gather_16bit_weights_on_model_save": _WHOLE,
     "stage3_gather_16bit_weights_on_model_save": _WHOLE,
     "stage3_gather_fp16_weights_on_model_save": _WHOLE,

@@ -28,7 +28,7 @@ from shardwise.engine.integrity import Integrity
 from shardwise.engine.mixed_precision import compute_dtype, match_inputs
 from shardwise.engine.overlaps import refuse_overlaps
 from shardwise.engine.parked import forget_parked, parked_in
-from shardwise.engine.select import UnitRule, has_forward, select_units
+from shardwise.engine.select import UnitRule, select_units
 from shardwise.engine.unit import Unit, unit_of
 from shardwise.errors import CommError, OffloadError, UnitError, UpdateFailed
 from shardwise.quantization.others import admit
@@ -214,8 +214,6 @@ def no_sync(module: nn.Module) -> Iterator[None]:
 
 
 def _check(module: nn.Module, params: Sequence[tuple[str, nn.Parameter]], chosen: Strategy) -> None:
-    if not has_forward(module):
-        raise UnitError(f"{type(module).__name__} has no forward", fix="shard the modules inside it, or their parent")
     for name, p in params:
         if _is_dtensor(p):
             raise UnitError(

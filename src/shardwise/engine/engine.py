@@ -7,7 +7,7 @@ one comes next, and gives it to :meth:`Engine.execute`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,6 +29,7 @@ from shardwise.engine.joined import start_gathers
 from shardwise.engine.passes import Call, Passes
 from shardwise.engine.residency import Pin
 from shardwise.engine.saved_tensors import SavedTensors
+from shardwise.engine.select import has_forward
 from shardwise.engine.unit import Unit
 from shardwise.errors import GradientError, UnitError
 from shardwise.strategy import Strategy
@@ -60,6 +61,7 @@ class Engine:
             own, unless it is to be trained.
         refuse_training: why a forward with gradients makes no sense; until a parent engine takes over.
         installed: hooks on the root module.
+        last_gathered: see :class:`~shardwise.engine.unit.Upward`; a forward lets go of it.
         on_copy: called with this engine, a copy of it and ``copy.deepcopy``'s memo, when the model was copied.
     """
 
@@ -72,6 +74,8 @@ class Engine:
         self._tag = mesh.new_copy_tag() if copy else mesh.new_tag()
         ahead = 1 + (strategy.offload_prefetch if strategy.offload_params != "device" else 0)
         self.forward = Forward(module, self.passes, self.world.tracker, ahead, self._begins)
+        if not has_forward(module):  # the script calls its parts
+            self.forward.starts = self.before_forward
         self.backward = Backward(
             mesh, self.passes, self.world.tracker, self.forward, self, self.op("control"), self._settings,
             self._leader,
@@ -84,6 +88,7 @@ class Engine:
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self.refuse_training: UnitError | None = None
         self.installed: list[Installed] = []
+        self.last_gathered: Unit | None = None
         self.on_copy: list[Callable[[Engine, Engine, Any], None]] = []
 
     def op(self, kind: str) -> Op:
@@ -139,6 +144,13 @@ class Engine:
         """Around code whose results autograd may save of values that go away."""
         return self.saved.hooks()
 
+    def let_go_of_last(self, but: Collection[Unit] = ()) -> None:
+        """A block of ``gathered()`` begins that needs other units, or none."""
+        last, self.last_gathered = self.last_gathered, None
+        if last is not None and last not in but:
+            last.release()
+            last.watch()
+
     def check(self) -> None:
         """Raise, or take over, where parameters are no longer the ones that were sharded."""
         if self.integrity is not None:
@@ -188,6 +200,8 @@ class Engine:
         if self.refuse_training is not None and torch.is_grad_enabled():
             raise self.refuse_training
         self.runs()
+        if self.last_gathered is not None:
+            self.let_go_of_last()
         if not self.passes.active:
             if not self.runs_alone or torch.is_grad_enabled():
                 self.check()

@@ -61,6 +61,8 @@ class Forward:
             brought from their home again.
         room: bytes of each device for all units that come and go, those that compute included: as many of the next ones
             are brought from their home as it holds. ``None``: no limit but ``ahead``.
+        starts: called when a pass begins, of a root without a forward of its own: when a part that a script calls has
+            come in the last one already.
     """
 
     def __init__(self, root: nn.Module, passes: Passes, tracker: Tracker, ahead: int, begins: Hook) -> None:
@@ -73,6 +75,7 @@ class Forward:
         self.saved: SavedTensors | None = None
         self.repeats: Callable[[int], None] | None = None
         self.room: Mapping[torch.device, int] | None = None
+        self.starts: Callable[[], None] | None = None
         self._running: list[_Running] = []  # outermost first
         self._parents: dict[int, Call] = {}  # per unit (by index), what its last forward was inside of
         self._hooks: list[AbstractContextManager[Any]] = []  # entered
@@ -99,6 +102,10 @@ class Forward:
 
     def _open(self, unit: Unit) -> None:
         self.passes.forward += 1
+        if self.passes.forward == 1 and self.starts is not None and not self.passes.backward:
+            now = self._order().now
+            if not now or unit in now:
+                self.starts()
         if self.passes.forward == 1 and self.repeats is not None:
             self.repeats(0 if unit.module is self.root else unit.index + 1)
         if self.passes.forward == 1 and self.saved is not None and torch.is_grad_enabled():

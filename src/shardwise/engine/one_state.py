@@ -122,8 +122,15 @@ def set_full_state(p: nn.Parameter, key: str, value: torch.Tensor) -> None:
 
 @torch.no_grad()
 def local_state(p: nn.Parameter, key: str) -> torch.Tensor | None:
-    """This rank's part of what the optimizer keeps for a parameter under ``key``; ``None``: nothing here."""
+    """This rank's part of what the optimizer keeps for a parameter under ``key``; ``None``: it keeps nothing there.
+
+    Empty on a rank that holds nothing of the parameter, as far as it can tell from others that it holds a part of.
+    """
     at = place_in(p)
+    if not at.bucket.piece_params[at.number]:
+        optimizer = _optimizer_of(at)
+        kept = [] if optimizer is None else [state[key] for state in optimizer.state.values() if key in state]
+        return next((joined(at, []).to(v.dtype) for v in kept if isinstance(v, torch.Tensor) and v.dim()), None)
     found = [fetch(v) if isinstance(v, torch.Tensor) and is_swapped(v) else v for v in _states(at, key)]
     if not found:
         return None

@@ -273,6 +273,11 @@ class ParkedValues:
     def _part_size(self, p: nn.Parameter) -> int:
         return -(-p.numel() // self.world.size)
 
+    def part_of(self, p: nn.Parameter) -> torch.Tensor | None:
+        """This rank's part of a parameter, ``(n,)``, padded; ``None`` where it is on a disk, or was not cut yet."""
+        place = self._places.get(id(p))
+        return place.part if place is not None and isinstance(place.part, torch.Tensor) else None
+
     def _votes(self, mine: Sequence[int]) -> list[list[int]]:
         alone = self._control.size == 1 or self.world.fake
         return [[vote] for vote in mine] if alone else votes(mine, self._control, Op("control", self.label, _WRITES))

@@ -20,9 +20,19 @@ def select_units(root: nn.Module, rule: UnitRule = None) -> list[tuple[str, nn.M
             of one class), and what else is at least half as large as a block. A model without repeated
             blocks is cut by size, into subtrees of at most an eighth of it.
 
+    A root without a forward has its parts called by the script: what can be called by itself is a unit besides.
+
     Raises:
         UnitError: the rule matches nothing.
     """
+    found = _by_rule(root, rule)
+    if has_forward(root):
+        return found
+    chosen = {id(module) for _, module in [*found, *_beside(root, "", set())]}
+    return [(name, module) for name, module in root.named_modules() if id(module) in chosen]
+
+
+def _by_rule(root: nn.Module, rule: UnitRule) -> list[tuple[str, nn.Module]]:
     if rule is None:
         return _by_default(root)
     if isinstance(rule, str):

@@ -8,7 +8,7 @@ announces what needs all ranks, and says whether values may be brought for someb
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from itertools import repeat
@@ -33,7 +33,13 @@ from shardwise.tiers.transfer import Transfer
 
 
 class Upward(Protocol):
-    """What a unit asks of the engine that owns it."""
+    """What a unit asks of the engine that owns it.
+
+    Attributes:
+        last_gathered: what a block of ``gathered()`` has left here for the next one.
+    """
+
+    last_gathered: Unit | None
 
     @property
     def in_backward(self) -> Any:
@@ -62,6 +68,9 @@ class Upward(Protocol):
 
     def check(self) -> None:
         """Raise, or take over, where parameters are no longer the ones that were sharded."""
+
+    def let_go_of_last(self, but: Collection[Unit] = ()) -> None:
+        """A block of ``gathered()`` begins that needs other units, or none."""
 
 
 class Listener(Protocol):

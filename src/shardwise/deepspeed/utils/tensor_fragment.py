@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from shardwise.engine import one_parameter, one_state
+from shardwise.engine.sharded_grad import ShardedGrad
 from shardwise.engine.unit import unit_of
 
 
@@ -35,11 +36,15 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
 def safe_get_full_grad(param: nn.Parameter) -> torch.Tensor | None:
     """The reduced gradient, in the master dtype; ``None`` if there is none.
 
+    Where a whole gradient waits on this rank, inside of ``no_sync`` or before the end of a window under stages 0 and
+    1: this rank's own sum so far.
+
     Raises:
-        GradientError: it was not reduced yet (``no_sync``), or an update in the backward has used it up.
+        GradientError: a split one was not reduced yet (``no_sync``), or an update in the backward has used it up.
     """
-    if unit_of(param) is None:
-        return None if param.grad is None else param.grad.detach().clone()
+    grad = param.grad
+    if unit_of(param) is None or (isinstance(grad, ShardedGrad) and grad.waits):
+        return None if grad is None else grad.detach().clone()
     return one_parameter.full_grad(param)
 
 

@@ -1,23 +1,13 @@
-"""Leaf modules, where DeepSpeed has them. See :mod:`shardwise.deepspeed.zero.leaf`."""
+"""Leaf modules, where DeepSpeed has them: the names of :mod:`shardwise.deepspeed.zero.leaf`."""
 
-from shardwise.deepspeed.zero.leaf import (
-    get_z3_leaf_modules,
-    set_z3_leaf_module,
-    set_z3_leaf_modules,
-    set_z3_leaf_modules_by_name,
-    set_z3_leaf_modules_by_suffix,
-    unset_z3_leaf_modules,
-    z3_leaf_module,
-    z3_leaf_parameter,
-)
+from __future__ import annotations
 
-__all__ = [
-    "get_z3_leaf_modules",
-    "set_z3_leaf_module",
-    "set_z3_leaf_modules",
-    "set_z3_leaf_modules_by_name",
-    "set_z3_leaf_modules_by_suffix",
-    "unset_z3_leaf_modules",
-    "z3_leaf_module",
-    "z3_leaf_parameter",
-]
+from typing import Any
+
+from shardwise.deepspeed.zero import leaf
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(leaf, name)

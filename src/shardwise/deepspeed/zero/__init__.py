@@ -11,13 +11,14 @@ from shardwise.lazy import importing
 if TYPE_CHECKING:
     from shardwise.deepspeed.zero.external import register_external_parameter, unregister_external_parameter
     from shardwise.deepspeed.zero.gathering import GatheredParameters, unwrap_model_for_generation
-    from shardwise.deepspeed.zero.init import Init, restore_init_context, shutdown_init_context
+    from shardwise.deepspeed.zero.init import Init, MiCS_Init, restore_init_context, shutdown_init_context
     from shardwise.deepspeed.zero.status import DeepSpeedTensorOverride, ZeroParamStatus, ZeroParamType
 
 _HOME = {
     "DeepSpeedTensorOverride": "status",
     "GatheredParameters": "gathering",
     "Init": "init",
+    "MiCS_Init": "init",
     "ZeroParamStatus": "status",
     "ZeroParamType": "status",
     "register_external_parameter": "external",
@@ -30,6 +31,7 @@ __all__ = [
     "DeepSpeedTensorOverride",
     "GatheredParameters",
     "Init",
+    "MiCS_Init",
     "ZeroParamStatus",
     "ZeroParamType",
     "register_external_parameter",

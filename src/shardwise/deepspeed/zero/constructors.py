@@ -24,10 +24,14 @@ class Constructors:
 
     Args:
         ended: is called with each.
+        missed: has a module new parameters? Asked of one that is put into another one, and of what is in it: some
+            functions, such as ``skip_init``, replace parameters behind the back of a module.
     """
 
-    def __init__(self, ended: Callable[[nn.Module], None]) -> None:
-        self._ended = ended
+    def __init__(
+        self, ended: Callable[[nn.Module], None], missed: Callable[[nn.Module], bool] = lambda module: False
+    ) -> None:
+        self._ended, self._missed = ended, missed
         self._stack = ExitStack()
         self._own: dict[Any, Any] = {}  # the __init__ that a class had itself, if it had one
         self._waiting: dict[int, nn.Module] = {}
@@ -65,6 +69,9 @@ class Constructors:
     def _added(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
         if threading.get_ident() == self._thread and child is not None:
             self._tell(child)
+            for module in child.modules():
+                if id(module) not in self._running and self._missed(module):
+                    self._ended(module)
 
     def _tell(self, module: nn.Module) -> None:
         if self._waiting.pop(id(module), None) is not None:

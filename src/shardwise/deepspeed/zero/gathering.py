@@ -32,7 +32,7 @@ class GatheredParameters:
         UnitError: values were written to without a ``modifier_rank``.
 
     A collective: every rank enters. Blocks may be nested, also around the same parameters. With the parameters come
-    the rest of their units.
+    the rest of their units, to be read; a loop with a block for each parameter gathers each unit once.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class GatheredParameters:
             sharded = [p for p in self.params if unit_of(p) is not None]
             if sharded:
                 write = self.src_rank is not None
-                stack.enter_context(gathered(sharded, write=write, source=self.src_rank or 0))
+                stack.enter_context(gathered(sharded, write=write, source=self.src_rank or 0, one_by_one=True))
             for lot in {id(lot): lot for p in self.params if (lot := parked_in(p)) is not None}.values():
                 stack.enter_context(lot.here([p for p in self.params if parked_in(p) is lot], self.src_rank))
             self._open.append(stack.pop_all())

@@ -12,7 +12,7 @@ from torch import nn
 from shardwise.comm import World
 from shardwise.deepspeed.comm import init_distributed
 from shardwise.deepspeed.zero.constructors import Constructors
-from shardwise.deepspeed.zero.probes import mark_parked
+from shardwise.deepspeed.zero.probes import mark_parked, not_marked
 from shardwise.deepspeed_config import load_ds_config, read_ds_config
 from shardwise.engine.parked import ParkedValues
 from shardwise.errors import ConfigError
@@ -93,7 +93,9 @@ class Init:
         if self.enabled and self.dtype is not None and self.dtype.is_floating_point:
             before = torch.get_default_dtype()
             torch.set_default_dtype(self.dtype)
-        constructors = Constructors(lambda module: self._parked([module])).__enter__() if outermost else None
+        constructors = (
+            Constructors(lambda module: self._parked([module]), not_marked).__enter__() if outermost else None
+        )
         self._blocks.append((constructors, before))
         return self
 
@@ -105,6 +107,8 @@ class Init:
             _open.remove(self)
         if constructors is not None:
             constructors.__exit__(*error)
+            if error[0] is None and (lot := self._lot()).useful:
+                lot.settle()  # what constructors used last
         elif self.enabled and error[0] is None and (outermost := _outermost()) is not None:
             outermost.flush()
 
@@ -124,6 +128,13 @@ class Init:
                 del _lots[old]
             _lots[key] = ParkedValues(world, self._where, self._path)
         return _lots[key]
+
+
+class MiCS_Init(Init):
+    """:class:`Init`, for a configuration with ``mics_shard_size``: ``initialize`` splits over groups of so many ranks.
+
+    While a model is built, its parts are spread over all ranks.
+    """
 
 
 def _world() -> World:

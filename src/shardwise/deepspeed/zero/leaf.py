@@ -12,13 +12,13 @@ from shardwise.engine.select import has_forward, select_units
 from shardwise.engine.unit import unit_of
 from shardwise.errors import UnitError
 
-_LEAF = "_z3_leaf"
+LEAF = "_z3_leaf"  # marks modules that a script made leaves
 Kinds = type[nn.Module] | str
 
 
 def z3_leaf_module(model: nn.Module) -> bool:
     """Is this module a leaf?"""
-    return bool(getattr(model, _LEAF, False))
+    return bool(getattr(model, LEAF, False))
 
 
 def z3_leaf_parameter(model: nn.Parameter) -> bool:
@@ -36,7 +36,7 @@ def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
     """Make this module a leaf, or none."""
     if flag:
         _refuse_late([model])
-    setattr(model, _LEAF, flag)
+    setattr(model, LEAF, flag)
 
 
 def set_z3_leaf_modules(

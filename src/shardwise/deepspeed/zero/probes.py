@@ -53,6 +53,11 @@ def mark_parked(params: Iterable[nn.Parameter]) -> None:
         _give(p)
 
 
+def not_marked(module: nn.Module) -> bool:
+    """Has a module parameters of its own, with values, that :func:`mark_parked` has not seen?"""
+    return any(p is not None and "ds_id" not in vars(p) and not p.is_meta for p in module._parameters.values())
+
+
 def _mark_copy(old: Engine, new: Engine, memo: object) -> None:
     _mark_units(new.units)
 
@@ -97,7 +102,7 @@ class _Status:
         if unit is None:
             parked = parked_in(p) is not None
             return ZeroParamStatus.NOT_AVAILABLE if parked else ZeroParamStatus.AVAILABLE
-        if unit.here:
+        if unit.here and unit.upward.last_gathered is not unit:
             return ZeroParamStatus.AVAILABLE
         coming = unit.residence.state in (Residency.GATHERING, Residency.STAGING)
         return ZeroParamStatus.INFLIGHT if coming else ZeroParamStatus.NOT_AVAILABLE
@@ -106,5 +111,24 @@ class _Status:
         vars(p)["ds_status"] = value
 
 
+class _Part:
+    """``ds_tensor`` of a guarded parameter: this rank's part, which another tensor may be by now."""
+
+    def __get__(self, p: Any, kind: Any = None) -> Any:
+        if p is None:
+            return self
+        lot = parked_in(p)
+        part = None if lot is None else lot.part_of(p)
+        if part is not None:
+            return part
+        if "ds_tensor" not in vars(p):
+            raise AttributeError(f"'{kind.__name__}' object has no attribute 'ds_tensor'")
+        return vars(p)["ds_tensor"]
+
+    def __set__(self, p: Any, value: Any) -> None:
+        vars(p)["ds_tensor"] = value
+
+
 # A guarded parameter is asked here; one whose values are there has the attribute itself.
 Guard.ds_status = _Status()  # type: ignore[attr-defined]
+Guard.ds_tensor = _Part()  # type: ignore[attr-defined]

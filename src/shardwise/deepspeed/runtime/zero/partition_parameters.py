@@ -1,4 +1,4 @@
-"""Names of ``deepspeed.zero``, where other libraries import them from."""
+"""The names of ``deepspeed.zero``, where other libraries import them from, and some that they look at."""
 
 from __future__ import annotations
 
@@ -7,24 +7,15 @@ from typing import Any
 
 import torch
 
-from shardwise.deepspeed.zero.external import register_external_parameter, unregister_external_parameter
-from shardwise.deepspeed.zero.gathering import GatheredParameters
-from shardwise.deepspeed.zero.init import Init, restore_init_context, shutdown_init_context
-from shardwise.deepspeed.zero.status import DeepSpeedTensorOverride, ZeroParamStatus, ZeroParamType
+from shardwise.deepspeed import zero
 
-__all__ = [
-    "DeepSpeedTensorOverride",
-    "GatheredParameters",
-    "Init",
-    "ZeroParamStatus",
-    "ZeroParamType",
-    "register_external_parameter",
-    "restore_init_context",
-    "shutdown_init_context",
-    "unregister_external_parameter",
-    "zero_wrapper_for_fp_tensor_constructor",
-]
 _orig_torch_arange = torch.arange  # transformers compares with it
+partitioned_param_data_shape = [0]
+"""What DeepSpeed shows as the shape of a parameter whose values are away. Here a parameter keeps its own."""
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(zero, name)
 
 
 def zero_wrapper_for_fp_tensor_constructor(
