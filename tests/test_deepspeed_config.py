@@ -136,6 +136,7 @@ def test_what_is_so_when_nothing_is_said():
         ({"zero_optimization": {"zero_quantized_weights": True}}, "use bf16"),
         ({"zero_optimization": {"zero_hpz_partition_size": 4}}, "hsdp"),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zenflow is not served"),
+        ({"zero_optimization": {"zenflow": {}}}, "zenflow is not served"),
         ({"train_batch_size": 0}, "1 or more"),
         ({"train_batch_size": 8.5}, "whole number"),
     ],
@@ -356,3 +357,32 @@ def test_the_document_has_the_table():
     text = (Path(__file__).parents[1] / "docs" / "from_deepspeed.md").read_text()
     _, _, rest = text.partition("<!-- keys: python -m shardwise.deepspeed_config.document -->\n")
     assert rest.partition("\n<!-- end of keys -->")[0] == table_of_keys(), "print the table anew"
+
+
+def test_a_section_as_an_object():
+    from shardwise.deepspeed.runtime.zero.config import DeepSpeedZeroConfig, DeepSpeedZeroOffloadOptimizerConfig
+
+    config = DeepSpeedZeroConfig(
+        stage=3,
+        cpu_offload_param=True,
+        offload_optimizer={"device": "cpu", "ratio": 0.3},
+        stage3_max_reuse_distance=5,
+        stage3_gather_fp16_weights_on_model_save=True,
+        leaf_module={"classes": "a.B"},
+    )
+    assert isinstance(config.offload_optimizer, DeepSpeedZeroOffloadOptimizerConfig)
+    assert (config.stage.name, config.offload_optimizer.ratio, config.offload_param.device.value) == (
+        "weights",
+        0.3,
+        "cpu",
+    )
+    assert (config.max_reuse_distance, config.gather_16bit_weights_on_model_save) == (5, True)
+    assert (config.leaf_module.classes, config.leaf_module.names, config.overlap_comm) == (["a.B"], [], None)
+    facts = read_ds_config({"zero_optimization": config.model_dump()})
+    assert (facts.stage, facts.offload_params, facts.offload_ratio) == (3, "cpu", 0.3)
+    assert DeepSpeedZeroConfig().offload_param is None
+    with pytest.raises(AttributeError, match="no attribute 'stge'"):
+        _ = config.stge
+    for wrong in ({"stge": 3}, {"offload_param": {"devise": "cpu"}}, {"stage": 4}, {"zenflow": {}}):
+        with pytest.raises(ConfigError, match="DeepSpeedZero"):
+            DeepSpeedZeroConfig(**wrong)

@@ -184,6 +184,27 @@ def no_sync(stage):
     return whole(engine.module)
 
 
+def leaves_some_out(stage):
+    model = make()
+    model.spare = torch.nn.Linear(3, 3)
+    config = settings(stage)
+    config["zero_optimization"]["ignore_unused_parameters"] = False
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+    before = whole(model)
+    engine.backward(loss_of(engine, batch(0, rank())))
+    with pytest.raises(GradientError, match=r"spare\.weight.*ignore_unused_parameters(.|\n)*every window"):
+        engine.step()
+    assert_same(whole(model), before)
+    engine.backward(loss_of(engine, batch(0, rank())) + model.spare(torch.ones(3)).sum())
+    engine.step()
+    assert engine.global_steps == 1
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_every_parameter_may_have_to_get_a_gradient(stage):
+    run(2, leaves_some_out, stage)
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_no_sync(stage):
     assert_close(run(2, no_sync, stage)[0], alone(2, 2, 0.5)[1])

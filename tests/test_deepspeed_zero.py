@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import shardwise
+import shardwise.deepspeed as deepspeed
 from models import PRESETS, assert_close, assert_same, batch, loss_of, make, rank, whole, world
 from ranks import run
 from shardwise.deepspeed import utils, zero
@@ -526,6 +527,50 @@ def test_a_leaf_is_one_unit(strategy):
     run(2, leaves, strategy)
 
 
+class ByRank(nn.Module):
+    """Each rank runs another part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.parts = nn.Linear(8, 8), nn.ModuleList(Expert() for _ in range(2))
+
+    def forward(self, x):
+        return self.parts[rank()](self.first(x)).square().sum()
+
+
+def by_rank(kinds):
+    torch.manual_seed(0)
+    model = ByRank()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    }
+    leaf = model if kinds is ByRank else model.parts
+    assert set_z3_leaf_modules(model, [kinds]) == [leaf]
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    assert utils.z3_leaf_parameter(model.parts[0].up.weight)
+    assert utils.z3_leaf_parameter(model.first.weight) == (kinds is ByRank)
+    for step in range(2):
+        engine.backward(engine(torch.full((2, 8), step + 1.0)))
+        engine.step()
+    return whole(model)
+
+
+def test_leaves_whose_parts_run_on_some_ranks():
+    torch.manual_seed(0)
+    plain = ByRank()
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    for step in range(2):
+        for part in plain.parts:
+            (part(plain.first(torch.full((2, 8), step + 1.0))).square().sum() / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for kinds in (nn.ModuleList, ByRank):
+        for found in run(2, by_rank, kinds):
+            assert_close(found, whole(plain))
+
+
 def test_leaves_by_name():
     model = Layers()
     assert utils.set_z3_leaf_modules(model, ["Experts"]) == [model.moe]
@@ -536,7 +581,7 @@ def test_leaves_by_name():
     )  # fmt: skip
     assert utils.set_z3_leaf_modules_by_suffix(model, [".0"])[0] == [model.moe.experts[0], model.blocks[0]]
     chosen = leaf_units(model)
-    assert {n for n, m in model.named_modules() if chosen(n, m)} == {"moe", "blocks.0", "blocks.1"}
+    assert {n for n, m in model.named_modules() if id(m) in chosen} == {"moe", "blocks.0", "blocks.1"}
     for call in (
         lambda: utils.set_z3_leaf_modules(model, ["Expertz"]),
         lambda: utils.set_z3_leaf_modules(model, [3]),

@@ -12,6 +12,7 @@ import pytest
 import processes
 from processes import Process, alive
 from shardwise import ShardwiseError, Strategy, cli, environment
+from shardwise.errors import ConfigError
 
 SRC = str(Path(__file__).parent.parent / "src")
 
@@ -351,6 +352,16 @@ def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         cli.main()
     assert end.value.code in (0, None)
     assert capsys.readouterr().out == f"shardwise {shardwise.__version__}\n"
+
+
+def test_the_number_of_a_rank_on_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert (environment.local_rank(), environment.local_rank(3)) == (0, 3)
+    monkeypatch.setenv("LOCAL_RANK", " 2")
+    assert environment.local_rank(3) == 2
+    monkeypatch.setenv("LOCAL_RANK", "one")
+    with pytest.raises(ConfigError, match="LOCAL_RANK: 'one' is not the number"):
+        environment.local_rank()
 
 
 def test_the_launchers_word_wins_over_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:

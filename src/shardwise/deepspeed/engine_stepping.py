@@ -234,7 +234,7 @@ class Stepping(Answers):
     def _need_all_gradients(self) -> None:
         """What reduces leave shows the same gradients on every rank."""
         for name, p in self.module.named_parameters():
-            if p.requires_grad and p.grad is None:
+            if p.requires_grad and p.grad is None and p.numel():
                 raise GradientError(
                     "no backward of this window gave it a gradient, and ignore_unused_parameters is false",
                     where=f"parameter '{name}'",

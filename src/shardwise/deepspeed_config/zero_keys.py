@@ -24,7 +24,8 @@ ZERO: Table = {
     "mics_hierarchical_params_gather": tunes("hosts of a group gather at once"),
     "contiguous_gradients": always("gradients of a unit lie end to end"),
     "ignore_unused_parameters": served(
-        "parameters without a gradient are left alone, unless false says that it is an error"
+        "parameters without a gradient are left alone; false: a step with one is an error",
+        accelerate=always("parameters without a gradient are left alone"),
     ),
     "gather_16bit_weights_on_model_save": _WHOLE,
     "stage3_gather_16bit_weights_on_model_save": _WHOLE,

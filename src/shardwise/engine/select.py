@@ -8,7 +8,12 @@ from torch import nn
 
 from shardwise.errors import UnitError
 
-UnitRule = str | type[nn.Module] | Iterable[type[nn.Module]] | Callable[[str, nn.Module], bool] | None
+
+class Chosen(frozenset[int]):
+    """Units that somebody has picked, by ``id`` of their modules: any of them, also none."""
+
+
+UnitRule = Chosen | str | type[nn.Module] | Iterable[type[nn.Module]] | Callable[[str, nn.Module], bool] | None
 
 
 def select_units(root: nn.Module, rule: UnitRule = None) -> list[tuple[str, nn.Module]]:
@@ -35,6 +40,8 @@ def select_units(root: nn.Module, rule: UnitRule = None) -> list[tuple[str, nn.M
 def _by_rule(root: nn.Module, rule: UnitRule) -> list[tuple[str, nn.Module]]:
     if rule is None:
         return _by_default(root)
+    if isinstance(rule, Chosen):
+        return [(name, module) for name, module in root.named_modules() if module is not root and id(module) in rule]
     if isinstance(rule, str):
         wanted = rule
         found = _outermost_all(root, lambda n, m: type(m).__name__ == wanted)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.engine.parked import parked_in
-from shardwise.engine.select import has_forward, select_units
+from shardwise.engine.select import Chosen, has_forward, select_units
 from shardwise.engine.unit import unit_of
 from shardwise.errors import UnitError
 
@@ -24,7 +24,10 @@ def z3_leaf_module(model: nn.Module) -> bool:
 def z3_leaf_parameter(model: nn.Parameter) -> bool:
     """Does a parameter of a sharded model belong to a leaf?"""
     unit = unit_of(model)
-    return unit is not None and z3_leaf_module(unit.module)
+    if unit is None:
+        return False
+    inside = [m for m in unit.module.modules() if z3_leaf_module(m)]
+    return unit.module in inside or any(p is model for m in inside for p in m.parameters())
 
 
 def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
@@ -94,18 +97,19 @@ def apply_leaf_config(model: nn.Module, section: Mapping[str, Any] | None) -> li
     return list(dict.fromkeys(found))
 
 
-def leaf_units(model: nn.Module) -> Callable[[str, nn.Module], bool] | None:
-    """``units=`` of ``fully_shard`` for a model with leaves: the default, with each leaf a unit and none inside it.
+def leaf_units(model: nn.Module) -> Chosen | None:
+    """Units of a model with leaves: the default, with each leaf a unit and none inside it.
 
-    ``None`` where there are none.
+    A leaf without a forward, such as a ``ModuleList`` of experts, belongs to the unit around it. ``None`` where there
+    are no leaves.
     """
-    leaves = [m for m in get_z3_leaf_modules(model) if m is not model and next(m.parameters(), None) is not None]
-    outer = [m for m in leaves if has_forward(m) and not any(m is not o and _is_in(m, o) for o in leaves)]
+    leaves = [m for m in get_z3_leaf_modules(model) if next(m.parameters(), None) is not None]
+    outer = [m for m in leaves if not any(m is not o and _is_in(m, o) for o in leaves)]
     if not outer:
         return None
-    inside = {id(m) for leaf in outer for m in leaf.modules() if m is not leaf}
-    chosen = {id(m) for _, m in select_units(model) if id(m) not in inside} | {id(m) for m in outer}
-    return lambda name, module: id(module) in chosen
+    inside = {id(m) for leaf in outer for m in leaf.modules()}
+    wanted = [id(m) for _, m in select_units(model) if id(m) not in inside]
+    return Chosen(wanted + [id(m) for m in outer if has_forward(m)])
 
 
 def _is_in(module: nn.Module, other: nn.Module) -> bool:
