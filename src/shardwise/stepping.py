@@ -347,9 +347,11 @@ class Steps:
 
     def _scale_loose(self, factor: float) -> None:
         """Parameters that an optimizer holds but no engine: plain gradients of this rank."""
+        if factor == 1.0:
+            return
         loose = {id(p): p for o in self.optimizers for p in o.parameters() if unit_of(p) is None}
         grads = [p.grad for p in loose.values() if p.grad is not None]
-        if factor != 1.0 and grads:
+        if grads:
             torch._foreach_mul_(grads, factor)
 
     # --- what there is -----------------------------------------------------------------------

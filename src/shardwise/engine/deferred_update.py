@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from shardwise import device as devices
 from shardwise import events
 from shardwise.engine.bucket import Bucket
+from shardwise.engine.elementwise import step_class
 from shardwise.engine.offload import OptimizerShard, Pieces, pieces_of, settings_of, update
 from shardwise.tiers.home import Home
 from shardwise.tiers.planned import without_values
@@ -195,8 +196,11 @@ def snapshot(optimizer: Optimizer) -> Optimizer:
 
 
 def is_plain(optimizer: Optimizer) -> bool:
-    """Is a step nothing but its effect on pieces and their state? So it is for torch's own, not scaled by a scaler."""
-    own = type(optimizer).__module__.startswith("torch.optim.")
+    """Is a step nothing but its effect on pieces and their state? So it is for torch's own, not scaled by a scaler.
+
+    And for ours, under the names of another library. A class that only has other arguments steps as its base does.
+    """
+    own = step_class(optimizer).__module__.startswith(("torch.optim.", "shardwise."))
     return own and getattr(optimizer, "grad_scale", None) is None and getattr(optimizer, "found_inf", None) is None
 
 

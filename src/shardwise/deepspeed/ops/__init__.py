@@ -6,11 +6,11 @@ from typing import Any
 
 from shardwise.lazy import importing
 
-_MODULES = ("adagrad", "adam", "lamb", "lion", "muon", "op_builder")
+_MODULES = ("adagrad", "adam", "aio", "lamb", "lion", "muon", "op_builder")
 _HOMES = {"build_optimizer": "building"}
 
 _named = importing(__name__, _HOMES, _MODULES)
-__all__ = ["adagrad", "adam", "build_optimizer", "lamb", "lion", "muon", "op_builder"]
+__all__ = ["adagrad", "adam", "aio", "build_optimizer", "lamb", "lion", "muon", "op_builder"]
 
 
 def __getattr__(name: str) -> Any:
