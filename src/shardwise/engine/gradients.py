@@ -87,8 +87,13 @@ class Gradients:
         """Are there any reduced ones?"""
         return self.reduced is not None
 
-    def open(self) -> torch.Tensor:
-        """The reduced gradients; zeros if there are none yet."""
+    def open(self, *, zeros: bool = True) -> torch.Tensor:
+        """The reduced gradients; zeros if there are none yet.
+
+        Args:
+            zeros: ``False``: all of them are written to next, so new memory stays as it is: to touch it once more costs
+                a few per cent of a step.
+        """
         self.bucket.finish_update()
         if self._crossing is not None:
             self._land()
@@ -102,7 +107,9 @@ class Gradients:
                 self.reduced = b.empty(n, b.master_dtype, on_host=True).zero_()
                 b.ledger.adopt(self.reduced, "gradients")
             else:
-                self.reduced = b.ledger.empty(n, b.master_dtype, b.device, "gradients").zero_()
+                self.reduced = b.ledger.empty(n, b.master_dtype, b.device, "gradients")
+                if zeros:
+                    self.reduced.zero_()
             origin = b.held.start if self.split else 0
             if not self.shows_handles:
                 self._shown = None  # handles of what was spent
@@ -386,7 +393,7 @@ class Gradients:
         if self.states.any_reduced or self.on_host:
             self._merge = b.ledger.empty(b.held.stop - b.held.start, b.master_dtype, b.device, "gather_buffers")
             return self._merge
-        return self.held()
+        return self.open(zeros=False) if self.split else self.held()
 
     @property
     def stays(self) -> bool:

@@ -41,7 +41,7 @@ class OwnGradients(Gradients):
     def there(self) -> bool:
         return any(p.grad is not None for p in self.bucket.params)
 
-    def open(self) -> torch.Tensor:
+    def open(self, *, zeros: bool = True) -> torch.Tensor:
         """A copy of all of them in a flat buffer."""
         out = torch.zeros(self.bucket.layout.numel, dtype=self.bucket.master_dtype, device=self.bucket.device)
         for p, slot in zip(self.bucket.params, self.bucket.layout.slots, strict=True):
