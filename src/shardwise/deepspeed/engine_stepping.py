@@ -64,7 +64,7 @@ class Stepping(Answers):
             scale_wrt_gas: divide by :meth:`gradient_accumulation_steps`.
 
         Returns:
-            The loss, divided like that.
+            The loss, divided like that, in its own dtype.
 
         Raises:
             GradientError: it is no number that has a gradient.
@@ -80,7 +80,7 @@ class Stepping(Answers):
         self._backwards += 1
         part = wide / length if scale_wrt_gas and length > 1 else wide
         self.reports.loss(part)
-        return part
+        return part.to(loss.dtype)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """A loss to call ``backward()`` on: scaled in fp16, and as it is in other precisions.

@@ -69,6 +69,10 @@ class DeepSpeedOptimizer(AcceleratedOptimizer):
     def dynamic_loss_scale(self) -> bool:
         return self.loss_scaler is not None and self.loss_scaler.dynamic
 
+    def needs_scaler(self) -> bool:
+        """Losses have to be scaled before their backward: ``engine.backward`` does it, or ``engine.scale``."""
+        return self.loss_scaler is not None
+
     @property
     def overflow(self) -> bool:
         """The last step was skipped."""
