@@ -190,6 +190,24 @@ def test_what_cannot_be_says_so(strategy):
     run(2, refused, strategy)
 
 
+def partly_frozen(strategy):
+    model = make()
+    model.norm.requires_grad_(False)
+    shardwise.fully_shard(model, strategy=strategy)
+    optimizer = adamw(model.parameters())
+    loss_of(model, batch(0, rank())).backward()
+    optimizer.step()
+    for p in model.parameters():
+        found = utils.safe_get_local_optimizer_state(p, "exp_avg")
+        held = utils.safe_get_local_fp32_param(p)
+        assert (found is None) == (not p.requires_grad)
+        assert found is None or found.shape == held.shape
+
+
+def test_state_of_what_trains_only():
+    run(2, partly_frozen, "zero3")
+
+
 # --- logs, marks, memory, devices -----------------------------------------------------------------
 class Kept(logging.Handler):
     """Keeps what the logger says while the block is open."""

@@ -128,7 +128,7 @@ def local_state(p: nn.Parameter, key: str) -> torch.Tensor | None:
     """
     at = place_in(p)
     if not at.bucket.piece_params[at.number]:
-        optimizer = _optimizer_of(at)
+        optimizer = _optimizer_of(at) if p.requires_grad else None
         kept = [] if optimizer is None else [state[key] for state in optimizer.state.values() if key in state]
         return next((joined(at, []).to(v.dtype) for v in kept if isinstance(v, torch.Tensor) and v.dim()), None)
     found = [fetch(v) if isinstance(v, torch.Tensor) and is_swapped(v) else v for v in _states(at, key)]
