@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import processes
+from models import assert_close
 from ranks import run
+from shardwise import checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def example(name, *arguments):
     """Run an example's ``main`` in this process."""
+    return of_example(name, "main")(list(arguments))
+
+
+def of_example(name, what):
+    """Something that an example has."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # whose classes can be pickled
         spec.loader.exec_module(module)
-        return module.main(list(arguments))
+        return getattr(module, what)
     finally:
         sys.path.remove(str(EXAMPLES))
 
@@ -192,3 +202,65 @@ def test_diffusers_unet(tmp_path):
     first, last = everywhere(2, "diffusers_unet", "--save", str(tmp_path))
     assert last < 0.7 * first
     assert diffusers.DDPMPipeline.from_pretrained(tmp_path).unet.config.sample_size == 8
+
+
+needs_lightning = pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
+
+
+@needs_lightning
+@sizes
+def test_lightning_module(size, tmp_path):
+    arguments = ["--devices", str(size), "--folder", str(tmp_path)]
+    assert run(size, example, "lightning_module", *arguments)[0] > 0.7
+    assert (tmp_path / "best.pt").is_file() and (tmp_path / "last.ckpt").is_dir()
+
+
+@needs_lightning
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["popen", "fork", "launch"])
+def test_lightning_module_with_each_launcher(how, tmp_path):
+    script = [str(EXAMPLES / "lightning_module.py"), "--folder", str(tmp_path), "--strategy", "zero2", "--epochs", "2"]
+    command = [*script, "--devices", "2", "--start-method", how]
+    if how == "launch":
+        command = ["-m", "shardwise", "launch", "--nproc", "2", "--cpu", "--strategy", "zero3", *script]
+    code, out, err = processes.program(*command).finish()
+    assert code == 0, err
+    assert "on 2 ranks" in out
+    assert checkpoint.read_manifest(tmp_path / "last.ckpt").world_size == 2
+    command[command.index("2", command.index("--epochs"))] = "4"
+    code, out, err = processes.program(*command, "--resume", "last").finish()
+    assert code == 0, err
+    assert "Restoring states from the checkpoint" in err and "on 2 ranks" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_ray_train(tmp_path):
+    """A worker dies; the numbers are those of one plain process in which nobody did."""
+    name = "ray_train"
+    command = [EXAMPLES / f"{name}.py", "--folder", tmp_path, "--epochs", "4", "--kill-in", "2"]
+    quiet = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    code, out, err = processes.program(*command, environment=quiet).finish(timeout=500)
+    assert code == 0, err
+    assert (tmp_path / "killed").exists() and "epoch 3," in out
+    folder = out[out.index("epoch 3,") :].split()[-1]
+    assert checkpoint.verify(folder).world_size == 2
+    sharded, plain = (of_example("toy", "Classifier")() for _ in range(2))
+    checkpoint.load_model(sharded, folder)
+    train_alone_on_spirals(plain, 4)
+    assert_close(sharded.state_dict(), plain.state_dict())
+
+
+def train_alone_on_spirals(model, epochs):
+    """What the workers of ``ray_train`` do together."""
+    torch.manual_seed(0)
+    model.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    points, arms = of_example("toy", "spirals")(480).tensors
+    for epoch in range(epochs):
+        order = torch.randperm(480, generator=torch.Generator().manual_seed(epoch))
+        for rows in order.split(32):
+            torch.nn.functional.cross_entropy(model(points[rows]), arms[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()

@@ -29,7 +29,7 @@ FLOORS = [
     ["report"],
     ["compat"],  # from here on: the door that looks like Accelerate's
     ["utils", "state", "tracking", "hooks", "big_modeling"],
-    ["accelerator", "joining", "local_sgd", "deepspeed"],
+    ["accelerator", "joining", "local_sgd", "deepspeed", "lightning", "ray"],
     ["transformers", "aliases"],
     ["__init__"],
     ["cli", "launchers", "__main__"],

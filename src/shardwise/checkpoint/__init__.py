@@ -43,6 +43,8 @@ raise. All errors are :class:`~shardwise.errors.CheckpointError` and name the fi
 ``export(path, directory, ...)``         any checkpoint's weights as safetensors files, without a model. One process
 ``compare(a, b, ...)``                   what differs between two checkpoints, tensor by tensor. One process
 ``full_state_dict(model, ...)``          collective; whole tensors on the CPU, on every rank or rank 0 only
+``full_optimizer_state(optimizer)``      collective; likewise, as plain torch optimizers write it
+``load_full_optimizer_state(o, state)``  the way back, and from plain torch: each rank takes its part
 =======================================  =====================================================================
 
 What goes into ``state`` and ``rank_state``: tensors, numbers, strings, bytes, NumPy arrays and numbers, and dicts,
@@ -93,6 +95,7 @@ if TYPE_CHECKING:  # torch.distributed.checkpoint takes most of a second to impo
     from shardwise.checkpoint.model_saving import full_state_dict, save_model
     from shardwise.checkpoint.saving import AsyncSave, async_save, save, settle_saves, wait_for_saves
     from shardwise.checkpoint.small_state import rng_state, set_rng_state
+    from shardwise.checkpoint.whole_optimizer import full_optimizer_state, load_full_optimizer_state
 
 _HOME = {
     "AsyncSave": "saving",
@@ -104,9 +107,11 @@ _HOME = {
     "export": "conversion",
     "export_deepspeed": "deepspeed_export",
     "find": "directory",
+    "full_optimizer_state": "whole_optimizer",
     "full_state_dict": "model_saving",
     "latest": "directory",
     "load": "loading",
+    "load_full_optimizer_state": "whole_optimizer",
     "load_model": "model_loading",
     "next_path": "directory",
     "prune": "directory",
@@ -129,9 +134,11 @@ __all__ = [
     "export",
     "export_deepspeed",
     "find",
+    "full_optimizer_state",
     "full_state_dict",
     "latest",
     "load",
+    "load_full_optimizer_state",
     "load_model",
     "next_path",
     "prune",

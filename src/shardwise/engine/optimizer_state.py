@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -174,13 +174,30 @@ def cut_existing(optimizer: Optimizer) -> None:
                     where=f"parameter '{bucket.names[index]}'",
                     fix="call shardwise.attach(optimizer) before optimizer.load_state_dict(...)",
                 )
-            for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):
-                optimizer.state[piece] = {
-                    k: v.reshape(-1)[lo:hi].to(piece.device, copy=True).view(piece.shape)
-                    if isinstance(v, torch.Tensor) and v.shape == p.shape and k not in PER_PARAMETER
-                    else (v.clone() if isinstance(v, torch.Tensor) else v)
-                    for k, v in old.items()
-                }
+            for piece, values in cut(place, p, old):
+                assert values is not None
+                optimizer.state[piece] = values
+
+
+def cut(
+    place: tuple[Bucket, int], p: torch.Tensor, state: Mapping[str, Any] | None
+) -> list[tuple[torch.Tensor, dict[str, Any] | None]]:
+    """What an optimizer keeps for a whole parameter, for each piece that this rank holds; ``None``: nothing."""
+    bucket, index = place
+    out: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
+    for piece, (lo, hi) in zip(bucket.piece_params[index], bucket.ranges(index), strict=True):
+        mine = (
+            None
+            if state is None
+            else {
+                k: v.reshape(-1)[lo:hi].to(piece.device, copy=True).view(piece.shape)
+                if isinstance(v, torch.Tensor) and v.shape == p.shape and k not in PER_PARAMETER
+                else (v.clone() if isinstance(v, torch.Tensor) else v)
+                for k, v in state.items()
+            }
+        )
+        out.append((piece, mine))
+    return out
 
 
 # --- the ledger ------------------------------------------------------------------------------------------
