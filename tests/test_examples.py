@@ -208,7 +208,7 @@ needs_lightning = pytest.mark.skipif(importlib.util.find_spec("lightning") is No
 
 
 @needs_lightning
-@sizes
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_lightning_module(size, tmp_path):
     arguments = ["--devices", str(size), "--folder", str(tmp_path)]
     assert run(size, example, "lightning_module", *arguments)[0] > 0.7

@@ -43,7 +43,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = pytest.mark.slow  # beside a shorter form of the same
+
+
+@pytest.mark.parametrize("case", ["plain", "accumulated and clipped", pytest.param("clipped by value", marks=SLOW)])
 def test_numbers_are_those_of_one_process(case, tmp_path):
     settings, plain = CASES[case]
     expected, first = oracle.train(**plain), None
@@ -92,7 +95,7 @@ def precisions(strategy: str, folder: str, which: str) -> Any:
     return models.fit(strategy, 2, folder, **settings)
 
 
-@pytest.mark.parametrize("which", ["bf16-mixed", "bf16-true", "16-mixed"])
+@pytest.mark.parametrize("which", ["bf16-mixed", pytest.param("bf16-true", marks=SLOW), "16-mixed"])
 def test_precisions(which, tmp_path):
     expected, first = oracle.train(dtype=torch.bfloat16), None
     for strategy in PRESETS:
@@ -234,7 +237,7 @@ def test_fabric(tmp_path):
         assert reduces[0] == 0 and reduces[1] == reduces[2] > 0
 
 
-@pytest.mark.parametrize("kind", ["sharded", "full"])
+@pytest.mark.parametrize("kind", ["sharded", pytest.param("full", marks=SLOW)])
 def test_fabric_goes_on(kind, tmp_path):
     (weights, _), _ = run(2, of_fabric, "zero3", 2, 1, str(tmp_path), kind)
     assert (tmp_path / "step_6").is_dir() == (kind == "sharded")
