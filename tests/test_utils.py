@@ -723,7 +723,7 @@ def test_other_libraries_plugins_are_told_by_their_fields():
     ds = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}, "steps_per_print": float("inf")})
     assert strategy_of_plugin(ds) == (Strategy("zero3"), None)
     assert strategy_of_plugin(FSDP(sharding_strategy="NO_SHARD")) == (Strategy("ddp"), None)
-    with pytest.raises(ConfigError, match="int"):
+    with pytest.raises(StrategyError, match="int"):
         strategy_of_plugin(3)
 
 
