@@ -148,13 +148,20 @@ def _attempt(call: Callable[[], Any]) -> tuple[bool, Any]:
     return False, None
 
 
+def _backend_of(world: World) -> str:
+    """What the process group was made with. Others compare it with "gloo", so the same in other words would not do."""
+    name = str(dist.get_backend(world.default_pg))
+    several = name == "undefined"  # one for each type of device
+    return str(dist.get_backend_config(world.default_pg)) if several else name
+
+
 class _Vote:
     """The ranks' word about one attempt, over the rendezvous store: process groups may be broken by then."""
 
     def __init__(self, world: World) -> None:
         self.rank, self.size, self.device = world.rank, world.size, world.device
         self.faults = world.faults
-        self.backend = str(dist.get_backend_config(world.default_pg))
+        self.backend = _backend_of(world)
         self.store = dist.distributed_c10d._get_default_store()
         # Every rank counts its own attempts, and all make them in one order.
         self.name = f"shardwise/attempt/{self.store.add(f'shardwise/attempts/{self.rank}', 1)}"
