@@ -20,6 +20,8 @@ what, strategy, culprit, timeout = sys.argv[1], sys.argv[2], int(sys.argv[3]), s
 rank = int(os.environ["RANK"])
 torch.set_num_threads(1)
 shardwise.init("cpu")
+if what == "diverge":
+    shardwise.comm.faults._STUCK_S = 2.0
 first = shardwise.fully_shard(make(), strategy=strategy + ",timeout=100", units=Block)
 loss_of(first, batch(0, rank)).backward()  # what is slow once is slow here, where nobody loses patience
 model = shardwise.fully_shard(make(), strategy=strategy + f",timeout={timeout}", units=Block)
@@ -120,6 +122,9 @@ def test_ranks_in_different_branches_under_zero3(scenario: str, outcome: Outcome
     report = next(e for e in errors if "shardwise report" in e)
     assert "did not complete within its timeout" in report or "lost its connection" in report
     assert "unit 'blocks.1'" in report and "unit 'blocks.2'" in report, "names both sides"
+    early = errors[0].split("all ranks have waited for 2 s, for different things:")
+    assert len(early) == 2 and "shardwise report" not in early[0], "rank 0 says it once, before anything has ended"
+    assert re.match(r"\n  rank 0: gather of unit .*\n  rank 1: gather of unit .*\n  fix: ", early[1])
 
 
 @pytest.mark.parametrize("scenario", ["hang-1 zero3"])

@@ -3,7 +3,9 @@
 Ranks tell each other through the rendezvous store, beside the process groups, because a process group is
 exactly what has broken by then. A rank that has waited for more than a second writes down what it waits
 for; a rank that dies of an exception writes down why before its connections close. Whoever's collective
-then fails reads all of it and raises one report; one rank is elected to print it.
+then fails reads all of it and raises one report; one rank is elected to print it. Ranks that wait for each other would
+learn that at the end of a timeout only, so rank 0 says it in time when all wait, and for different things. That is no
+proof, for messages may be slow: nothing is ended.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from shardwise.errors import CommError, RankFailed, ShardwiseError
 from shardwise.events import failing
 
 _QUIET_S = 1.0  # a wait shorter than this is not worth telling the others
+_STUCK_S = 30.0  # when all ranks have waited for so long, for different things, one of them says so
 _GRACE_S = 3.0  # how long a failing collective waits for the other ranks' words
 _EXIT_S = 20.0  # after a failure was printed, the interpreter has this long to end
 
@@ -59,6 +62,7 @@ class Faults:
         self._stopped = threading.Event()
         self.failed = False  # this rank is ending with an error
         self.speaks = True  # this rank prints the report of a broken collective, for all
+        self._said = False  # that the ranks wait for different things
         self._elsewhere = False  # another rank does: seen while waiting, for the case that the store ends with it
         self._store: Any = None
         self._thread: threading.Thread | None = None
@@ -98,20 +102,39 @@ class Faults:
 
     # --- telling ---------------------------------------------------------------------------
     def _watch(self, store: Any) -> None:
-        told = ""
+        told = stuck = ""
         while not self._stopped.wait(_QUIET_S / 2):
             waiting = self.tracker.waiting
-            late = waiting is not None and time.perf_counter() - waiting[2] > _QUIET_S
-            if not late and not told:
+            since = 0.0 if waiting is None else time.perf_counter() - waiting[2]
+            if since <= _QUIET_S and not told:
                 continue
-            text = str(self.tracker) if late else ""
+            text = str(self.tracker) if since > _QUIET_S else ""
+            now = f"{waiting[0]} over ranks {list(waiting[1])}" if waiting and since > _STUCK_S else ""
             try:
                 self._elsewhere = self._elsewhere or store.check(["reporter"])
                 if text != told:
                     store.set(f"status/{self.rank}", text)
+                if now != stuck:
+                    store.set(f"stuck/{self.rank}", now)
+                    self._said = False
+                if now and self.rank == 0 and not self._said:
+                    self._say_stuck(store)
             except RuntimeError:  # the store's host has ended; nobody is left to tell
                 return
-            told = text
+            told, stuck = text, now
+
+    def _say_stuck(self, store: Any) -> None:
+        """If all ranks wait, and for different things, say so."""
+        keys = [f"stuck/{rank}" for rank in range(self.size)]
+        if not store.check(keys):
+            return
+        found = [store.get(key).decode() for key in keys]
+        if all(found) and len(set(found)) > 1:
+            self._said = True
+            lines = [f"  rank {rank}: {text}" for rank, text in enumerate(found)]
+            head = f"\nshardwise: all ranks have waited for {_STUCK_S:.0f} s, for different things:"
+            end = "  fix: all ranks must make the same calls; this run ends at its timeout unless it goes on"
+            print("\n".join([head, *lines, end]), file=sys.stderr, flush=True)
 
     def publish_failure(self, error: BaseException) -> None:
         """Write down why this rank ends, before its connections close."""
