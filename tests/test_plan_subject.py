@@ -143,9 +143,15 @@ def test_moving_keeps_ties_layouts_and_buffers():
 
 
 def test_a_plan_leaves_this_process_its_device():
-    use_planned_device()
+    device = use_planned_device()
+    with as_on(device):
+        assert torch.accelerator.is_available()
     assert accelerator() != "planned" and default_device().type != "planned"
     clear_device_cache()
+    # What torch itself asks for an accelerator: a loader that pins for it, a module that copies itself to all of them.
+    loader = torch.utils.data.DataLoader([torch.ones(2)], pin_memory=True)
+    assert next(iter(loader)).sum() == 2
+    assert nn.DataParallel(nn.Linear(2, 2))(torch.ones(1, 2)).shape == (1, 2)
 
 
 def test_adapters_are_what_trains():

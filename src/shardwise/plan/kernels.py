@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
 from shardwise.plan.planned_autocast import arguments, autocast_as_on, use_autocast
-from shardwise.plan.planned_device import NAME, PLANNED_TENSORS, Instead
+from shardwise.plan.planned_device import NAME, PLANNED_TENSORS, Instead, planning
 
 _GROUPED: Any = getattr(torch, "_grouped_mm", None)  # what F.grouped_mm calls
 _FLASH_HEAD = 256
@@ -40,7 +40,7 @@ def as_on(device: torch.device) -> Iterator[None]:
             yield
         return
     use_autocast(NAME)
-    with _Computing(_EVERYWHERE | PLANNED_TENSORS | _FUSED), autocast_as_on(device):
+    with planning(), _Computing(_EVERYWHERE | PLANNED_TENSORS | _FUSED), autocast_as_on(device):
         yield
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +46,19 @@ def use_planned_device() -> torch.device:
     return torch.device(NAME, 0)
 
 
+_planning: list[None] = []  # an entry for each block under way
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """A block in which the planned device is available."""
+    _planning.append(None)
+    try:
+        yield
+    finally:
+        _planning.pop()
+
+
 class _Stream:
     """Of a device that does nothing: all that it was told is done."""
 
@@ -66,7 +79,9 @@ class _Module:
         return True
 
     def is_available(self) -> bool:
-        return True
+        # To a model that is being planned it is. To all else that this process does afterwards, such as a loader that
+        # pins memory for whatever accelerator there is, it must not be: it has neither memory nor kernels.
+        return bool(_planning)
 
     def current_device(self) -> int:
         return 0
