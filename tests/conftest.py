@@ -38,9 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_process_is_left_behind() -> Iterator[None]:
+def _nothing_is_left_behind() -> Iterator[None]:
     yield
     processes.end_all()
+    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+        # A function that stands for a single rank has run in this process. The next test begins as a script does.
+        sys.modules["torch.distributed"].destroy_process_group()
 
 
 @pytest.fixture(scope="session")

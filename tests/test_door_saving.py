@@ -12,7 +12,6 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.utils.data import DataLoader, TensorDataset
 
-import processes
 import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
@@ -243,32 +242,3 @@ def test_a_manifest_is_json(tmp_path):
     body = json.loads((tmp_path / "a" / "shardwise.json").read_text())["shardwise"]
     facts = {"dataset": "TensorDataset", "length": len(loader), "inside": False, "reading": False}
     assert body["info"]["accelerator"]["loaders"] == [facts]
-
-
-# --- on one rank only -----------------------------------------------------------------------------
-ONE_RANK = """
-import sys
-from datetime import timedelta
-from models import make
-from shardwise import Accelerator
-from shardwise.utils import InitProcessGroupKwargs
-
-patience = InitProcessGroupKwargs(timeout=timedelta(seconds=float(sys.argv[2])))
-accelerator = Accelerator(cpu=True, strategy="zero2", kwargs_handlers=[patience])
-model = accelerator.prepare(make(0))
-if accelerator.is_main_process:
-    accelerator.save_state(sys.argv[1])
-accelerator.wait_for_everyone()
-"""
-
-
-def test_saving_on_the_main_process_only_is_named(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text(ONE_RANK)
-    ranks = processes.ranks_of_a_script(path, 2, tmp_path / "a", 5)
-    for process in ranks:
-        processes.keep(process)
-    code, _, err = ranks[0].finish()
-    ranks[1].kill()
-    assert code == 1 and "rank 0 was waiting for call of save_state" in err
-    assert "call save_state on every rank, not only on the main process" in err

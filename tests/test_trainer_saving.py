@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from models import rank
 from ranks import everywhere, run
+from shardwise import checkpoint
 from slowly import slow
 
 pytest.importorskip("accelerate")
@@ -60,6 +65,118 @@ def test_going_on_under_another_strategy_on_other_ranks(tmp_path, before, after,
     for found, end in everywhere(ranks, resumed, str(tmp_path), after, 8 // ranks, "checkpoint-2"):
         assert found == pytest.approx(losses, rel=1e-5)
         same(end, values, exact=False)
+
+
+def left_by_a_plain_trainer(folder):
+    """The same run by transformers' own Trainer, one process on its own."""
+    import transformers
+
+    import trainer_models as tm
+
+    settings = SAVING | {"gradient_accumulation_steps": 8}
+    made = tm.trainer(folder, tm.data(20), make=plain_trainer, **settings)
+    assert type(made) is transformers.Trainer
+    made.train()
+    return tm.history(made), tm.values(made.model)
+
+
+def plain_trainer(model, arguments, **kwargs):
+    import transformers
+
+    ours = {f.name for f in dataclasses.fields(type(arguments))} - {
+        f.name for f in dataclasses.fields(transformers.TrainingArguments)
+    }
+    settings = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments) if f.init}
+    settings = {name: value for name, value in settings.items() if name not in ours}
+    return transformers.Trainer(model, transformers.TrainingArguments(**settings), **kwargs)
+
+
+@pytest.mark.parametrize("strategy", [slow("ddp"), slow("zero1"), slow("zero2"), "zero3"])
+def test_going_on_where_a_plain_trainer_ended(tmp_path, strategy):
+    (losses, values) = run(1, left_by_a_plain_trainer, str(tmp_path), fresh=True)[0]
+    assert (tmp_path / "checkpoint-4" / "optimizer.pt").is_file()
+    for found, end in run(2, resumed, str(tmp_path), strategy, 4, "checkpoint-4"):
+        assert found == pytest.approx(losses, rel=1e-5)
+        same(end, values, exact=False)
+
+
+def left_by_deepspeed(folder, strategy):
+    """A run whose checkpoints have what DeepSpeed would have written there."""
+    import transformers
+
+    import trainer_models as tm
+
+    class Writes(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            at = Path(folder) / f"checkpoint-{state.global_step}"
+            checkpoint.save(
+                at / "both", models=[made.model], optimizers=[made.optimizer.optimizer], progress=False,
+                info={"step": state.global_step}, state={"scheduler": made.lr_scheduler.state_dict()},
+            )  # fmt: skip
+            if rank() == 0:
+                checkpoint.export_deepspeed(at / "both", at, stage=2, ranks=3, progress=False)
+                for name in ("both", "optimizer"):
+                    shutil.rmtree(at / name)
+                for name in ("model.safetensors", "scheduler.pt"):
+                    (at / name).unlink()
+
+    made = tm.trainer(
+        folder, tm.data(20), strategy=strategy, gradient_accumulation_steps=4, callbacks=[Writes()], **SAVING
+    )
+    made.train()
+    return tm.history(made), tm.values(made.model)
+
+
+@pytest.mark.parametrize("strategy", [slow("ddp"), "zero3"])
+def test_going_on_where_deepspeed_ended(tmp_path, strategy):
+    (losses, values), _ = run(2, left_by_deepspeed, str(tmp_path), "zero1")
+    assert {p.name for p in (tmp_path / "checkpoint-4").iterdir()} >= {"latest", "global_step4"}
+    for found, end in run(2, resumed, str(tmp_path), strategy, 4, "checkpoint-4"):
+        assert found == pytest.approx(losses, rel=1e-5)
+        same(end, values, exact=False)
+
+
+def refused(folder):
+    import trainer_models as tm
+    from shardwise.errors import CheckpointError
+
+    said = []
+    whole = Path(folder) / "checkpoint-4"
+    state = torch.load(whole / "optimizer.pt", weights_only=True) if rank() == 0 else None
+    written = {
+        "cut": lambda at: at.write_bytes((whole / "optimizer.pt").read_bytes()[:5000]),
+        "list": lambda at: torch.save([1], at),
+        "sgd": lambda at: torch.save(
+            {**state, "param_groups": [{"momentum": 0.9, "params": g["params"]} for g in state["param_groups"]]}, at
+        ),
+        "turned": lambda at: torch.save(
+            {**state, "state": {k: {"exp_avg": v["exp_avg"].flatten()} for k, v in state["state"].items()}}, at
+        ),
+        "fsdp": lambda at: at.rename(at.with_name("optimizer.bin")),
+    }
+    for number, write in enumerate(written.values()):
+        at = Path(folder) / f"checkpoint-{100 + number}"
+        if rank() == 0:
+            shutil.copytree(whole, at)
+            write(at / "optimizer.pt")
+        dist.barrier()
+        made = tm.trainer(folder, tm.data(20), strategy="zero2", gradient_accumulation_steps=4, **SAVING)
+        try:
+            made.train(resume_from_checkpoint=str(at))
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_a_plain_trainer_left_and_cannot_be_used(tmp_path):
+    run(1, left_by_a_plain_trainer, str(tmp_path), fresh=True)
+    for said in run(2, refused, str(tmp_path)):
+        for words, message in zip(
+            ("cannot be read", "no optimizer's state dict", "of AdamW are betas", "has shape", "'optimizer.bin'"),
+            said,
+            strict=True,
+        ):
+            assert words in message, message
 
 
 def kept(folder, strategy, changes, tied):

@@ -101,3 +101,26 @@ def unfitting() -> None:
 
 def test_other_groups_are_an_error():
     run(2, unfitting)
+
+
+def of_another_class(folder: str) -> None:
+    model = shardwise.fully_shard(make(), strategy="zero3")
+    optimizer = adamw(model.parameters())
+    step(model, optimizer, 0)
+    checkpoint.save(folder, models=[model], optimizers=[optimizer], progress=False)
+    other = shardwise.fully_shard(make(), strategy="zero2")
+    steps = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    step(other, steps, 0)
+    before = checkpoint.full_optimizer_state(steps)
+    with pytest.raises(CheckpointError, match="the settings have betas, and those of SGD are momentum"):
+        checkpoint.load_full_optimizer_state(steps, checkpoint.full_optimizer_state(optimizer))
+    with pytest.raises(CheckpointError, match="the settings have betas, and those of SGD are momentum"):
+        checkpoint.load(folder, models=[other], optimizers=[steps], progress=False)
+    loaded = checkpoint.load(folder, models=[other], optimizers=[steps], strict=False, progress=False)
+    assert len(loaded.differences) == 1 and "SGD" in loaded.differences[0]
+    assert_states(checkpoint.full_optimizer_state(steps), before, same=True)
+    assert_same(whole(other), whole(model))
+
+
+def test_state_of_another_class_is_an_error(tmp_path):
+    run(2, of_another_class, str(tmp_path / "saved"))

@@ -28,6 +28,7 @@ from shardwise.engine.unit import unit_of
 from shardwise.errors import DataError, GradientError
 
 if TYPE_CHECKING:
+    from shardwise.accelerator.led import Led
     from shardwise.gradient_state import GradientState
     from shardwise.optimizer import AcceleratedOptimizer
 
@@ -62,10 +63,11 @@ class Steps:
         self._opened: WeakKeyDictionary[PreparedLoader, int] = WeakKeyDictionary()  # when its iterator was asked for
         self._gave: WeakKeyDictionary[PreparedLoader, int] = WeakKeyDictionary()  # when it gave the batch in hand
         self.schedulers: list[Any] = []
+        self.led: Led | None = None
         self.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"loaders": [], "_opened": None, "_gave": None, "_events": None}
+        return vars(self) | {"loaders": [], "_opened": None, "_gave": None, "_events": None, "led": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _opened=WeakKeyDictionary(), _gave=WeakKeyDictionary(), _events=count())
@@ -144,6 +146,14 @@ class Steps:
             else:
                 join.ends()
 
+    def batch_is_done(self, loader: PreparedLoader) -> None:
+        """The loader's place is what it was in the loop's body.
+
+        A loop inside that body may be the main process's alone: it evaluates, say.
+        """
+        if self.led is not None and self.loaders[0] is loader:
+            self.led.if_due("the next batch")
+
     def loader_ends(self, loader: PreparedLoader) -> None:
         self.loaders = [other for other in self.loaders if other is not loader]
 
@@ -195,6 +205,8 @@ class Steps:
             GradientError: it leaves out a model of an earlier micro-batch of the window: its gradients would not be
                 reduced at the boundary, and its optimizer might never step.
         """
+        if self.led is not None:
+            self.led.if_due("the next micro-batch")
         fresh, micro = self.sync_gradients, self.micro + 1
         if models and not fresh:
             self._check_same_models(models)

@@ -172,6 +172,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
             accumulation.num_steps or 1, self.scaler, accumulation.sync_with_dataloader, accumulation.sync_each_batch
         )
         self._steps.max_norm = chosen.max_norm
+        self._follow()
         self.step = 0
         self._schedulers, self._loaders, self._custom_objects = [], KnownLoaders(), []
         self._save_hooks, self._load_hooks = OrderedDict(), OrderedDict()
@@ -189,6 +190,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._follow()
         for loader in self._loaders:
             loader.watcher = self._steps
 

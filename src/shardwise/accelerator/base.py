@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from shardwise import operations
+from shardwise.accelerator.led import Led
+from shardwise.comm import World
+from shardwise.compat.wrappers import extract_model_from_parallel
+from shardwise.engine.state_dict import lend_values, needs_other_ranks
 from shardwise.state import AcceleratorState, GradientState, ProcessControl
 from shardwise.strategy import Strategy
 
@@ -46,6 +53,7 @@ class Base(ProcessControl):
     rng_types: list[str]
     step: int
 
+    _is_led = True  # see led.py
     _steps: Steps
     _recording: Recording | None
     _units: Any
@@ -69,3 +77,61 @@ class Base(ProcessControl):
     @property
     def _optimizers(self) -> list[AcceleratedOptimizer]:
         return self._steps.optimizers
+
+    # --- what the main process does alone, and what all do -----------------------------------------
+    def _follow(self) -> None:
+        """From now on, this Accelerator's ranks do what its main process asks for."""
+        if self._is_led and World.current().size > 1:
+            me = weakref.ref(self)
+
+            def perform(call: str, arguments: dict[str, Any]) -> None:
+                accelerator = me()
+                assert accelerator is not None
+                if "model" in arguments:
+                    arguments = {**arguments, "model": accelerator._models[arguments["model"]]}
+                getattr(accelerator, call)(**arguments)
+
+            self._steps.led = Led(self._steps, perform, self.strategy.timeout)
+
+    def _together(self, call: str, arguments: dict[str, Any] | None = None) -> AbstractContextManager[None]:
+        """Around what all ranks do: see :meth:`Led.together`."""
+        if self._steps.led is not None:
+            return self._steps.led.together(call, arguments)
+        operations.meet(call, self.strategy.timeout)
+        return nullcontext()
+
+    def _point(self, where: str) -> None:
+        if self._steps.led is not None:
+            self._steps.led.point(where)
+
+    def _point_if_due(self, where: str) -> None:
+        if self._steps.led is not None:
+            self._steps.led.if_due(where)
+
+    def _number_of(self, model: nn.Module) -> dict[str, Any] | None:
+        """How other ranks are told which prepared model is meant."""
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        known = [extract_model_from_parallel(one, keep_torch_compile=False) for one in self._models]
+        return next(({"model": i} for i, one in enumerate(known) if one is model), None)
+
+    def _watch_state_dict(self, model: nn.Module) -> None:
+        """The main process may read a prepared model's state dict alone, if the ranks have parts of it."""
+        led = self._steps.led
+        if led is not None and needs_other_ranks(model):
+            me = weakref.ref(self)
+
+            def before(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+                accelerator = me()
+                number = None if accelerator is None else accelerator._number_of(module)
+                if accelerator is not None and number is not None and accelerator._steps.led is not None:
+                    accelerator._steps.led.before_state_dict(number)
+
+            model.register_state_dict_pre_hook(before)
+
+    def _lend_values(self, model: nn.Module) -> None:
+        lend_values(extract_model_from_parallel(model, keep_torch_compile=False))
+
+    def wait_for_everyone(self) -> None:
+        """Return when every rank is here. A collective."""
+        self._point("wait_for_everyone")
+        super().wait_for_everyone()

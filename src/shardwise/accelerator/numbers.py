@@ -14,6 +14,7 @@ class Numbers(Base):
 
     def gather(self, tensor: Any) -> Any:
         """Nested tensors of all ranks, concatenated along dim 0. See :func:`shardwise.operations.gather`."""
+        self._point_if_due("gather")
         return operations.gather(tensor)
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
@@ -28,6 +29,7 @@ class Numbers(Base):
         Raises:
             DataError: two loaders are read at once, and their batches in hand end differently.
         """
+        self._point_if_due("gather_for_metrics")
         return gather_for_metrics(input_data, self._steps.tail(), use_gather_object)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
@@ -35,11 +37,13 @@ class Numbers(Base):
 
         Sums of integers and bools are int64, means of them floats. See :func:`shardwise.operations.reduce`.
         """
+        self._point_if_due("reduce")
         return operations.reduce(tensor, reduction, scale)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: Any = 0, pad_first: bool = False) -> Any:
         """Nested tensors, made as long along ``dim`` as the longest of any rank. See
         :func:`shardwise.operations.pad_across_processes`."""
+        self._point_if_due("pad_across_processes")
         return operations.pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
     def set_trigger(self) -> None:
@@ -48,6 +52,7 @@ class Numbers(Base):
 
     def check_trigger(self) -> bool:
         """Has any rank raised its flag since the last check? Lowers all flags. A collective of 8 bytes."""
+        self._point_if_due("check_trigger")
         found = operations.largest(float(self._flag)) > 0
         self._flag = False
         return found

@@ -159,6 +159,7 @@ class Preparing(Base):
         if engine is not None:
             recording.from_environment(model)
         self._steps.models.append(model)
+        self._watch_state_dict(model)
         if engine is not None and engine.strategy.param_dtype in HALVES:
             _give_fp32(model)
         if self._compile is not None and model._compiled_call_impl is None:

@@ -118,12 +118,14 @@ class Saving(Base):
 
         Raises:
             CheckpointError: it could not be written; every rank raises, and what was there before is still there.
-            CommError: a rank did not come, because only the main process calls it, for example.
+            CommError: only other ranks call it.
 
-        Cost: a collective. Every rank writes what it holds; models with hooks are also gathered on rank 0.
+        Cost: a collective. Every rank writes what it holds; models with hooks are also gathered on rank 0. Where a
+        script calls it on the main process only, the others take part when they ask for their next batch, begin a
+        micro-batch, or come to another collective of the Accelerator. A loop that does none of these waits.
         """
-        operations.meet("save_state", self.strategy.timeout)
-        return str(self._save(output_dir, checkpoint.save))
+        with self._together("save_state", _folder(output_dir)):
+            return str(self._save(output_dir, checkpoint.save))
 
     def async_save_state(self, output_dir: str | os.PathLike[str] | None = None) -> checkpoint.AsyncSave:
         """:meth:`save_state` that returns when it has copied what may change at once, and is written while the
@@ -138,8 +140,8 @@ class Saving(Base):
         Cost: the copy of values, and of state that is not in host memory; host memory for all that this rank writes,
         kept for the next time. Hooks, and models that they see, are dealt with at once.
         """
-        operations.meet("async_save_state", self.strategy.timeout)
-        return self._save(output_dir, checkpoint.async_save)
+        with self._together("async_save_state", _folder(output_dir)):
+            return self._save(output_dir, checkpoint.async_save)
 
     def _save(self, output_dir: str | os.PathLike[str] | None, save: Callable[..., Any]) -> Any:
         checkpoint.settle_saves()
@@ -252,7 +254,10 @@ class Saving(Base):
                 f"load_kwargs holds {', '.join(sorted(load_kwargs))}", fix="only strict= has a meaning here"
             )
         strict = (load_kwargs or {}).get("strict", strict)
-        operations.meet("load_state", self.strategy.timeout)
+        with self._together("load_state"):
+            return self._load(input_dir, resume, strict, verify)
+
+    def _load(self, input_dir: str | os.PathLike[str] | None, resume: str | None, strict: bool, verify: bool) -> bool:
         checkpoint.settle_saves()
         path = self._checkpoint_at(input_dir, resume)
         if path is None:
@@ -371,7 +376,8 @@ class Saving(Base):
         """
         engine = engine_of(model)
         if engine is not None and engine.strategy.split_params:
-            return checkpoint.full_state_dict(model, rank0_only=True)
+            with self._together("get_state_dict", self._number_of(model)):
+                return checkpoint.full_state_dict(model, rank0_only=True)
         found = model.state_dict()
         names = clean_names(found)
         return {names[name]: value for name, value in found.items()}
@@ -393,10 +399,11 @@ class Saving(Base):
 
         Cost: a collective. Rank 0 writes; values come unit by unit, so no rank holds the whole model.
         """
-        operations.meet("save_model", self.strategy.timeout)
-        checkpoint.save_model(
-            model, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
-        )
+        settings = {"max_shard_size": max_shard_size, "safe_serialization": safe_serialization}
+        which = self._number_of(model)
+        arguments = None if which is None else which | {"save_directory": os.fspath(save_directory)} | settings
+        with self._together("save_model", arguments):
+            checkpoint.save_model(model, save_directory, **settings)  # type: ignore[arg-type]
 
     def save(self, obj: Any, f: str | os.PathLike[str], safe_serialization: bool = False) -> None:
         """``torch.save`` on rank 0, or on the first rank of every host with ``save_on_each_node``.
@@ -408,6 +415,10 @@ class Saving(Base):
         """
         each = self.project_configuration.save_on_each_node
         save_object(obj, f, save_on_each_node=each, safe_serialization=safe_serialization)
+
+
+def _folder(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    return {"output_dir": None if path is None else os.fspath(path)}
 
 
 def _register(hooks: OrderedDict[int, Callable[..., None]], hook: Callable[..., None]) -> RemovableHandle:

@@ -142,6 +142,7 @@ class Trackers(Base):
             CheckpointError: that save failed.
             Exception: whatever a client raises.
         """
+        self._point("end_training")
         try:
             if self._phase == "running":
                 self._phase = "ended"

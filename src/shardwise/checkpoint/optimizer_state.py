@@ -30,6 +30,23 @@ Kinds = dict[str, dict[str, str]]
 ``bool``, ``int``, ``float`` or ``none``."""
 
 
+_TELLING = frozenset(
+    ["alpha", "beta2_decay", "betas", "etas", "lambd", "lr_decay", "momentum", "momentum_decay", "ns_steps", "rho"]
+)
+"""Hyperparameters that some of torch's optimizers have and others do not."""
+
+
+def of_another_kind(optimizer: Optimizer, group: Mapping[str, Any], saved: Mapping[str, Any]) -> str | None:
+    """What shows that a group's settings were those of an optimizer of another class, if they were.
+
+    Settings that both have, or that only newer versions have, show nothing.
+    """
+    mine, theirs = (sorted(_TELLING & values.keys()) for values in (group, saved))
+    if not mine or not theirs or set(mine) & set(theirs):
+        return None
+    return f"the settings have {', '.join(theirs)}, and those of {type(optimizer).__name__} are {', '.join(mine)}"
+
+
 @dataclass(frozen=True)
 class OptimizerEntry:
     """One parameter of an optimizer, and what this rank holds of it."""
@@ -160,12 +177,22 @@ class OptimizerState:
         mine = {entry.label for entry in self.entries}
         out += [f"{self.label}: parameter '{label}' is not in the checkpoint" for label in mine - known.keys()]
         out += [f"{self.label}: parameter '{label}' is in the checkpoint only" for label in known.keys() - mine]
+        if strange := self._of_another_kind(saved):
+            return [f"{self.label}: {strange}"]
         for g, entries in enumerate(self.groups):
             if len({known[s.label] for s in entries if s.label in known}) > 1:
                 out.append(f"{self.label}: the parameters of group {g} are in several groups of the checkpoint")
         for entry in self.entries:
             out += self._misfits(entry, saved["state"].get(entry.label, {}), metadata)
         return sorted(out)
+
+    def _of_another_kind(self, saved: Mapping[str, Any]) -> str | None:
+        groups = {label: group["values"] for group in saved["groups"] for label in group["params"]}
+        for group, entries in zip(self.optimizer.param_groups, self.groups, strict=True):
+            for values in (groups[s.label] for s in entries if s.label in groups):
+                if strange := of_another_kind(self.optimizer, group, values):
+                    return strange
+        return None
 
     def _misfits(self, entry: OptimizerEntry, kinds: Mapping[str, str], metadata: Metadata) -> list[str]:
         out = []
@@ -180,8 +207,11 @@ class OptimizerState:
     def plan(self, saved: Mapping[str, Any], metadata: Metadata, batches: LoadBatches) -> None:
         """Say what is to be filled from the checkpoint, and what to do then.
 
-        Parameters that the checkpoint does not have keep their state; those that had none there lose it.
+        Parameters that the checkpoint does not have keep their state; those that had none there lose it. All keep it
+        if it is the checkpoint of an optimizer of another class.
         """
+        if self._of_another_kind(saved):
+            return
         groups = {label: group["values"] for group in saved["groups"] for label in group["params"]}
         offloaded: dict[int, Held] = {}
         for group, entries in zip(self.optimizer.param_groups, self.groups, strict=True):

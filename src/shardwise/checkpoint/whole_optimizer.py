@@ -9,11 +9,12 @@ import torch
 from torch.optim import Optimizer
 
 from shardwise.checkpoint.coordination import all_gather_bytes
+from shardwise.checkpoint.optimizer_state import of_another_kind
 from shardwise.comm import World
 from shardwise.engine.attachment import place_of, unwrapped
 from shardwise.engine.one_state import full_state
 from shardwise.engine.optimizer import attach, optimizer_state
-from shardwise.engine.optimizer_state import cut, flush, put_state
+from shardwise.engine.optimizer_state import PER_PARAMETER, cut, flush, put_state
 from shardwise.errors import CheckpointError
 from shardwise.trees import map_tensors
 
@@ -78,7 +79,8 @@ def load_full_optimizer_state(optimizer: Optimizer, state_dict: Mapping[str, Any
         state_dict: the same on every rank.
 
     Raises:
-        CheckpointError: it has other groups.
+        CheckpointError: it has other groups, is of another class of optimizer, or has state of another shape. Nothing
+            has changed.
         OptimizerError: the optimizer cannot step on these pieces.
     """
     optimizer = unwrapped(optimizer)
@@ -90,6 +92,8 @@ def load_full_optimizer_state(optimizer: Optimizer, state_dict: Mapping[str, Any
             where=type(optimizer).__name__,
             fix="build the optimizer as it was when its state was saved",
         )
+    for group, given in zip(optimizer.param_groups, groups, strict=True):
+        _check(optimizer, group, given, state_dict["state"])
     sharded = attach(optimizer)
     for group, given in zip(optimizer.param_groups, groups, strict=True):
         for p, number in zip(group["params"], given["params"], strict=True):
@@ -105,3 +109,22 @@ def load_full_optimizer_state(optimizer: Optimizer, state_dict: Mapping[str, Any
         group.update({key: value for key, value in given.items() if key != "params"})
     if sharded:
         flush(optimizer)
+
+
+def _check(optimizer: Optimizer, group: Mapping[str, Any], given: Mapping[str, Any], states: Mapping[Any, Any]) -> None:
+    name = type(optimizer).__name__
+    if strange := of_another_kind(optimizer, group, given):
+        raise CheckpointError(strange, where=name, fix="build the optimizer as it was when its state was saved")
+    for p, number in zip(group["params"], given["params"], strict=True):
+        place = place_of(p)
+        if place is not None and place[0].whole_tensors:
+            continue  # what an optimizer keeps for a whole tensor may have any shape
+        for key, value in states.get(number, {}).items():
+            like_parameter = isinstance(value, torch.Tensor) and value.dim() > 0 and key not in PER_PARAMETER
+            if place is not None and like_parameter and value.shape != p.shape:
+                raise CheckpointError(
+                    f"'{key}' of '{place[0].names[place[1]]}' has shape {tuple(value.shape)}, and the parameter "
+                    f"{tuple(p.shape)}",
+                    where=name,
+                    fix="build the model and the optimizer's groups as they were when its state was saved",
+                )

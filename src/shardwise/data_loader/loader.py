@@ -263,7 +263,7 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):
         if isinstance(self._shard, IterableDatasetShard):
             self._shard.set_epoch(self._epoch)
         self._synchronize()
-        batch_comes = getattr(watcher, "batch_comes", None)
+        batch_comes, batch_is_done = (getattr(watcher, name, None) for name in ("batch_comes", "batch_is_done"))
         if watcher is not None:
             watcher.loader_begins(self)
         try:
@@ -282,6 +282,8 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):
                     if batch_comes is not None:
                         batch_comes(self, True)
                     yield batch
+                    if batch_is_done is not None:
+                        batch_is_done(self)
             if self._run is run:
                 self._finished = True
             if batch_comes is not None:

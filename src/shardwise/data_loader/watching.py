@@ -13,7 +13,8 @@ class Watcher(Protocol):
     ``batch_comes(loader, exists)``. That is called on every rank before each batch is
     handed out (``exists`` is true, and ``loader.end_of_dataloader`` already says whether it is this rank's last), and
     once when the loop asks for another and there is none (``exists`` is false). It may communicate: ranks that read
-    in step call it in step, until the first of them runs out.
+    in step call it in step, until the first of them runs out. A third one, ``batch_is_done(loader)``, is called when
+    the loop asks for more, before anything else has happened to the loader.
     """
 
     def loader_begins(self, loader: Any) -> None: ...

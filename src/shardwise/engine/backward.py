@@ -145,7 +145,7 @@ class Backward:
         self._all: list[nn.Parameter] = []
         self.listening: Listening | None = None
         self.sync, self.local = True, False
-        self.count = 0
+        self.count = self.reduced = 0
         self.order: list[int] = []
         self.seen_order = UnitOrder()
         self.in_backward: InBackward | None = None
@@ -458,6 +458,7 @@ class Backward:
                 log = self.forward.gather_log if gather_log is None else gather_log
                 with torch.no_grad(), self.upward.announce(Command.BACKWARD_ENDS, log):
                     agreed = self._reduce_rest(run, log)
+                    self.reduced += bool(self.moving)
                     self._show(agreed.used | run.had)
                     if self.in_backward is not None:
                         self.in_backward.end(self.units)

@@ -36,6 +36,7 @@ from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 from shardwise.tiers.saved_tensors import SavedOnHost
 
+_MESSAGES = ("control", "broadcast", "word")  # of a whole model; each kind has a tag
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -91,11 +92,15 @@ class Engine:
         self.last_gathered: Unit | None = None
         self.on_copy: list[Callable[[Engine, Engine, Any], None]] = []
 
-    def op(self, kind: str) -> Op:
-        """What a message of the whole model is called."""
-        tag, which = self._tag, 0 if kind == "control" else 1
+    def op(self, kind: str, said: str | None = None) -> Op:
+        """What a message of the whole model is called.
+
+        Args:
+            said: of whom or what it is, in reports; the model by default.
+        """
+        tag, which = self._tag, _MESSAGES.index(kind)
         number = 8 * tag + which if isinstance(tag, int) else lambda: 8 * tag() + which
-        return Op(kind, f"model {type(self.module).__name__}", number)
+        return Op(kind, said or f"model {type(self.module).__name__}", number)
 
     # --- construction ----------------------------------------------------------------------
     def take_over(self, units: Iterable[Unit]) -> None:
@@ -187,6 +192,11 @@ class Engine:
     def in_backward(self) -> InBackward | None:
         """Updates units as soon as their gradients are reduced; ``None``: ``step()`` does."""
         return self.backward.in_backward
+
+    @property
+    def reduced(self) -> int:
+        """Backwards whose gradients were reduced: equally many on all ranks."""
+        return self.backward.reduced
 
     @property
     def backward_id(self) -> int:

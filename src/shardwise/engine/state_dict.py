@@ -52,6 +52,30 @@ def _before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     unit.take_handles(True)
 
 
+def needs_other_ranks(root: nn.Module) -> bool:
+    """Is ``root.state_dict()`` a collective?"""
+    return any(_is_spread(bucket) for unit in units_of(root) for bucket in unit.buckets)
+
+
+def _is_spread(bucket: Bucket) -> bool:
+    return not bucket.placement.aliased and bucket.mesh.shard.size > 1
+
+
+@torch.no_grad()
+def lend_values(module: nn.Module) -> None:
+    """Take part in ``module.state_dict()`` of another rank, which gets the values. A unit at a time is in memory."""
+    for child in module._modules.values():
+        if child is not None:
+            lend_values(child)
+    bound = binding_of(module)
+    if bound is not None and bound.unit.module is module:
+        _before_save(module, "", False)
+        bound.unit.take_handles(False)
+        for bucket in bound.unit.buckets:
+            if _is_spread(bucket):
+                bound.unit.full_values(bucket)
+
+
 @torch.no_grad()
 def _after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
     unit = _unit(module)

@@ -7,6 +7,7 @@ more, slowly, with every error written down as it is raised.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import mmap
 import multiprocessing
@@ -141,6 +142,7 @@ def _child(work: Callable[[Any], Any], item: Any, pipe: Connection, note: mmap.m
     gc.freeze()  # what the parent has is no garbage of ours, and looking through it would copy its pages
     World._current = None  # the parent's ranks are not ours
     if quiet:
+        faulthandler.disable()  # how such a process ends is told by the parent
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)

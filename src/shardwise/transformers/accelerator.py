@@ -25,6 +25,7 @@ class TrainerAccelerator(Accelerator):
         rows: samples that this rank has of the batch in hand; ``None`` if that is not known.
     """
 
+    _is_led = False  # a Trainer saves on every rank
     repeats: int | None = None
     rows: int | None = None
 

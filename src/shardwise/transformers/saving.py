@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import reissue_pt_warnings
 from transformers.trainer_utils import _is_peft_model
 from transformers.utils import CONFIG_NAME
@@ -98,6 +98,8 @@ class Saving:
         elif _is_peft_model(model):
             with loaded_in_parts(model):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        elif _by_deepspeed(Path(resume_from_checkpoint)):  # its master values, where other files have them in 16 bits
+            checkpoint.load(resume_from_checkpoint, models=[model], optimizers=None, progress=False)
         else:
             checkpoint.load_model(model, resume_from_checkpoint, progress=False)
 
@@ -111,12 +113,14 @@ class Saving:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        _load_optimizer(Path(checkpoint), self.model, self.optimizer.optimizer)
+        state = _load_optimizer(Path(checkpoint), self.model, self.optimizer.optimizer)
         schedule = Path(checkpoint) / SCHEDULER_NAME
         if schedule.is_file():
             with warnings.catch_warnings(record=True) as caught:
-                self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
+                state = torch.load(schedule, weights_only=True)
             reissue_pt_warnings(caught)
+        if state is not None:
+            self.lr_scheduler.load_state_dict(state)
 
 
 def _write_true_dtype(model: Any, written: torch.dtype | None, folder: str) -> None:
@@ -131,15 +135,46 @@ def _write_true_dtype(model: Any, written: torch.dtype | None, folder: str) -> N
     config.save_pretrained(folder)
 
 
-def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _by_deepspeed(folder: Path) -> bool:
+    """A Trainer with ``deepspeed=`` has DeepSpeed write, too: ``latest``, and a folder that it names."""
+    return (folder / "latest").is_file()
+
+
+def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """From a checkpoint of this Trainer, of a plain one, or of one with DeepSpeed. A collective.
+
+    Returns:
+        The scheduler's state, if DeepSpeed had it.
+    """
     path = folder / OPTIMIZER
-    if not path.is_dir():
-        if any((folder / name).exists() for name in ("optimizer.pt", "optimizer.bin")):
-            raise CheckpointError(
-                "its optimizer state was not written by Shardwise",
-                where=str(folder),
-                fix="go on with the weights alone: load them with from_pretrained and train() without "
-                "resume_from_checkpoint",
-            )
-        return  # save_only_model
-    checkpoint.load(path, models=[model], excluded=[model], optimizers=[optimizer], progress=False)
+    if path.is_dir():
+        checkpoint.load(path, models=[model], excluded=[model], optimizers=[optimizer], progress=False)
+    elif _by_deepspeed(folder):
+        loaded = checkpoint.load(folder, models=[model], excluded=[model], optimizers=[optimizer], progress=False)
+        return loaded.state["scheduler"]
+    elif (folder / OPTIMIZER_NAME).is_file():
+        with CollectiveBlock(f"loading {folder / OPTIMIZER_NAME}", slow=True):
+            checkpoint.load_full_optimizer_state(optimizer, _whole_state(folder / OPTIMIZER_NAME))
+    elif others := sorted(found.name for found in folder.glob("*optimizer*")):
+        raise CheckpointError(
+            f"its optimizer state, '{others[0]}', was written by neither Shardwise, DeepSpeed nor a plain Trainer",
+            where=str(folder),
+            fix="go on with the weights alone: load them with from_pretrained and train() without "
+            "resume_from_checkpoint",
+        )
+    return None  # save_only_model, if there is nothing
+
+
+def _whole_state(path: Path) -> dict[str, Any]:
+    """Of ``torch.save``. Values stay in the file until a rank takes its part of them."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot be read: {str(error).splitlines()[0]}",
+            where=str(path),
+            fix="take another checkpoint: this file is not whole, or torch.save() did not write it",
+        ) from error
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        raise CheckpointError("is no optimizer's state dict", where=str(path), fix="take another checkpoint")
+    return state

@@ -1,0 +1,163 @@
+"""What a script does on its main process only, and all ranks have to do here: the main process asks them to.
+
+Scripts for Accelerate save on the main process where every process has all there is. Here each rank has its part, or at
+least its random state. So rank 0 leads: at *points* that all ranks pass, the others hear from it whether to go on, or
+what to do with it first. Points lie where every rank has the same values and the same place in its data as the main
+process had: behind each batch of a loader whose gradients were reduced, and in front of the door's collectives.
+
+Gradients that are reduced are the only clock: they are counted alike on every rank, or nothing works at all. A main
+process that evaluates by itself passes no point: no gradients come, and its loader is not the outermost one.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shardwise import operations
+from shardwise.comm.group import Group, Transfer
+from shardwise.comm.stats import Op
+from shardwise.engine.engine import Engine
+from shardwise.errors import CommError
+
+if TYPE_CHECKING:
+    from shardwise.stepping import Steps
+
+
+class Led:
+    """The points of one Accelerator.
+
+    Args:
+        steps: its models are those whose gradients count. Without a sharded one, nobody is led.
+        perform: does what the main process has asked for: the name of a method, and its arguments.
+        timeout: seconds that ranks wait for each other in front of a call.
+
+    Cost: 8 bytes from rank 0 to each other rank per point; nothing on one rank.
+    """
+
+    def __init__(self, steps: Steps, perform: Callable[[str, dict[str, Any]], None], timeout: float) -> None:
+        self._steps, self._perform, self._timeout = weakref.ref(steps), perform, timeout
+        self._passed = 0  # gradients that had been reduced at the last point
+        self._busy = False  # in something that all ranks do
+        self._sent: list[Transfer] = []
+
+    def if_due(self, where: str) -> None:
+        """A point, if gradients were reduced since the last one."""
+        if self._reduced() != self._passed:
+            self.point(where)
+
+    def point(self, where: str) -> None:
+        """Do what the main process asks for until it says to go on.
+
+        Args:
+            where: what this rank is about to do, for the message if the main process did something that it cannot ask
+                others for.
+        """
+        engine = self._engine()
+        if engine is None:
+            return
+        self._passed = self._reduced()
+        if engine.world.rank == 0:
+            self._send(engine, b"")
+            return
+        while request := self._receive(engine):
+            if request["arguments"] is None:
+                operations.meet(where, self._timeout)  # which finds that rank 0 is elsewhere
+            with self._doing():
+                self._perform(request["call"], request["arguments"])
+
+    @contextmanager
+    def together(self, call: str, arguments: dict[str, Any] | None) -> Iterator[None]:
+        """Around what all ranks do, whether the script calls it on all of them or on the main process only.
+
+        Args:
+            arguments: for those that are asked to; plain values. ``None``: it cannot be asked for, and a script has to
+                call it on every rank.
+
+        Raises:
+            CommError: only other ranks call it, or different ones call different things.
+        """
+        engine = self._engine()
+        if engine is None:
+            pass
+        elif engine.world.rank == 0:
+            self._send(engine, json.dumps({"call": call, "arguments": arguments}).encode())
+        elif self._receive(engine) is None:
+            raise CommError(
+                f"rank {engine.world.rank} came to {call}, and rank 0 went on",
+                where=call,
+                fix=f"call {call} on every rank, or on the main process only",
+            )
+        with self._doing():
+            operations.meet(call, self._timeout)
+            yield
+
+    def before_state_dict(self, number: dict[str, Any]) -> None:
+        """In front of a model's ``state_dict()``, to which each rank lends its values.
+
+        Args:
+            number: how other ranks are told which model it is.
+
+        Raises:
+            CommError: only other ranks call it.
+        """
+        engine = self._engine()
+        if engine is None:
+            return
+        if engine.world.rank == 0:
+            self._send(engine, json.dumps({"call": "_lend_values", "arguments": number}).encode())
+        elif self._receive(engine) is None:
+            raise CommError(
+                f"rank {engine.world.rank} came to state_dict(), and rank 0 went on",
+                where="state_dict()",
+                fix="call it on every rank, or on the main process only",
+            )
+
+    def _engine(self) -> Engine | None:
+        """The first that has other ranks; ``None``: nobody is led, or not now."""
+        found = next((e for e in self._engines() if e.world.size > 1 and not e.runs_alone), None)
+        return None if found is None or self._busy or found.world.join is not None else found
+
+    def _engines(self) -> list[Engine]:
+        steps = self._steps()
+        return [] if steps is None else steps.engines()
+
+    def _reduced(self) -> int:
+        return sum(engine.reduced for engine in self._engines())
+
+    @contextmanager
+    def _doing(self) -> Iterator[None]:
+        before, self._busy = self._busy, True
+        try:
+            yield
+        finally:
+            self._busy = before
+
+    # --- messages --------------------------------------------------------------------------
+    def _send(self, engine: Engine, text: bytes) -> None:
+        """Without waiting for anybody."""
+        for transfer in self._sent:
+            transfer.wait()
+        group, op = _line(engine)
+        parts = [torch.tensor([len(text)])] + ([torch.frombuffer(bytearray(text), dtype=torch.uint8)] if text else [])
+        self._sent = [group.broadcast(part, op) for part in parts]
+
+    def _receive(self, engine: Engine) -> dict[str, Any] | None:
+        group, op = _line(engine)
+        length = torch.zeros(1, dtype=torch.int64)
+        group.broadcast(length, op).wait()
+        if not int(length):
+            return None
+        text = torch.empty(int(length), dtype=torch.uint8)
+        group.broadcast(text, op).wait()
+        request: dict[str, Any] = json.loads(bytes(text.tolist()))
+        return request
+
+
+def _line(engine: Engine) -> tuple[Group, Op]:
+    return engine.mesh.control, engine.op("word", "the main process")
