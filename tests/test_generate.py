@@ -270,7 +270,7 @@ def test_a_run_that_lost_a_rank_goes_on_with_fewer(where, folders, tmp_path, mon
     prompts, out = _many(tmp_path)
     first = start("generate", *_request(folders["llama"], prompts, out, 2, where), cwd=tmp_path)
     first.until(lambda: _written(out) >= 4)
-    ranks = [pid for pid in processes._descendants(first.pid) if b"generate.worker" in _command(pid)]
+    ranks = [pid for pid in processes.descendants(first.pid) if b"generate.worker" in _command(pid)]
     os.kill(ranks[-1], signal.SIGKILL)
     code, _, err = first.finish()
     assert code == 1 and "was ended by SIGKILL" in err and "answers are missing; the same command goes on" in err
