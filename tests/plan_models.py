@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-WIDTH, VOCABULARY, BLOCKS, MANY = 256, 1000, 3, 7
+WIDTH, VOCABULARY, BLOCKS, MANY = 256, 1000, 2, 7
 
 
 class Block(nn.Module):
@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 
 class Small(nn.Module):
-    """A language model of 2.9 million parameters, unless it is deeper."""
+    """A language model of 2.1 million parameters, unless it is deeper."""
 
     def __init__(self, blocks: int = BLOCKS) -> None:
         super().__init__()
