@@ -345,6 +345,7 @@ def costs(inside):
 def test_cost():
     (without, weights), (inside, same) = run(2, costs, False)[0], run(2, costs, True)[0]
     assert inside.pop("join") == (5, 5 * 16), "three batches, the loader's end, the block's end"
+    assert without.pop("word") == (3, 3 * 8), "what the main process may ask for, per batch"
     assert inside == without
     assert_same(weights, same)
 
