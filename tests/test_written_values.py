@@ -24,6 +24,40 @@ def linear() -> nn.Linear:
     return nn.Linear(4, 3)
 
 
+# --- conversions that ask for what is there already -------------------------------------------------------------
+def converted(strategy: str, dtype: torch.dtype, how: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2).requires_grad_(False)).to(dtype)
+    shardwise.fully_shard(model, strategy=strategy)
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def step() -> None:
+        model(torch.ones(1, 4, dtype=dtype)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    step()
+    before = whole(model)
+    if rank() == 0:  # as a script does that saves on its main process
+        assert how(model) is model
+    after = whole(model)
+    assert_same({name: value.to(before[name].dtype) for name, value in after.items()}, before)
+    assert {v.dtype for v in after.values()} == {torch.float32 if rank() == 0 else dtype}
+    step()  # as before
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert not torch.equal(whole(model)["0.weight"], after["0.weight"])
+
+
+def to_fp32(model: nn.Module) -> nn.Module:
+    return model.to("cpu", torch.float32)
+
+
+@pytest.mark.parametrize("how", [to_fp32, nn.Module.float])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_a_conversion_to_fp32_is_of_what_is_saved(strategy, dtype, how):
+    run(2, converted, strategy, dtype, how)
+
+
 # --- new memory, other dtypes, other objects ------------------------------------------------------------------
 def assigned(model: nn.Module) -> None:
     model.weight.data = torch.full((3, 4), 2.0)
