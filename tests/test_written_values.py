@@ -58,6 +58,34 @@ def test_a_conversion_to_fp32_is_of_what_is_saved(strategy, dtype, how):
     run(2, converted, strategy, dtype, how)
 
 
+# --- values that are there for a save only -----------------------------------------------------------------
+def shown(strategy: str) -> None:
+    model = shardwise.fully_shard(linear(), strategy=strategy)
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.ones(1, 4)).sum().backward()
+    opt.step()
+    opt.zero_grad()
+    before = whole(model)
+    kept = [p.detach().clone() for p in model.parameters()]
+    if rank() == 0:
+        for p in model.parameters():
+            p.data.copy_(torch.full_like(p, 2.0))
+    during = whole(model)
+    if rank() == 0:
+        assert all(torch.equal(value, torch.full_like(value, 2.0)) for value in during.values())
+        for p, value in zip(model.parameters(), kept, strict=True):
+            p.data.copy_(value)
+    else:
+        assert_same(during, before)
+    assert_same(whole(model), before)
+
+
+@pytest.mark.parametrize("strategy", [name + HALF for name in STAYS])
+def test_averaged_values_are_put_in_to_be_saved_on_one_rank(strategy):
+    """As an average of diffusers' does: ``copy_to``, ``save_pretrained``, ``restore``."""
+    run(2, shown, strategy)
+
+
 # --- new memory, other dtypes, other objects ------------------------------------------------------------------
 def assigned(model: nn.Module) -> None:
     model.weight.data = torch.full((3, 4), 2.0)

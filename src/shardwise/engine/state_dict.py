@@ -97,6 +97,8 @@ def _after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: An
             state.update({name: value.float() for name, value in found.items()})
             continue
         full = unit.full_values(bucket)
+        if not bucket.placement.released and not bucket.read_only and unit.here:
+            full = bucket.as_written(full)
         if wide:
             full = full.float()
         made: dict[object, torch.Tensor] = {}  # tied names have one tensor
