@@ -124,6 +124,59 @@ def test_the_main_process_reads_the_values_of_all(tmp_path, strategy):
     run(2, reads_values, strategy, str(tmp_path), 2)
 
 
+def hooks_read_values(strategy, folder, everywhere):
+    """Once in a save by the main process only, whose hook reads there only; once in one that all ranks ask for."""
+
+    def hook(models, weights, output_dir):
+        (model,) = models
+        if everywhere or rank() == 0:
+            torch.save([model.state_dict() for _ in range(2)][1], f"{output_dir}/values_{rank()}.pt")
+            weights.clear()
+
+    accelerator, model, optimizer, loader = made(strategy)
+    accelerator.register_save_state_pre_hook(hook)
+    for taken, batch in enumerate(loader):
+        accelerator.backward(model(batch).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        if taken == 1 and accelerator.is_main_process:
+            accelerator.save_state(f"{folder}/second")
+    accelerator.save_state(f"{folder}/last")
+    accelerator.end_training()
+    values = whole(model)
+    assert_same(torch.load(f"{folder}/last/values_0.pt"), values)
+    if everywhere:
+        assert_same(torch.load(f"{folder}/last/values_1.pt"), values)
+    second = torch.load(f"{folder}/second/values_0.pt")
+    assert any(not torch.equal(second[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("strategy", ["zero2,param_dtype=bf16", "zero3"])
+def test_hooks_of_a_save_read_values_on_the_main_process_or_everywhere(tmp_path, strategy, everywhere):
+    """As hooks do that call ``save_pretrained``."""
+    run(2, hooks_read_values, strategy, str(tmp_path), everywhere)
+
+
+def hooks_fail(folder, failing):
+    def hook(models, weights, output_dir):
+        if rank() == failing:
+            raise ValueError("no room")
+        models[0].state_dict()
+
+    accelerator, model, *_ = made("zero3")
+    handle = accelerator.register_save_state_pre_hook(hook)
+    with pytest.raises((CommError, ValueError), match="no room"):
+        accelerator.save_state(f"{folder}/bad")
+    handle.remove()
+    accelerator.save_state(f"{folder}/good")
+    whole(model)
+
+
+def test_a_hook_that_fails_while_the_main_process_reads_values_leaves_nobody_waiting(tmp_path):
+    run(2, hooks_fail, str(tmp_path), 1)
+
+
 def evaluates_alone(folder):
     """No point is passed by what only the main process does."""
     accelerator, model, optimizer, loader = made("ddp")

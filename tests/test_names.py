@@ -43,7 +43,7 @@ PLACES = {
     "hooks": "ModelHook SequentialHook AlignDevicesHook add_hook_to_module remove_hook_from_module CpuOffload "
     "remove_hook_from_submodules attach_align_device_hook attach_align_device_hook_on_blocks UserCpuOffloadHook "
     "attach_execution_device_hook LayerwiseCastingHook",
-    "state": "PartialState AcceleratorState GradientState",
+    "state": "PartialState AcceleratorState GradientState is_initialized",
     "logging": "get_logger MultiProcessAdapter",
     "launchers": "notebook_launcher debug_launcher",
     "local_sgd": "LocalSGD",

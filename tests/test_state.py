@@ -11,7 +11,7 @@ from models import rank, world
 from ranks import run
 from shardwise import Accelerator, PartialState
 from shardwise.errors import DataError, StrategyError
-from shardwise.state import AcceleratorState, GradientState
+from shardwise.state import AcceleratorState, GradientState, is_initialized
 from shardwise.utils import DistributedType
 
 
@@ -131,9 +131,11 @@ def test_split_between_processes(length):
 # --- states of an Accelerator ----------------------------------------------------------------------------
 def test_states_show_the_accelerator_made_last(monkeypatch):
     monkeypatch.setattr(AcceleratorState, "_newest", None)
+    assert not is_initialized()
     with pytest.raises(StrategyError, match="no Accelerator yet"):
         AcceleratorState()
     first = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
+    assert is_initialized()
     assert AcceleratorState().mixed_precision == "bf16" and GradientState().num_steps == 3
     second = Accelerator(cpu=True)
     assert AcceleratorState().mixed_precision == "no" and GradientState().num_steps == 1

@@ -24,6 +24,68 @@ def linear() -> nn.Linear:
     return nn.Linear(4, 3)
 
 
+# --- conversions that ask for what is there already -------------------------------------------------------------
+def converted(strategy: str, dtype: torch.dtype, how: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2).requires_grad_(False)).to(dtype)
+    shardwise.fully_shard(model, strategy=strategy)
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def step() -> None:
+        model(torch.ones(1, 4, dtype=dtype)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    step()
+    before = whole(model)
+    if rank() == 0:  # as a script does that saves on its main process
+        assert how(model) is model
+    after = whole(model)
+    assert_same({name: value.to(before[name].dtype) for name, value in after.items()}, before)
+    assert {v.dtype for v in after.values()} == {torch.float32 if rank() == 0 else dtype}
+    step()  # as before
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert not torch.equal(whole(model)["0.weight"], after["0.weight"])
+
+
+def to_fp32(model: nn.Module) -> nn.Module:
+    return model.to("cpu", torch.float32)
+
+
+@pytest.mark.parametrize("how", [to_fp32, nn.Module.float])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_a_conversion_to_fp32_is_of_what_is_saved(strategy, dtype, how):
+    run(2, converted, strategy, dtype, how)
+
+
+# --- values that are there for a save only -----------------------------------------------------------------
+def shown(strategy: str) -> None:
+    model = shardwise.fully_shard(linear(), strategy=strategy)
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.ones(1, 4)).sum().backward()
+    opt.step()
+    opt.zero_grad()
+    before = whole(model)
+    kept = [p.detach().clone() for p in model.parameters()]
+    if rank() == 0:
+        for p in model.parameters():
+            p.data.copy_(torch.full_like(p, 2.0))
+    during = whole(model)
+    if rank() == 0:
+        assert all(torch.equal(value, torch.full_like(value, 2.0)) for value in during.values())
+        for p, value in zip(model.parameters(), kept, strict=True):
+            p.data.copy_(value)
+    else:
+        assert_same(during, before)
+    assert_same(whole(model), before)
+
+
+@pytest.mark.parametrize("strategy", [name + HALF for name in STAYS])
+def test_averaged_values_are_put_in_to_be_saved_on_one_rank(strategy):
+    """As an average of diffusers' does: ``copy_to``, ``save_pretrained``, ``restore``."""
+    run(2, shown, strategy)
+
+
 # --- new memory, other dtypes, other objects ------------------------------------------------------------------
 def assigned(model: nn.Module) -> None:
     model.weight.data = torch.full((3, 4), 2.0)

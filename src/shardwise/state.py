@@ -24,7 +24,7 @@ from shardwise.errors import DataError, StrategyError
 from shardwise.gradient_state import GradientState
 from shardwise.strategy import Strategy
 
-__all__ = ["AcceleratorState", "GradientState", "PartialState", "ProcessControl"]
+__all__ = ["AcceleratorState", "GradientState", "PartialState", "ProcessControl", "is_initialized"]
 
 
 preparations: list[Callable[[], None]] = []
@@ -339,3 +339,8 @@ class AcceleratorState(PartialState):
     @staticmethod
     def _reset_state(reset_partial_state: bool = False) -> None:
         AcceleratorState._newest = None
+
+
+def is_initialized() -> bool:
+    """An Accelerator was made in this process, and :class:`AcceleratorState` shows it."""
+    return AcceleratorState.exists()

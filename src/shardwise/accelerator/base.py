@@ -100,6 +100,10 @@ class Base(ProcessControl):
         operations.meet(call, self.strategy.timeout)
         return nullcontext()
 
+    def _apart(self, where: str) -> AbstractContextManager[None]:
+        """Around hooks: see :meth:`Led.apart`."""
+        return nullcontext() if self._steps.led is None else self._steps.led.apart(where)
+
     def _point(self, where: str) -> None:
         if self._steps.led is not None:
             self._steps.led.point(where)

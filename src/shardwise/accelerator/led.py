@@ -44,6 +44,8 @@ class Led:
         self._steps, self._perform, self._timeout = weakref.ref(steps), perform, timeout
         self._passed = 0  # gradients that had been reduced at the last point
         self._busy = False  # in something that all ranks do
+        self._apart = False  # and there in a part that each does by itself
+        self._dismissed = False  # that part is over on rank 0
         self._sent: list[Transfer] = []
 
     def if_due(self, where: str) -> None:
@@ -65,11 +67,27 @@ class Led:
         if engine.world.rank == 0:
             self._send(engine, b"")
             return
-        while request := self._receive(engine):
-            if request["arguments"] is None:
-                operations.meet(where, self._timeout)  # which finds that rank 0 is elsewhere
-            with self._doing():
-                self._perform(request["call"], request["arguments"])
+        self._follow(engine, where)
+
+    @contextmanager
+    def apart(self, where: str) -> Iterator[None]:
+        """Around a part of what all ranks do in which each runs code of the script's, such as hooks of ``save_state``:
+        there, too, the main process may save something or read a state dict alone. At the end the others wait for it.
+
+        It is no point: whoever waits behind the last one waits on.
+        """
+        before, self._apart, self._dismissed = self._apart, True, False
+        engine = self._engine(apart=True)
+        try:
+            yield
+        finally:
+            if engine is None:
+                pass
+            elif engine.world.rank == 0:
+                self._send(engine, b"")
+            elif not self._dismissed:
+                self._follow(engine, where)
+            self._apart = before
 
     @contextmanager
     def together(self, call: str, arguments: dict[str, Any] | None) -> Iterator[None]:
@@ -82,12 +100,13 @@ class Led:
         Raises:
             CommError: only other ranks call it, or different ones call different things.
         """
-        engine = self._engine()
+        engine = self._engine(apart=True)
         if engine is None:
             pass
         elif engine.world.rank == 0:
             self._send(engine, json.dumps({"call": call, "arguments": arguments}).encode())
         elif self._receive(engine) is None:
+            self._dismissed = True
             raise CommError(
                 f"rank {engine.world.rank} came to {call}, and rank 0 went on",
                 where=call,
@@ -106,22 +125,35 @@ class Led:
         Raises:
             CommError: only other ranks call it.
         """
-        engine = self._engine()
+        engine = self._engine(apart=True)
         if engine is None:
             return
         if engine.world.rank == 0:
             self._send(engine, json.dumps({"call": "_lend_values", "arguments": number}).encode())
         elif self._receive(engine) is None:
+            self._dismissed = True
             raise CommError(
                 f"rank {engine.world.rank} came to state_dict(), and rank 0 went on",
                 where="state_dict()",
                 fix="call it on every rank, or on the main process only",
             )
 
-    def _engine(self) -> Engine | None:
-        """The first that has other ranks; ``None``: nobody is led, or not now."""
+    def _follow(self, engine: Engine, where: str) -> None:
+        while request := self._receive(engine):
+            if request["arguments"] is None:
+                operations.meet(where, self._timeout)  # which finds that rank 0 is elsewhere
+            with self._doing():
+                self._perform(request["call"], request["arguments"])
+
+    def _engine(self, apart: bool = False) -> Engine | None:
+        """The first that has other ranks; ``None``: nobody is led, or not now.
+
+        Args:
+            apart: something that may be asked for in a part that ranks do by themselves, too.
+        """
         found = next((e for e in self._engines() if e.world.size > 1 and not e.runs_alone), None)
-        return None if found is None or self._busy or found.world.join is not None else found
+        busy = self._busy and not (apart and self._apart)
+        return None if found is None or busy or found.world.join is not None else found
 
     def _engines(self) -> list[Engine]:
         steps = self._steps()
@@ -132,11 +164,12 @@ class Led:
 
     @contextmanager
     def _doing(self) -> Iterator[None]:
-        before, self._busy = self._busy, True
+        before = self._busy, self._apart
+        self._busy, self._apart = True, False
         try:
             yield
         finally:
-            self._busy = before
+            self._busy, self._apart = before
 
     # --- messages --------------------------------------------------------------------------
     def _send(self, engine: Engine, text: bytes) -> None:

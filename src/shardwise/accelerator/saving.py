@@ -154,7 +154,7 @@ class Saving(Base):
         named = output_dir is None or self.project_configuration.automatic_checkpoint_naming
         self._say_what_is_ignored(output_dir, named)
         path = self._next_checkpoint() if named else Path(os.fspath(output_dir))  # type: ignore[arg-type]
-        excluded, beside = run_save_hooks(self._save_hooks.values(), self._models, path)
+        excluded, beside = run_save_hooks(self._save_hooks.values(), self._models, path, self._apart)
         loaders = self._dataloaders
         positions = [loader.state_dict() for loader in loaders]
         saved = save(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,16 @@ class HookFolder:
             self.folder.rmdir()
 
 
-def run_save_hooks(hooks: Collection[Hook], models: Sequence[nn.Module], path: Path) -> tuple[list[nn.Module], Any]:
+def run_save_hooks(
+    hooks: Collection[Hook],
+    models: Sequence[nn.Module],
+    path: Path,
+    apart: Callable[[str], AbstractContextManager[None]],
+) -> tuple[list[nn.Module], Any]:
     """Call ``hook(models, weights, output_dir)``.
+
+    Args:
+        apart: around hooks: what the main process may do there without the others.
 
     Returns:
         The models whose entry in ``weights`` a hook has removed, and the folder with what was written. Rank 0 has the
@@ -51,8 +60,9 @@ def run_save_hooks(hooks: Collection[Hook], models: Sequence[nn.Module], path: P
     folder = HookFolder(path)
     given, left = [dict(w) for w in weights], list(weights)
     with CollectiveBlock(f"hooks of save_state('{path}')", slow=True) as ranks:
-        for hook in hooks:
-            hook(list(models), left, str(folder.folder))
+        with apart("the end of the hooks of save_state"):
+            for hook in hooks:
+                hook(list(models), left, str(folder.folder))
         ranks.mine = json.dumps(_left_of(weights, given, left)).encode()
     kept = json.loads(ranks.gathered[0])
     return [model for i, model in enumerate(models) if i not in kept], folder

@@ -456,6 +456,17 @@ class FlatParameters:
         self.note()
 
     @torch.no_grad()
+    def as_written(self, full: torch.Tensor) -> torch.Tensor:
+        """All master values, except where the values of this rank, which stay, are others.
+
+        ``p.data.copy_()`` is not seen when it happens, and on one rank alone is no change of the model's: so a script
+        puts averaged values in to save them, and takes them out again.
+        """
+        values = self.flat.tensor
+        changed = _bits(values) != _bits(full.to(values.dtype))
+        return torch.where(changed, values.to(full.dtype), full) if bool(changed.any()) else full
+
+    @torch.no_grad()
     def differs(self) -> bool:
         """Are the held values, which are here, other than what the master values say?
 

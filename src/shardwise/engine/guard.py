@@ -25,9 +25,11 @@ _METADATA = METADATA_ATTRIBUTES | {
 }  # fmt: skip
 _METHODS = METADATA_METHODS | {
     "stride", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "is_contiguous",
-    "storage_offset", "_is_view", "is_distributed", "retain_grad",
+    "storage_offset", "_is_view", "is_distributed", "retain_grad", "_has_compatible_shallow_copy_type",
     "__dir__", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 }  # fmt: skip
+CONVERSIONS = ("to", "type", "half", "float", "double", "bfloat16", "cuda", "cpu", "xpu")
+_DTYPES = {"half": torch.float16, "float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16}
 
 
 class Owner(Protocol):
@@ -51,6 +53,9 @@ class Owner(Protocol):
 
     def saving(self) -> AbstractContextManager[Any]:
         """Around what is done with the values, for what autograd saves of them."""
+
+    def save_in_fp32(self) -> bool:
+        """Have a state dict in fp32 and compute on in half precision. Can it do that?"""
 
     def is_copied(self, memo: Any) -> bool:
         """Is this a ``copy.deepcopy`` of the whole model, which gives the copy values of its own?"""
@@ -77,7 +82,14 @@ class Guard:
                         continue
                     if (stands := owner.detached(param)) is not None:
                         return stands
-                owner.access(param, name, (args, kwargs))
+                if name == "data" and len(args) == 2 and args[0] is args[1]:  # after a conversion that changes nothing
+                    return None
+                try:
+                    owner.access(param, name, (args, kwargs))
+                except ReleasedParameterError:
+                    if name in CONVERSIONS and param is args[0] and _stays(param, owner, name, args[1:], kwargs):
+                        return param
+                    raise
                 used[id(owner)] = owner
         with ExitStack() as stack:
             for unit in used.values() if torch.is_grad_enabled() else ():
@@ -136,6 +148,31 @@ def _find(tree: Any) -> Iterable[Any]:
         yield from _find(list(tree.values()))
 
 
+def _stays(param: torch.Tensor, owner: Owner, name: str, args: Any, kwargs: Any) -> bool:
+    """Does a conversion, such as one by ``Module.to``, leave a released parameter as it is?"""
+    device: Any
+    if name == "cpu" or name in _DTYPES:
+        device, dtype = ("cpu" if name == "cpu" else None), _DTYPES.get(name)
+    elif name == "to" and "copy" not in kwargs and not any(isinstance(a, Guard) for a in args):
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if memory_format is not None:
+            return False
+    else:
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        if device is not None and torch.empty(0, device=device).device != param.device:
+            return False
+        return dtype is None or dtype == param.dtype or stays_in_half(owner, param.dtype, dtype)
+
+
+def stays_in_half(unit: Owner, dtype: torch.dtype, wanted: torch.dtype) -> bool:
+    """Is this a conversion of a sharded parameter from half precision to fp32, as scripts do before they save?
+
+    Its values stay as they are then, and state dicts have them in fp32.
+    """
+    return wanted is torch.float32 and dtype in (torch.float16, torch.bfloat16) and unit.save_in_fp32()
+
+
 def guard(params: Iterable[torch.Tensor]) -> None:
     """Switch parameters to their guarded class."""
     for p in params:
@@ -169,7 +206,6 @@ def mark(param: torch.Tensor, unit: Owner, name: str) -> None:
 
 
 _DECIDED = "decide dtype and device before: load(dtype=..., device_map=...), or model.to(...) before fully_shard"
-_CONVERSIONS = ("to", "type", "half", "float", "double", "bfloat16", "cuda", "cpu", "xpu")
 
 
 def refuse(param: nn.Parameter, operation: str, unit: str) -> ReleasedParameterError:
@@ -185,7 +221,7 @@ def refuse(param: nn.Parameter, operation: str, unit: str) -> ReleasedParameterE
         "'with shardwise.gathered(model):'",
         "__reduce_ex__": "save model.state_dict() instead",
         **dict.fromkeys(
-            _CONVERSIONS,
+            CONVERSIONS,
             "dtype and device are decided before: shardwise.load(dtype=..., device_map=...), or "
             "model.to(...) before fully_shard",
         ),

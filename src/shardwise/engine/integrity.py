@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shardwise.engine.bucket import Bucket
-from shardwise.engine.guard import mark
+from shardwise.engine.guard import mark, stays_in_half
 from shardwise.engine.unit import Slot, Unit
 from shardwise.errors import UnitError
 
@@ -186,6 +186,8 @@ class Integrity:
         name = b.names[slot.index]
         place = b.layout.slots[slot.index]
         fits = p.dtype == b.dtype and p.device == b.device and tuple(p.shape) == place.shape
+        if self._widened(slot):
+            return
         if not fits or p.is_meta:
             what = (
                 f"converted to {p.dtype} (it was {b.dtype})"
@@ -215,3 +217,18 @@ class Integrity:
         if b.placement.released and b.mesh.shard.size > 1:
             # Here for a while only: each rank keeps its own shard of what it was given.
             b.note()
+
+    @staticmethod
+    @torch.no_grad()
+    def _widened(slot: Slot) -> bool:
+        """Was the parameter converted to fp32, and is otherwise as it was? Then it is put back."""
+        b, p = slot.bucket, slot.param
+        place = b.layout.slots[slot.index]
+        if p.dtype == b.dtype or p.device != b.device or tuple(p.shape) != place.shape or not slot.unit.here:
+            return False
+        values = b.flat.tensor[place.offset : place.stop].view(place.shape)
+        if not torch.equal(p.detach(), values.to(p.dtype)) or not stays_in_half(slot.unit, b.dtype, p.dtype):
+            return False
+        b.attach(slot.index, p)
+        mark(p, slot.unit, b.names[slot.index])
+        return True

@@ -73,6 +73,9 @@ class View:
     def saving(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    def save_in_fp32(self) -> bool:
+        return False
+
     def is_copied(self, memo: Any) -> bool:
         return False
 

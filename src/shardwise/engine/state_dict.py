@@ -81,7 +81,8 @@ def _after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: An
     unit = _unit(module)
     unit.take_handles(False)
     for bucket in unit.buckets:
-        if bucket.placement.aliased:
+        wide = unit.saved_in_fp32 and bucket.master_dtype in (torch.float16, torch.bfloat16)
+        if bucket.placement.aliased and not wide:
             continue  # the parameters themselves are the master values
         key = bucket.flat.key
         with torch._C.DisableTorchFunctionSubclass():
@@ -92,7 +93,14 @@ def _after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: An
                 and value.layout is torch.strided
                 and value.untyped_storage()._cdata == key
             }
+        if bucket.placement.aliased:
+            state.update({name: value.float() for name, value in found.items()})
+            continue
         full = unit.full_values(bucket)
+        if not bucket.placement.released and not bucket.read_only and unit.here:
+            full = bucket.as_written(full)
+        if wide:
+            full = full.float()
         made: dict[object, torch.Tensor] = {}  # tied names have one tensor
         for name, value in found.items():
             with torch._C.DisableTorchFunctionSubclass():

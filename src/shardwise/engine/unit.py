@@ -176,6 +176,7 @@ class Unit:
         residence: where the values are, and who needs them.
         joins: its gather may share a message with those of other units; ``gather_bytes``: values that come and go.
         calls_made: forwards under autograd since the last backward.
+        saved_in_fp32: a script has converted parameters in half precision: its state dict is in fp32.
         lingers: values are released, and the script has a view of them that keeps their bytes.
     """
 
@@ -234,6 +235,7 @@ class Unit:
         self.residence = Residence(self.label, released=self.released)
         self._failure: Failure | None = None
         self.calls_made = 0  # forwards with gradients since the last backward
+        self.saved_in_fp32 = False
         self.lingers = False  # released, and the bytes are still there for whoever has a view of them
         self.updates: list[PendingUpdate] = []  # asked for, and not waited for; this rank may have none of them
         self._follow: list[Bucket] = []  # whose values follow when these have taken place
@@ -630,6 +632,10 @@ class Unit:
 
     def detached(self, param: nn.Parameter) -> torch.Tensor | None:
         return None
+
+    def save_in_fp32(self) -> bool:
+        self.saved_in_fp32 = not any(b.read_only for b in self.buckets)
+        return self.saved_in_fp32
 
     def is_copied(self, memo: Any) -> bool:
         return self.upward.is_copied(memo)
