@@ -257,3 +257,51 @@ def test_a_library_that_launches_by_accelerates_command(tmp_path: Path) -> None:
     code, out, err = started.finish()
     assert code == 0, f"{out}\n{err}"
     assert (tmp_path / "ran").read_text() == "['rank.py', '--lr', '3']"
+
+
+FOR_ACCELERATE = """
+import sys, torch
+from accelerate import Accelerator
+
+folder, resume = sys.argv[1], len(sys.argv) > 2
+accelerator = Accelerator(cpu=True)
+torch.manual_seed(0)
+model = torch.nn.Linear(1, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+loader = torch.utils.data.DataLoader(torch.arange(12.0)[:, None], batch_size=2, shuffle=True)
+steps = 6  # of two epochs
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / (steps * accelerator.num_processes))
+model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+first = 0
+if resume:
+    accelerator.load_state(f"{folder}/fourth")
+    first = 4
+seen, rates = [], []
+for epoch in range(first // len(loader), 2):
+    for step, batch in enumerate(loader):
+        if epoch == first // len(loader) and step < first % len(loader):
+            continue
+        accelerator.backward(model(batch).mean())
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        seen.append(batch.flatten().tolist())
+        rates.append(round(schedule.get_last_lr()[0], 6))
+        if len(seen) == 4 and not resume and accelerator.is_main_process:
+            accelerator.save_state(f"{folder}/fourth")
+accelerator.wait_for_everyone()
+open(f"{folder}/{'resumed' if resume else 'straight'}-{accelerator.process_index}", "w").write(repr((seen, rates)))
+accelerator.end_training()
+"""
+
+
+def test_a_script_counts_on_what_accelerate_does(tmp_path: Path) -> None:
+    """It multiplies its schedule, saves on the main process only, and passes over batches itself when it goes on."""
+    path = script(tmp_path, FOR_ACCELERATE)
+    for more in ((), ("resume",)):
+        code, _, err = command("launch", "--as", "accelerate", "--nproc", 2, path, tmp_path, *more, cwd=tmp_path)
+        assert code == 0, err
+    for rank in range(2):
+        straight, resumed = (eval((tmp_path / f"{run}-{rank}").read_text()) for run in ("straight", "resumed"))
+        assert straight[1] == [pytest.approx(1 - n / 6, abs=1e-5) for n in range(1, 7)]
+        assert [part[4:] for part in straight] == list(resumed)

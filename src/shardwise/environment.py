@@ -27,8 +27,10 @@ with the way out, not passed over.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from shardwise.errors import ConfigError, StrategyError
@@ -174,3 +176,8 @@ def patch_environment(**kwargs: Any) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+def stands_in_for(name: str) -> bool:
+    """Does ``import accelerate``, say, mean Shardwise in this process? See :func:`shardwise.install_as`."""
+    return str(Path(__file__).parent / "aliases" / name) in sys.path

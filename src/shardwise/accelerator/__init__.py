@@ -88,7 +88,8 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         even_batches: repeat samples so that every rank has equally many, equally large batches. Without it
             ranks may run out of batches at different times: see :meth:`join_uneven_inputs`.
         scheduler_per_process: advance schedulers once per rank at every optimizer step, as Accelerate does. By
-            default the learning rate does not depend on the number of ranks.
+            default the learning rate does not depend on the number of ranks, except where ``import accelerate`` means
+            Shardwise (:func:`shardwise.install_as`): scripts for Accelerate multiply their schedules.
         profile_dir: a folder in which every rank writes down what it does until :meth:`end_training`, for
             ``shardwise report``; see :func:`shardwise.record`. The launcher's (``--record``) wins over this one.
 
@@ -127,7 +128,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         *,
         strategy: str | Strategy | None = None,
         even_batches: bool | None = None,
-        scheduler_per_process: bool = False,
+        scheduler_per_process: bool | None = None,
         profile_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         options.refuse_left_out(
@@ -152,7 +153,7 @@ class Accelerator(Preparing, Training, Numbers, Saving, Trackers):
         self.project_configuration = options.choose_project(project_dir, project_config)
         self.device_placement = device_placement
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
-        self._scheduler_per_process = scheduler_per_process
+        self._scheduler_per_process = self._as_accelerate if scheduler_per_process is None else scheduler_per_process
         self.autocast_handler = handlers.get(AutocastKwargs)
         self.profile_handler = handlers.get(ProfileKwargs)
         self.rng_types = [str(getattr(kind, "value", kind)) for kind in (rng_types or ["generator"])]

@@ -16,6 +16,7 @@ from shardwise.accelerator.led import Led
 from shardwise.comm import World
 from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.engine.state_dict import lend_values, needs_other_ranks
+from shardwise.environment import stands_in_for
 from shardwise.state import AcceleratorState, GradientState, ProcessControl
 from shardwise.strategy import Strategy
 
@@ -65,6 +66,11 @@ class Base(ProcessControl):
     _custom_objects: list[Any]
     _save_hooks: OrderedDict[int, Callable[..., None]]
     _load_hooks: OrderedDict[int, Callable[..., None]]
+
+    @property
+    def _as_accelerate(self) -> bool:
+        """Is this for a script that counts on what Accelerate does, since ``import accelerate`` means Shardwise?"""
+        return stands_in_for("accelerate")
 
     @property
     def _models(self) -> list[nn.Module]:

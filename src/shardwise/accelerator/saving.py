@@ -226,6 +226,9 @@ class Saving(Base):
         Also a folder that DeepSpeed wrote, by itself or under accelerate: model, optimizer, scheduler, loss scale and
         the number of steps. Positions of dataloaders and registered objects are not in there.
 
+        Where ``import accelerate`` means Shardwise, a loader begins its epoch again, in the same order, unless
+        ``use_stateful_dataloader`` is set: scripts for Accelerate pass over the batches before by themselves.
+
         Prepare and register the same things in the same order first; dataloaders that were prepared last, for an
         evaluation say, may come later. A new accumulation window begins, without the gradients there are. The next
         iteration of a dataloader goes on with the batches that were left; :meth:`skip_first_batches` does it the
@@ -286,7 +289,7 @@ class Saving(Base):
             item.load_state_dict(values)
         own = loaded.rank_state["loaders"] if loaded.rank_state is not None else state["loaders"]
         for loader, position in zip(self._dataloaders, own, strict=False):
-            loader.load_state_dict(position)
+            loader.load_state_dict(self._begin_of_epoch(position))
         self.step = state["step"]
         for optimizer, taken in zip(self._optimizers, state["optimizer_steps"], strict=False):
             optimizer.steps_taken = taken
@@ -296,6 +299,12 @@ class Saving(Base):
         if path.name.startswith("checkpoint_") and number.isdigit():
             self.project_configuration.iteration = int(number) + 1
         return True
+
+    def _begin_of_epoch(self, position: dict[str, Any]) -> dict[str, Any]:
+        """Where a script for Accelerate expects a loader: it passes over the batches before by itself."""
+        if not self._as_accelerate or self.dataloader_config.use_stateful_dataloader:
+            return position
+        return {key: value for key, value in position.items() if key != "stateful"} | {"batches": 0}
 
     def _load_deepspeed(self, step: Path, beside: Path, strict: bool) -> None:
         optimizers = [o.optimizer for o in self._optimizers]

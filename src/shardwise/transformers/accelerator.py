@@ -29,6 +29,11 @@ class TrainerAccelerator(Accelerator):
     repeats: int | None = None
     rows: int | None = None
 
+    @property
+    def _as_accelerate(self) -> bool:
+        """A Trainer steps its schedule, and finds its place in the data, by itself."""
+        return False
+
     def prepare_model(
         self,
         model: nn.Module,
