@@ -16,6 +16,7 @@ With ``fresh=True`` the ranks are new and end with the function: their memory ho
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import time
 import traceback
@@ -76,7 +77,7 @@ class _Pool:
                 try:
                     ok, value = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    ok, value = False, f"the process ended\n{self.processes[rank].err[-3000:]}"
+                    ok, value = False, f"the process ended\n{self.processes[rank].err[-9000:]}"
                 if ok:
                     results[rank] = value
                 else:
@@ -106,6 +107,7 @@ def close_all() -> None:
 
 def _serve(pipe: Any, device: str, rank: int, world: int, port: int) -> None:
     os.environ.update(processes.rank_environment(rank, world, port))
+    faulthandler.enable()  # who is ended by a signal says where it was
     import torch
 
     import shardwise
