@@ -15,6 +15,7 @@ from torch import nn
 
 from shardwise.comm import World
 from shardwise.engine.commands import Command
+from shardwise.engine.gradients import grads_of
 from shardwise.engine.norms import Spread, combine, order_of, per_shard
 from shardwise.engine.sharded_grad import spread_of
 from shardwise.engine.unit import unit_of
@@ -125,8 +126,9 @@ def announced(kind: Command, params: Sequence[nn.Parameter], *args: Any) -> Abst
 
 def _with_gradients(params: nn.Module | Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Each parameter that has a gradient, once."""
-    found = params.parameters() if isinstance(params, nn.Module) else params
-    return list({id(p): p for p in found if p.grad is not None}.values())
+    found = list(params.parameters() if isinstance(params, nn.Module) else params)
+    there = {id(p): p for p, grad in zip(found, grads_of(found), strict=True) if grad is not None}
+    return list(there.values())
 
 
 def settled(params: Sequence[nn.Parameter]) -> tuple[list[Spread], list[torch.Tensor]]:

@@ -635,16 +635,14 @@ class Gradients:
     def all_for_step(self) -> Sequence[list[torch.Tensor] | None]:
         """:meth:`for_step` of all parameters; the same object as long as they are in the same memory."""
         params, shown = self.bucket.params, self._shown
-        if shown is not None and self.states.all_are(GradState.REDUCED):
-            grads = [p.grad for p in params]
-            if all(map(is_, grads, shown)):
-                self.open()
-                return self._pieces
+        if shown is not None and self.states.all_are(GradState.REDUCED) and all(map(is_, grads_of(params), shown)):
+            self.open()
+            return self._pieces
         return [self.for_step(i) if p.requires_grad else None for i, p in enumerate(params)]
 
     def for_step(self, index: int) -> list[torch.Tensor] | None:
         """What the optimizer sees for each held piece of a parameter; ``None`` if it has no gradient."""
-        grad = self.bucket.params[index].grad
+        (grad,) = grads_of(self.bucket.params[index : index + 1])
         if grad is None or (self.states[index] is GradState.SPENT and self.is_shown(index, grad)):
             return None
         self.require_reduced(index)
@@ -679,19 +677,28 @@ class Gradients:
             )
 
     def _require_present(self, index: int) -> None:
-        state, grad = self.states[index], self.bucket.params[index].grad
+        state = self.states[index]
+        if state is not GradState.SPENT and state is not GradState.LOST:
+            return
+        (grad,) = grads_of(self.bucket.params[index : index + 1])
         if state is GradState.SPENT:
             why = "its update took place during the backward (optimizer_in_backward)"
             fix = (
                 "clear gradients after each step; leave optimizer_in_backward out to clip, scale or read gradients, or "
                 "to let them add up"
             )
-        elif state is GradState.LOST and (grad is None or self.is_shown(index, grad)):
+        elif grad is None or self.is_shown(index, grad):
             why = "it was gathered under no_sync(), and a backward that was to add to it failed"
             fix = "clear gradients (optimizer.zero_grad()) and run all micro-batches of this step again"
         else:
             return
         raise GradientError(f"the gradient is gone: {why}", where=f"parameter '{self.bucket.names[index]}'", fix=fix)
+
+
+def grads_of(params: Iterable[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Each ``p.grad``, without a detour through the guards of released parameters: a step asks for many."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [p.grad for p in params]
 
 
 def _is_kept(handles: Sequence[torch.Tensor] | None) -> bool:

@@ -71,26 +71,28 @@ class Guard:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, metadata_only = accessed(func, _METADATA, _METHODS)
+        if metadata_only:  # most calls: loops over parameters ask for many gradients and shapes
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         used: dict[int, Owner] = {}
-        if not metadata_only:
-            for param in _find((args, kwargs)):
-                owner: Owner = param._shardwise_unit
-                if name == "__repr__":
-                    return f"GuardedParameter({param._shardwise_name}, shape={tuple(_plain(param.size))}, released)"
-                if name == "detach":
-                    if owner.taking_handles:
-                        continue
-                    if (stands := owner.detached(param)) is not None:
-                        return stands
-                if name == "data" and len(args) == 2 and args[0] is args[1]:  # after a conversion that changes nothing
-                    return None
-                try:
-                    owner.access(param, name, (args, kwargs))
-                except ReleasedParameterError:
-                    if name in CONVERSIONS and param is args[0] and _stays(param, owner, name, args[1:], kwargs):
-                        return param
-                    raise
-                used[id(owner)] = owner
+        for param in _find((args, kwargs)):
+            owner: Owner = param._shardwise_unit
+            if name == "__repr__":
+                return f"GuardedParameter({param._shardwise_name}, shape={tuple(_plain(param.size))}, released)"
+            if name == "detach":
+                if owner.taking_handles:
+                    continue
+                if (stands := owner.detached(param)) is not None:
+                    return stands
+            if name == "data" and len(args) == 2 and args[0] is args[1]:  # after a conversion that changes nothing
+                return None
+            try:
+                owner.access(param, name, (args, kwargs))
+            except ReleasedParameterError:
+                if name in CONVERSIONS and param is args[0] and _stays(param, owner, name, args[1:], kwargs):
+                    return param
+                raise
+            used[id(owner)] = owner
         with ExitStack() as stack:
             for unit in used.values() if torch.is_grad_enabled() else ():
                 stack.enter_context(unit.saving())
