@@ -232,7 +232,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.hashsalt": "shardwise", "text.color": INK})
     labels = {one.key: one.label for one in CONTENDERS}
     rows = [
-        (f"{stage}, of {labels[key]}", ratio)
+        (f"{stage} : {labels[key]}", ratio)
         for stage, row in result["stages"].items()
         for key, ratio in {**row["to_peers"], **({f"hand-{stage}": row["to_hand"]} if "to_hand" in row else {})}.items()
     ]
@@ -245,7 +245,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.annotate(f"{ratio['median']:.2f}", (ratio["q3"], at), (5, 0), textcoords="offset points", va="center")
     axis.set_xlim(0, 1.15 * max(r["q3"] for _, r in rows))
     axis.invert_yaxis()
-    axis.set_title("Trainer on Shardwise: time of a step, of the other's", loc="left", fontsize=9.5, fontweight="bold")
+    axis.set_title("Trainer on Shardwise : the other, time of a step", loc="left", fontsize=9.5, fontweight="bold")
     finish(figure, path)
 
 
