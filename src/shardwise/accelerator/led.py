@@ -100,18 +100,7 @@ class Led:
         Raises:
             CommError: only other ranks call it, or different ones call different things.
         """
-        engine = self._engine(apart=True)
-        if engine is None:
-            pass
-        elif engine.world.rank == 0:
-            self._send(engine, json.dumps({"call": call, "arguments": arguments}).encode())
-        elif self._receive(engine) is None:
-            self._dismissed = True
-            raise CommError(
-                f"rank {engine.world.rank} came to {call}, and rank 0 went on",
-                where=call,
-                fix=f"call {call} on every rank, or on the main process only",
-            )
+        self._ask(call, arguments, call)
         with self._doing():
             operations.meet(call, self._timeout)
             yield
@@ -125,17 +114,20 @@ class Led:
         Raises:
             CommError: only other ranks call it.
         """
+        self._ask("_lend_values", number, "state_dict()")
+
+    def _ask(self, call: str, arguments: dict[str, Any] | None, said: str) -> None:
         engine = self._engine(apart=True)
         if engine is None:
             return
         if engine.world.rank == 0:
-            self._send(engine, json.dumps({"call": "_lend_values", "arguments": number}).encode())
+            self._send(engine, json.dumps({"call": call, "arguments": arguments}).encode())
         elif self._receive(engine) is None:
             self._dismissed = True
             raise CommError(
-                f"rank {engine.world.rank} came to state_dict(), and rank 0 went on",
-                where="state_dict()",
-                fix="call it on every rank, or on the main process only",
+                f"rank {engine.world.rank} came to {said}, and rank 0 went on",
+                where=said,
+                fix=f"call {said} on every rank, or on the main process only",
             )
 
     def _follow(self, engine: Engine, where: str) -> None:
