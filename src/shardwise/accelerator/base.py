@@ -126,17 +126,20 @@ class Base(ProcessControl):
 
     def _watch_state_dict(self, model: nn.Module) -> None:
         """The main process may read a prepared model's state dict alone, if the ranks have parts of it."""
-        led = self._steps.led
-        if led is not None and needs_other_ranks(model):
+        if self._steps.led is not None and needs_other_ranks(model):
             me = weakref.ref(self)
 
             def before(module: nn.Module, prefix: str, keep_vars: bool) -> None:
                 accelerator = me()
-                number = None if accelerator is None else accelerator._number_of(module)
-                if accelerator is not None and number is not None and accelerator._steps.led is not None:
-                    accelerator._steps.led.before_state_dict(number)
+                if accelerator is not None:
+                    accelerator._before_state_dict(module)
 
             model.register_state_dict_pre_hook(before)
+
+    def _before_state_dict(self, model: nn.Module) -> None:
+        number, led = self._number_of(model), self._steps.led
+        if number is not None and led is not None:
+            led.before_state_dict(number)
 
     def _lend_values(self, model: nn.Module) -> None:
         lend_values(extract_model_from_parallel(model, keep_torch_compile=False))

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shardwise.environment import stands_in_for
 from shardwise.errors import ConfigError, did_you_mean
 
 VERSIONS = {"accelerate": "1.15.0", "deepspeed": "0.19.8"}  # of the libraries whose names these are: others compare it
@@ -34,7 +35,7 @@ def install_as(*names: str) -> None:
         ConfigError: another name; or the real one, or a library that has looked for it, was imported already.
     """
     wanted = checked(names)
-    new = [name for name in wanted if str(folder(name)) not in sys.path]
+    new = [name for name in wanted if not stands_in_for(name)]
     for name in wanted:
         _require_not_imported(name)
     for name in new:
@@ -96,7 +97,7 @@ def _require_not_imported(name: str) -> None:
             fix=f"call it before everything that imports {name}, or start the script by 'shardwise launch --as {name}'",
         )
     looked = [other for other in _LOOKING if other in sys.modules]
-    if looked and str(folder(name)) not in sys.path and importlib.util.find_spec(name) is None:
+    if looked and not stands_in_for(name) and importlib.util.find_spec(name) is None:
         raise ConfigError(
             f"{looked[0]} was imported already, and found no {name}",
             where="shardwise.install_as",

@@ -47,6 +47,11 @@ def of_another_kind(optimizer: Optimizer, group: Mapping[str, Any], saved: Mappi
     return f"the settings have {', '.join(theirs)}, and those of {type(optimizer).__name__} are {', '.join(mine)}"
 
 
+def _settings(saved: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """By parameter, the settings of the group that it was in."""
+    return {label: group["values"] for group in saved["groups"] for label in group["params"]}
+
+
 @dataclass(frozen=True)
 class OptimizerEntry:
     """One parameter of an optimizer, and what this rank holds of it."""
@@ -172,13 +177,13 @@ class OptimizerState:
     # --- loading -----------------------------------------------------------------------------
     def differences(self, saved: Mapping[str, Any], metadata: Metadata) -> list[str]:
         """What of this optimizer does not fit the checkpoint, one line each."""
+        if strange := self._of_another_kind(saved):
+            return [f"{self.label}: {strange}"]
         out = []
         known = {label: g for g, group in enumerate(saved["groups"]) for label in group["params"]}
         mine = {entry.label for entry in self.entries}
         out += [f"{self.label}: parameter '{label}' is not in the checkpoint" for label in mine - known.keys()]
         out += [f"{self.label}: parameter '{label}' is in the checkpoint only" for label in known.keys() - mine]
-        if strange := self._of_another_kind(saved):
-            return [f"{self.label}: {strange}"]
         for g, entries in enumerate(self.groups):
             if len({known[s.label] for s in entries if s.label in known}) > 1:
                 out.append(f"{self.label}: the parameters of group {g} are in several groups of the checkpoint")
@@ -187,7 +192,7 @@ class OptimizerState:
         return sorted(out)
 
     def _of_another_kind(self, saved: Mapping[str, Any]) -> str | None:
-        groups = {label: group["values"] for group in saved["groups"] for label in group["params"]}
+        groups = _settings(saved)
         for group, entries in zip(self.optimizer.param_groups, self.groups, strict=True):
             for values in (groups[s.label] for s in entries if s.label in groups):
                 if strange := of_another_kind(self.optimizer, group, values):
@@ -212,7 +217,7 @@ class OptimizerState:
         """
         if self._of_another_kind(saved):
             return
-        groups = {label: group["values"] for group in saved["groups"] for label in group["params"]}
+        groups = _settings(saved)
         offloaded: dict[int, Held] = {}
         for group, entries in zip(self.optimizer.param_groups, self.groups, strict=True):
             fitting = [groups[s.label] for s in entries if s.label in groups]

@@ -451,8 +451,7 @@ class FlatParameters:
                 if mine.dtype == master.dtype:
                     master.copy_(mine)
                 else:
-                    changed = _bits(mine) != _bits(master.to(mine.dtype))
-                    torch.where(changed, mine.to(master.dtype), master, out=master)
+                    torch.where(_are_others(mine, master), mine.to(master.dtype), master, out=master)
         self.note()
 
     @torch.no_grad()
@@ -463,7 +462,7 @@ class FlatParameters:
         puts averaged values in to save them, and takes them out again.
         """
         values = self.flat.tensor
-        changed = _bits(values) != _bits(full.to(values.dtype))
+        changed = _are_others(values, full)
         return torch.where(changed, values.to(full.dtype), full) if bool(changed.any()) else full
 
     @torch.no_grad()
@@ -524,6 +523,11 @@ class FlatParameters:
 
 _ON_DEVICE = {"offload_params": "device", "offload_grads": "device", "offload_optimizer": "device"}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _are_others(values: torch.Tensor, masters: torch.Tensor) -> torch.Tensor:
+    """Where values are not what their master values round to."""
+    return _bits(values) != _bits(masters.to(values.dtype))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

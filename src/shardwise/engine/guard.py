@@ -28,7 +28,7 @@ _METHODS = METADATA_METHODS | {
     "storage_offset", "_is_view", "is_distributed", "retain_grad", "_has_compatible_shallow_copy_type",
     "__dir__", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 }  # fmt: skip
-CONVERSIONS = ("to", "type", "half", "float", "double", "bfloat16", "cuda", "cpu", "xpu")
+_CONVERSIONS = ("to", "type", "half", "float", "double", "bfloat16", "cuda", "cpu", "xpu")
 _DTYPES = {"half": torch.float16, "float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -89,7 +89,7 @@ class Guard:
             try:
                 owner.access(param, name, (args, kwargs))
             except ReleasedParameterError:
-                if name in CONVERSIONS and param is args[0] and _stays(param, owner, name, args[1:], kwargs):
+                if name in _CONVERSIONS and param is args[0] and _stays(param, owner, name, args[1:], kwargs):
                     return param
                 raise
             used[id(owner)] = owner
@@ -223,7 +223,7 @@ def refuse(param: nn.Parameter, operation: str, unit: str) -> ReleasedParameterE
         "'with shardwise.gathered(model):'",
         "__reduce_ex__": "save model.state_dict() instead",
         **dict.fromkeys(
-            CONVERSIONS,
+            _CONVERSIONS,
             "dtype and device are decided before: shardwise.load(dtype=..., device_map=...), or "
             "model.to(...) before fully_shard",
         ),
