@@ -1,12 +1,20 @@
 """What holds for every test."""
 
+import atexit
+import gc
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import processes
+from process_servers import Nest
+
+_nests: list[Nest] = []  # for the processes that share the tests
 
 # With it, a print() is two writes, and the lines of several processes that share a pipe come out mixed.
 os.environ.pop("PYTHONUNBUFFERED", None)
@@ -28,13 +36,32 @@ _LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        processes.live_in(config.workerinput["nests"])
     if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist
         config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Of pytest-xdist: a process that takes a share of the tests is about to start."""
+    if not _nests:
+        folder = tempfile.mkdtemp(prefix="shardwise-tests-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _nests.extend(Nest(f"{folder}/{number}") for number in range(2))
+    node.workerinput["nests"] = [nest.address for nest in _nests]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {f"test_{name}": index for index, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have left is no garbage. Whoever collects (``free_memory``, tests of what is dropped) need not
+    look through a million objects of torch each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Where the tests' processes come from: interpreters that have done the imports, and fork when they are told to.
 
-See processes.py, which is the one that tests ask.
+See processes.py, which is the one that tests ask. Where several processes share the tests, each one's servers are forks
+of two interpreters that belong to all of them (:class:`Nest`): the imports take most of their time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import runpy
+import select
 import signal
 import socket
 import struct
@@ -21,13 +23,18 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
 _PRELOAD = (
     "torch", "torch._dynamo", "torch.distributed.checkpoint", "shardwise.accelerator", "shardwise.cli.ranks",
-    "pytest", "hypothesis",
+    "pytest", "hypothesis", "torch._inductor.pattern_matcher", "torch._dynamo.backends.common",
+)  # fmt: skip
+_LIBRARIES = (
+    "transformers.trainer", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.t5.modeling_t5", "peft",
 )  # fmt: skip
 _START_S = 150.0  # the imports, on a machine that does much else
 _REQUEST = struct.Struct("=cq")  # b"f": fork (three file descriptors come along), b"p": how did this process end?
@@ -36,19 +43,61 @@ _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 _RUNNING = 1 << 32  # no exit code
 
 
-class Server:
-    """A process that has done the imports. It ends, with all it has forked, when this one does."""
+RICH = "-rich"
 
-    def __init__(self) -> None:
-        self.control, theirs = socket.socketpair()
+
+class Nest:
+    """A process that has done the imports, and forks a server for everyone who connects to it. It ends when this one
+    does, and the servers with whoever has connected.
+
+    Beside it there is one that has imported transformers and others, too: the ranks of pools come from there, which
+    serve all tests in turn. Whatever else is forked begins without them, as the scripts that it runs expect.
+
+    Args:
+        address: of its socket, a file; with :data:`RICH` behind it that of the one beside it.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._control, theirs = socket.socketpair()
+        with theirs, socket.socket(socket.AF_UNIX) as visitors, socket.socket(socket.AF_UNIX) as rich:
+            for door, name in ((visitors, address), (rich, address + RICH)):
+                door.bind(name)
+                door.listen()
+            self._process = _started("_nest", theirs, visitors, rich)
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        self._control.close()
+        self._process.wait(timeout=_START_S)  # it does not look before it has imported all
+
+
+def _started(function: str, *sockets: socket.socket) -> subprocess.Popen[bytes]:
+    files = [s.fileno() for s in sockets]
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import process_servers; process_servers.{function}(*{files})"],
+        pass_fds=files, start_new_session=True, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+
+
+class Server:
+    """A process that has done the imports. It ends, with all it has forked, when this one does.
+
+    Args:
+        nest: the address of the one that forks it; it is started anew without.
+    """
+
+    def __init__(self, nest: str | None = None) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        if nest is None:
+            self.control, theirs = socket.socketpair()
+            with theirs:
+                self._process = _started("_serve", theirs)
+        else:
+            self.control = socket.socket(socket.AF_UNIX)
+            self.control.connect(nest)
         self.control.settimeout(_START_S)
-        path = os.pathsep.join(p for p in sys.path if p)
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", f"import process_servers; process_servers._serve({theirs.fileno()})"],
-                pass_fds=[theirs.fileno()], start_new_session=True, stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
-            )  # fmt: skip
         atexit.register(self.close)
 
     def fork(self, files: list[int]) -> Forked:
@@ -69,7 +118,8 @@ class Server:
 
     def close(self) -> None:
         self.control.close()
-        self.process.wait(timeout=30)
+        if self._process is not None:
+            self._process.wait(timeout=30)
 
 
 class Forked:
@@ -85,11 +135,40 @@ class Forked:
 
 def _serve(control: int) -> None:
     """The life of a server. Returns in what it has forked only, when that has done its work."""
+    _prepare()
+    _answer(socket.socket(fileno=control))
+
+
+def _nest(control: int, visitors: int, rich: int) -> None:
+    """The life of a nest. Returns in what its servers have forked only, when that has done its work."""
+    _prepare()
+    if not os.fork():  # the one beside it
+        os.close(visitors)
+        visitors = rich
+        for name in _LIBRARIES:
+            with suppress(ImportError):  # not installed
+                importlib.import_module(name)
+        gc.freeze()
+    else:
+        os.close(rich)
+    with socket.socket(fileno=control) as owner, socket.socket(fileno=visitors) as door:
+        while True:
+            ready, _, _ = select.select([owner, door], [], [])
+            if owner in ready:
+                os._exit(0)
+            visitor = door.accept()[0]
+            if not os.fork():
+                break
+            visitor.close()
+    os.setsid()
+    _answer(visitor)
+
+
+def _prepare() -> None:
     for name in _PRELOAD:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # collections in the children leave these pages shared
-    _answer(socket.socket(fileno=control))
 
 
 def _answer(requests: socket.socket, adopted: bool = False) -> None:

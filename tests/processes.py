@@ -38,10 +38,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import process_servers
-from process_servers import Server
+from process_servers import RICH, Server
 
 _started: list[Process] = []
-_servers: list[Server] = []
+_servers: dict[bool, list[Server]] = {}  # by whether they have imported what tests of other libraries need
+_nests: list[str] = []  # where servers come from, if this process has not to start them
 _numbers = itertools.count()  # of ports
 
 
@@ -116,6 +117,11 @@ class Process:
             _started.remove(self)
 
 
+def live_in(nests: list[str]) -> None:
+    """Have servers from there; see :class:`~process_servers.Nest`."""
+    _nests[:] = nests
+
+
 def keep(process: Process) -> None:
     """Let it live after the test that started it."""
     _started.remove(process)
@@ -135,6 +141,7 @@ def fork(
     cwd: Path | None = None,
     connected: bool = False,
     whole_end: bool = False,
+    rich: bool = False,
 ) -> tuple[Process, Connection]:
     """Call a module-level function in a new process.
 
@@ -146,17 +153,19 @@ def fork(
         cwd: its working directory.
         connected: whether the connection stays open after the start.
         whole_end: whether the interpreter is taken apart in the end, with all destructors.
+        rich: whether it may begin with other libraries imported.
 
     Returns:
         The process, and our end of a connection to it.
     """
-    if not _servers:
-        _servers.extend(Server() for _ in range(2))
+    rich = rich and bool(_nests)
+    if rich not in _servers:
+        _servers[rich] = [Server(nest + RICH * rich) for nest in _nests] or [Server(), Server()]
     folder = Path(multiprocessing.util.get_temp_dir())  # of the session, and removed with it
     out, err = (Path(_new_file(folder, name)) for name in ("out", "err"))
     ours, theirs = multiprocessing.Pipe()
     with theirs, out.open("wb") as out_file, err.open("wb") as err_file:
-        handle = _servers[number % 2].fork([theirs.fileno(), out_file.fileno(), err_file.fileno()])
+        handle = _servers[rich][number % 2].fork([theirs.fileno(), out_file.fileno(), err_file.fileno()])
     process = Process(handle, out, err)
     ours.send((bytes(multiprocessing.current_process().authkey), str(folder), dict(environment or os.environ), cwd))
     ours.send((function, args, connected, whole_end))

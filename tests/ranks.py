@@ -33,7 +33,7 @@ _pools: dict[tuple[str, int], _Pool] = {}
 
 def run(world: int, function: Callable[..., Any], *args: Any, device: str = "cpu", fresh: bool = False) -> list[Any]:
     if fresh:
-        pool = _Pool(device, world)
+        pool = _Pool(device, world, fresh)
         try:
             return pool.run(function, args)
         finally:
@@ -50,13 +50,15 @@ def everywhere(world: int, function: Callable[..., Any], *args: Any) -> list[Any
 
 
 class _Pool:
-    def __init__(self, device: str, world: int) -> None:
+    def __init__(self, device: str, world: int, fresh: bool = False) -> None:
         self.device, self.world = device, world
         port = processes.free_port()
         self.pipes: list[Any] = []
         self.processes: list[processes.Process] = []
         for rank in range(world):
-            process, pipe = processes.fork(_serve, device, rank, world, port, number=rank, connected=True)
+            process, pipe = processes.fork(
+                _serve, device, rank, world, port, number=rank, connected=True, rich=not fresh
+            )
             processes.keep(process)
             self.pipes.append(pipe)
             self.processes.append(process)

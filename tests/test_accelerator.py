@@ -15,6 +15,7 @@ from models import PRESETS, assert_close, batch, loss_of, make, rank, whole, wor
 from ranks import run
 from shardwise.accelerator import Accelerator
 from shardwise.errors import CommError, GradientError, OptimizerError, StrategyError
+from slowly import in_turn
 
 
 def everywhere(size, function, *args):
@@ -126,8 +127,7 @@ def training_alone(size):
     return losses, norms, whole(model)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("size", [1, 2])
+@in_turn(preset=PRESETS, size=[1, 2])
 def test_mixed_precision(size, preset):
     oracle = training_alone(size)
     for losses, norms, weights in everywhere(size, training, preset):

@@ -24,6 +24,7 @@ from shardwise.strategy import Strategy
 from shardwise.tiers import Ledger
 from shardwise.tiers.saved_tensors import SavedOnHost
 from shardwise.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from slowly import in_turn
 
 D = 32
 ASK = {
@@ -118,8 +119,7 @@ def same_numbers(strategy: str) -> None:
         assert others == ([14, 7, 7] if name == "offload" else [14 + 8, 7 + 4, 7 + 4])
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("strategy", [*PRESETS, "hsdp,shard_size=1", "zero3,param_dtype=bf16"])
+@in_turn(size=[1, 2], strategy=[*PRESETS, "hsdp,shard_size=1", "zero3,param_dtype=bf16"])
 def test_same_numbers_and_each_unit_runs_once_more(strategy, size):
     run(size, same_numbers, strategy)
 

@@ -12,6 +12,7 @@ from shardwise import Accelerator
 from shardwise.data_loader import skip_first_batches
 from shardwise.errors import DataError
 from shardwise.utils import DataLoaderConfiguration
+from slowly import in_turn
 
 
 class Around(Sampler):
@@ -113,8 +114,7 @@ def read(kind, even):
     return out
 
 
-@pytest.mark.parametrize("even", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@in_turn(even=[True, False], kind=KINDS)
 def test_nothing_is_split_twice(kind, even):
     ranks = run(2, read, kind, even)
     for n in LENGTHS:

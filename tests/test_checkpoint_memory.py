@@ -10,6 +10,7 @@ import shardwise
 from ranks import run
 from shardwise import checkpoint
 from shardwise.checkpoint.manifest import BLOCK
+from slowly import slow
 from test_load_model import Deep, large_blocks_apart, peak_of
 
 MIB = 1 << 20
@@ -49,7 +50,7 @@ def grown(path, strategy: str, width: int, depth: int) -> tuple[int, int, bool]:
 
 @pytest.mark.parametrize(
     ("strategy", "width", "depth"),
-    [("zero3", 1024, 16), ("zero3,offload_params=nvme,offload_optimizer=nvme", 512, 64)],
+    [("zero3", 1024, 16), slow("zero3,offload_params=nvme,offload_optimizer=nvme", 512, 64)],
 )
 def test_it_does_not_grow_with_the_state(tmp_path, strategy, width, depth):
     if "nvme" in strategy:
@@ -99,7 +100,7 @@ def export_for(path, width: int, depth: int, stage: int) -> int:
     return peak_of(lambda: checkpoint.export_deepspeed(path / "ours", path / "run", stage=stage, ranks=5))
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [slow(2), 3])
 def test_deepspeeds_folders_in_blocks(tmp_path, stage):
     width, depth = 1024, 16
     state = 3 * 4 * width * width * depth // 2  # of each of two ranks: 96 MiB

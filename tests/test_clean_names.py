@@ -18,6 +18,7 @@ from shardwise import checkpoint
 from shardwise.checkpoint import model_state
 from shardwise.errors import CheckpointError
 from shardwise.naming import clean_name, clean_names
+from slowly import slow
 
 WRAPPERS = {
     "none": lambda module: module,
@@ -67,12 +68,10 @@ def crossing(path, strategy, saved_as, loaded_as):
 @pytest.mark.parametrize(
     ("kind", "strategy"),
     [
-        ("both", "ddp"),
         ("both", "zero3"),
-        ("compiled", "zero3"),
         ("checkpoint_wrapper", "ddp"),
-        pytest.param("compiled", "ddp", marks=pytest.mark.slow),
-        pytest.param("checkpoint_wrapper", "zero3", marks=pytest.mark.slow),
+        *(slow(*rest) for rest in (("both", "ddp"), ("compiled", "zero3"), ("compiled", "ddp"))),
+        slow("checkpoint_wrapper", "zero3"),
     ],
 )
 def test_runs_with_and_without_wrappers_read_each_others_checkpoints(tmp_path, kind, strategy):

@@ -46,6 +46,7 @@ from shardwise.data_loader import (
 )
 from shardwise.errors import DataError, MissingPackage, ShardwiseError
 from shardwise.utils import DataLoaderConfiguration
+from slowly import in_turn, slow
 
 STATEFUL = importlib.util.find_spec("torchdata") is not None
 needs_torchdata = pytest.mark.skipif(not STATEFUL, reason="needs torchdata")
@@ -215,8 +216,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [1, 2, 3])
+@in_turn(mode=MODES, size=[1, 2, 3])
 def test_every_sample_once(size, mode):
     kind, options = MODES[mode]
     for samples in (1, 3, 13, 18):
@@ -890,15 +890,16 @@ RESUMED_ON = [
 ]
 
 
+@pytest.mark.parametrize("same", [False, slow(True)])
 @pytest.mark.parametrize(("size", "mode"), RESUMED_ON)
-def test_resumes_in_the_exact_remaining_order(size, mode):
+def test_resumes_in_the_exact_remaining_order(size, mode, same):
     if "stateful" in mode and not STATEFUL:
         pytest.skip("needs torchdata")
     for shuffled in (False, True):
-        for by_epoch in (False, True):
-            for at in (1, 4) if "uneven" in mode else (0, 3, 5):  # 5 is the last
-                for pair in everywhere(size, interrupted, mode, shuffled, by_epoch, at):
-                    check_resumed(pair, shuffled or "custom" in mode)
+        by_epoch = shuffled == same  # with set_epoch, or without
+        for at in (1, 4) if "uneven" in mode else (0, 3, 5):  # 5 is the last
+            for pair in everywhere(size, interrupted, mode, shuffled, by_epoch, at):
+                check_resumed(pair, shuffled or "custom" in mode)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from shardwise.deepspeed.profiling.flops_profiler import FlopsProfiler, get_mode
 from shardwise.deepspeed.runtime.utils import memory_usage, see_memory_usage
 from shardwise.deepspeed.utils import groups
 from shardwise.errors import ArgumentError, ConfigError, GradientError, LeftOut, OptimizerError
+from slowly import in_turn
 
 STRATEGIES = [
     *PRESETS, "zero3,param_dtype=bf16", "zero1,param_dtype=bf16", "zero2,offload_optimizer=nvme",
@@ -80,8 +81,7 @@ def reads(strategy):
     return {n: utils.safe_get_local_fp32_param(p) for n, p in model.named_parameters()}, saved
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("size", [1, 2])
+@in_turn(strategy=STRATEGIES, size=[1, 2])
 def test_what_is_read_is_what_one_process_has(size, strategy):
     results = run(size, reads, strategy)
     for name, value in results[0][1].items():
@@ -132,8 +132,7 @@ def writes(strategy):
     assert_same(whole(model), whole(other))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("size", [1, 2])
+@in_turn(strategy=STRATEGIES, size=[1, 2])
 def test_what_is_written_is_what_the_next_step_takes(size, strategy):
     run(size, writes, strategy)
 

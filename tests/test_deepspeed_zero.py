@@ -30,6 +30,7 @@ from shardwise.engine.move import move
 from shardwise.engine.parked import is_parked
 from shardwise.engine.unit import unit_of
 from shardwise.errors import ConfigError, LeftOut, ShardwiseError, UnitError, WriteLost
+from slowly import in_turn
 
 AVAILABLE, AWAY = zero.ZeroParamStatus.AVAILABLE, zero.ZeroParamStatus.NOT_AVAILABLE
 HOMES = [None, "cpu", "nvme"]
@@ -102,10 +103,7 @@ def builds(where, strategy):
     model(torch.ones(2, 8)).sum().backward()
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", "zero3", "zero2,param_dtype=bf16,autocast=true", "zero3,offload_params=nvme"]
-)
-@pytest.mark.parametrize("size", [1, 2, 3])
+@in_turn(strategy=["ddp", "zero3", "zero2,param_dtype=bf16,autocast=true", "zero3,offload_params=nvme"], size=[1, 2, 3])
 def test_values_are_those_of_ordinary_construction(size, strategy):
     for where in HOMES:
         run(size, builds, where, strategy)

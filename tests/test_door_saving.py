@@ -18,6 +18,7 @@ from ranks import run
 from shardwise import Accelerator
 from shardwise.errors import CheckpointError
 from shardwise.utils import ProjectConfiguration
+from slowly import in_turn
 
 
 def everywhere(size, function, *args):
@@ -77,8 +78,7 @@ def popped_by_hooks(folder, strategy, resumed_strategy, popped, where):
         assert_same(mine, expected)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("where", ["everywhere", "rank 0"])
+@in_turn(preset=PRESETS, where=["everywhere", "rank 0"])
 def test_what_a_hook_pops_is_not_ours_and_its_momenta_are(preset, where, tmp_path):
     run(2, popped_by_hooks, tmp_path / "a", preset, preset, (0, 1), where)
 

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, IterableDataset
 import shardwise
 from shardwise import data_loader, errors, state, tracking, utils
 from shardwise.accelerator import Accelerator
-from shardwise.errors import ShardwiseError
+from shardwise.errors import ShardwiseError, first_line
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OURS = SimpleNamespace(
@@ -138,3 +138,11 @@ def test_every_error_is_one_of_pythons_own():
     for kind in {*own, *kinds(ShardwiseError)} - {ShardwiseError}:
         python = [base for base in kind.__mro__ if base.__module__ == "builtins"]
         assert [base for base in python if base not in (Exception, BaseException, object)], kind
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(ValueError(), "ValueError"), (OSError("\n  a disk\nis full"), "a disk"), (KeyError("k"), "'k'")],
+)
+def test_what_an_error_says_in_a_sentence_of_ours(error, says):
+    assert first_line(error) == says

@@ -15,6 +15,7 @@ import processes
 from models import assert_close
 from ranks import run
 from shardwise import checkpoint
+from slowly import slow
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -48,7 +49,7 @@ def everywhere(size, name, *arguments):
     return results[0]
 
 
-sizes = pytest.mark.parametrize("size", [1, 2])
+sizes = pytest.mark.parametrize("size", [slow(1), 2])
 
 
 def test_every_example_is_run_here():
@@ -57,7 +58,7 @@ def test_every_example_is_run_here():
         assert path.stem == "toy" or f'"{path.stem}"' in tested, f"{path.name} has no test"
 
 
-@sizes
+@pytest.mark.parametrize("size", [1, 2])
 def test_minimal(size):
     assert everywhere(size, "minimal") > 0.8
 

@@ -16,6 +16,7 @@ from ranks import run
 from shardwise import checkpoint
 from shardwise.engine import elementwise
 from shardwise.errors import OffloadError, OptimizerError, ShardwiseError, UpdateFailed
+from slowly import in_turn
 from test_offload import at
 
 CAUSE = "no memory for a moment"
@@ -164,8 +165,7 @@ def test_in_the_first_step_of_all(strategy):
     run(1, first_of_all, strategy)
 
 
-@pytest.mark.parametrize("look", [True, False])
-@pytest.mark.parametrize("strategy", ["ddp", "zero3", "zero1", "ddp,param_dtype=bf16", "zero3,offload_params=nvme"])
+@in_turn(look=[True, False], strategy=["ddp", "zero3", "zero1", "ddp,param_dtype=bf16", "zero3,offload_params=nvme"])
 def test_of_what_is_on_a_disk(strategy, look, tmp_path):
     """During the next forward, and under zero1 at once."""
     run(2, fails_and_goes_on, str(tmp_path), at(strategy + NVME, "device", "") + f",nvme_path={tmp_path}", "disk", look)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 import processes
+from slowly import slow
 
 SCRIPT = """
 import json, sys
@@ -40,13 +41,7 @@ print(json.dumps({"n": n, "live": s.live, "peak": s.peak, "sent": {k: c.bytes_se
 
 @pytest.mark.parametrize(
     "strategy",
-    [
-        "ddp",
-        *(pytest.param(p, marks=pytest.mark.slow) for p in ("zero1", "zero2")),
-        "zero3",
-        "zero3,param_dtype=bf16",
-        "hsdp,shard_size=8",
-    ],
+    ["ddp", slow("zero1"), slow("zero2"), slow("zero3"), "zero3,param_dtype=bf16", "hsdp,shard_size=8"],
 )
 def test_world_of_64(strategy, tmp_path):
     path = tmp_path / "fake.py"

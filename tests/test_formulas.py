@@ -13,6 +13,7 @@ import shardwise
 from models import LM, PRESETS, batch, loss_of, make, rank
 from ranks import run
 from shardwise.comm import joined
+from slowly import in_turn
 
 SIZES = {"d": 64, "layers": 4, "vocab": 97}
 
@@ -43,8 +44,7 @@ def _measured(strategy: str):
     return sent, stats, formula, meter.peak, meter.peak_total
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("strategy", PRESETS)
+@in_turn(world=[2, 3, 4], strategy=PRESETS)
 def test_bytes_on_the_wire(strategy, world):
     for sent, _, formula, _, _ in run(world, measured, strategy):
         assert sent.get("gather", 0) + sent["reduce"] == formula.sent_per_step

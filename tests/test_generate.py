@@ -32,6 +32,7 @@ from shardwise.cli.generate.answers import Answers, Writer
 from shardwise.cli.generate.job import Job
 from shardwise.cli.generate.prompts import Prompt
 from shardwise.errors import CheckpointError, ConfigError
+from slowly import in_turn
 from test_launch import command, refused, start
 
 NEW = 10
@@ -99,8 +100,7 @@ def write(path: Path, *lines: Any) -> Path:
 
 
 # --- one text -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
-@pytest.mark.parametrize("where", ["auto", "disk", "cpu", "split", '{"": "disk", "lm_head": "cpu"}'])
+@in_turn(model=["llama", "gpt2"], where=["auto", "disk", "cpu", "split", '{"": "disk", "lm_head": "cpu"}'])
 def test_the_text_is_that_of_the_model_in_memory(model, where, folders, monkeypatch, capfd):
     code = here(monkeypatch, folders[model], "the quick", "--max-new-tokens", NEW, "--device-map", where)
     out, err = capfd.readouterr()
@@ -168,8 +168,7 @@ def _job(folder: str, where: Any, scratch: Path, **changes: Any) -> Job:
     return Job(folder=folder, device_map=where, scratch=str(scratch), **{**settings, **changes})
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
-@pytest.mark.parametrize("where", ["auto", "split", {"": "disk"}], ids=["auto", "split", "disk"])
+@in_turn(model=["llama", "gpt2"], where=["auto", "split", {"": "disk"}])
 def test_ranks_share_prompts_of_different_lengths_out(model, where, folders, tmp_path):
     job = _job(folders[model], where, tmp_path / "s")
     assert run(2, _work, job) == [True, True]

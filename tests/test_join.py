@@ -19,6 +19,7 @@ from ranks import run
 from shardwise.accelerator import Accelerator
 from shardwise.errors import UnitError
 from shardwise.utils.dataclasses import DataLoaderConfiguration
+from slowly import in_turn
 
 
 class Own(DistributedSampler):
@@ -112,8 +113,7 @@ def check(results, oracle, counts, every=1, tol=1e-5):
     assert results[longest][2] == pytest.approx(means, rel=max(tol, 1e-4))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("counts", [(4, 1), (0, 3), (1, 3, 0)])
+@in_turn(preset=PRESETS, counts=[(4, 1), (0, 3), (1, 3, 0)])
 def test_one_step_per_batch(preset, counts):
     check(run(len(counts), training, preset, counts), training_alone(counts), counts)
 

@@ -13,6 +13,7 @@ import shardwise
 from models import PRESETS, assert_same, rank, whole
 from ranks import run
 from shardwise.comm import joined
+from slowly import in_turn, slow
 from test_collective_order import recorded
 
 D = 6
@@ -45,7 +46,7 @@ def trained(strategy: str, limit: int | None, idle: int | None = None):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         losses = []
         with recorded() as issued:
-            for step in range(4):
+            for step in range(3):
                 if idle is not None:
                     model[idle].idle = (rank() + step) % 2 == 0
                 shardwise.reset_stats()
@@ -64,7 +65,9 @@ def trained(strategy: str, limit: int | None, idle: int | None = None):
         return losses, whole(model), counts, [what.split(" (")[0] for what in issued]
 
 
-@pytest.mark.parametrize(("strategy", "world"), [*((s, 2) for s in PRESETS), ("hsdp,shard_size=2", 4), ("zero3", 3)])
+@pytest.mark.parametrize(
+    ("strategy", "world"), [*((s, 2) for s in PRESETS), ("hsdp,shard_size=2", 4), slow("zero3", 3)]
+)
 def test_together_is_as_apart(strategy, world):
     apart, together, some = (run(world, trained, strategy, limit) for limit in (0, None, SOME))
     for one, other, few in zip(apart, together, some, strict=True):
@@ -76,8 +79,7 @@ def test_together_is_as_apart(strategy, world):
             assert other[2][kind][0] < few[2][kind][0] < one[2][kind][0], "in fewer messages"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3"])
-@pytest.mark.parametrize("limit", [SOME, None])
+@in_turn(strategy=["ddp", "zero1", "zero3"], limit=[SOME, None])
 def test_one_order_on_all_ranks_whatever_is_idle(strategy, limit):
     ranks = run(2, trained, strategy, limit, 5)
     assert ranks[0][3] == ranks[1][3]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,18 +39,19 @@ FLOORS = [
 FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
 
 
-def running(tree: ast.AST):
+def running(tree: ast.AST) -> Iterator[ast.AST]:
     """Every node but those that only type checkers read."""
-    if isinstance(tree, ast.If) and getattr(tree.test, "id", "") == "TYPE_CHECKING":
-        return
-    yield tree
-    for child in ast.iter_child_nodes(tree):
-        yield from running(child)
+    left = [tree]
+    while left:
+        node = left.pop()
+        if not (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"):
+            yield node
+            left += ast.iter_child_nodes(node)
 
 
-def imports(path: Path, nodes=running) -> set[str]:
+def imports_of(nodes: Iterable[ast.AST]) -> set[str]:
     found = set()
-    for node in nodes(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "shardwise":
             parts = node.module.split(".")
             found |= (
@@ -62,6 +65,13 @@ def imports(path: Path, nodes=running) -> set[str]:
     return found
 
 
+@cache
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Of a file, what it imports as it runs; and that with what type checkers read."""
+    tree = ast.parse(path.read_text())
+    return imports_of(running(tree)), imports_of(ast.walk(tree))
+
+
 def test_every_module_has_a_floor():
     top = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
     assert top <= set(FLOOR_OF), f"give a floor to {sorted(top - set(FLOOR_OF))}"
@@ -70,7 +80,7 @@ def test_every_module_has_a_floor():
 def test_imports_go_downward():
     for path in ROOT.rglob("*.py"):
         name = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        for other in imports(path):
+        for other in imports(path)[0]:
             assert FLOOR_OF[other] <= FLOOR_OF[name], f"{path.relative_to(ROOT)} imports {other}, a floor above it"
 
 
@@ -135,7 +145,7 @@ def test_the_core_does_not_know_the_door():
     core = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") not in door]
     assert len(core) > 80
     for path in core:
-        known = imports(path, nodes=ast.walk) & {"compat", "utils"}
+        known = imports(path)[1] & {"compat", "utils"}
         assert not known, f"{path.relative_to(ROOT)} imports {known}"
 
 

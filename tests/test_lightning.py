@@ -15,6 +15,7 @@ import lightning_oracle as oracle
 import shardwise
 from models import PRESETS, assert_close, assert_same
 from ranks import run
+from slowly import slow
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
 
@@ -43,10 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-SLOW = pytest.mark.slow  # beside a shorter form of the same
-
-
-@pytest.mark.parametrize("case", ["plain", "accumulated and clipped", pytest.param("clipped by value", marks=SLOW)])
+@pytest.mark.parametrize("case", [slow("plain"), "accumulated and clipped", slow("clipped by value")])
 def test_numbers_are_those_of_one_process(case, tmp_path):
     settings, plain = CASES[case]
     expected, first = oracle.train(**plain), None
@@ -95,7 +93,7 @@ def precisions(strategy: str, folder: str, which: str) -> Any:
     return models.fit(strategy, 2, folder, **settings)
 
 
-@pytest.mark.parametrize("which", ["bf16-mixed", pytest.param("bf16-true", marks=SLOW), "16-mixed"])
+@pytest.mark.parametrize("which", ["bf16-mixed", slow("bf16-true"), slow("16-mixed")])
 def test_precisions(which, tmp_path):
     expected, first = oracle.train(dtype=torch.bfloat16), None
     for strategy in PRESETS:
@@ -139,7 +137,7 @@ def trained(preset: str, size: int, folder: str, kind: str, path: str | None = N
     return models.fit(given, size, folder, path=path, **saving(kind))
 
 
-@pytest.mark.parametrize("kind", ["sharded", "full"])
+@pytest.mark.parametrize("kind", ["sharded", slow("full")])
 def test_resumes_on_other_ranks_under_another_strategy(kind, tmp_path):
     (losses, weights, _), _ = run(2, trained, "zero3", 2, str(tmp_path / "whole"), kind)
     path = tmp_path / "whole" / "checkpoints" / "step=6.ckpt"
@@ -237,7 +235,7 @@ def test_fabric(tmp_path):
         assert reduces[0] == 0 and reduces[1] == reduces[2] > 0
 
 
-@pytest.mark.parametrize("kind", ["sharded", pytest.param("full", marks=SLOW)])
+@pytest.mark.parametrize("kind", ["sharded", slow("full")])
 def test_fabric_goes_on(kind, tmp_path):
     (weights, _), _ = run(2, of_fabric, "zero3", 2, 1, str(tmp_path), kind)
     assert (tmp_path / "step_6").is_dir() == (kind == "sharded")

@@ -29,6 +29,7 @@ from shardwise.inference.dispatch import (
 )
 from shardwise.inference.meta import init_empty_weights
 from shardwise.inference.offloaded import OffloadedWeightsLoader
+from slowly import in_turn, slow
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -100,8 +101,7 @@ def files_of(model):
     return next(b for u in engine_of(model).units for b in u.buckets).reading.files
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("where", ["auto", "disk", "half"])
+@in_turn(name=MODELS, where=["auto", "disk", "half"])
 def test_tokens_are_those_of_the_model_in_memory(tmp_path, name, where):
     model = make(name)
     saved(model, tmp_path, max_shard_size="200KB")
@@ -231,7 +231,7 @@ def parts(folder: Path) -> tuple[torch.Tensor, int, int, int]:
     return out, files_of(loaded).stats.bytes_read, plan.total("nvme"), plan.total("device")
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, slow(3)])
 def test_ranks_share_one_model_each_with_its_own_prompt(tmp_path, size):
     torch.manual_seed(0)
     model = wide(6)
@@ -256,8 +256,7 @@ def of_any_length(folder: Path) -> list[torch.Tensor]:
     return out
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
-@pytest.mark.parametrize("size", [2, 3])
+@in_turn(name=["llama", "t5"], size=[2, 3])
 def test_ranks_write_texts_of_different_lengths(tmp_path, name, size):
     model = make(name)
     saved(model, tmp_path)

@@ -14,6 +14,7 @@ from shardwise.checkpoint.formats import open_source
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.errors import CheckpointError
 from shardwise.inference.rearranging import Rearranging
+from slowly import in_turn
 
 transformers = pytest.importorskip("transformers")
 mapping = pytest.importorskip("transformers.conversion_mapping")
@@ -75,8 +76,7 @@ def with_buffers_of(model, empty):
     return empty
 
 
-@pytest.mark.parametrize("where", [{"": "cpu"}, {"": "disk"}])
-@pytest.mark.parametrize("case", CASES)
+@in_turn(where=[{"": "cpu"}, {"": "disk"}], case=CASES)
 def test_every_operation_is_followed(tmp_path, case, where):
     model = tiny(case, width=256 if case in ("chunks", "chunks of columns") else 64)
     model.save_pretrained(tmp_path)

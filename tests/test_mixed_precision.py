@@ -17,6 +17,7 @@ from models import PRESETS, assert_same, rank, whole
 from ranks import run
 from shardwise import Accelerator
 from shardwise.utils import GradScalerKwargs
+from slowly import in_turn
 
 D = 8
 SCALE = GradScalerKwargs(init_scale=256.0)  # at which no gradient of these overflows
@@ -160,8 +161,7 @@ def every_strategy(name: str, precision: str) -> None:
         assert torch.equal(seen, first[2]), strategy
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", MODELS)
+@in_turn(precision=["bf16", "fp16"], name=MODELS)
 def test_models_train_as_in_fp32_and_strategies_agree(name, precision):
     run(2, every_strategy, name, precision)
 

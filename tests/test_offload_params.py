@@ -19,6 +19,7 @@ import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, train, whole
 from ranks import run
 from shardwise.tiers.home import Home
+from slowly import in_turn
 from test_offload import at, doors, every, homes_for, pairs, saved_and_resumed, separate_memory, stories, values_by_hand
 
 HOMES = ("device", "cpu", "nvme")
@@ -218,8 +219,7 @@ def test_what_is_live_does_not_depend_on_the_depth_of_the_model(tmp_path):
     assert peaks[1] <= 1.05 * peaks[0]
 
 
-@pytest.mark.parametrize("home", MIXED)
-@pytest.mark.parametrize("strategy", ["ddp", "zero3", "zero3,param_dtype=bf16"])
+@in_turn(home=MIXED, strategy=["ddp", "zero3", "zero3,param_dtype=bf16"])
 def test_live_bytes_are_those_of_the_formula(strategy, home, tmp_path):
     for stats, formula in run(2, live_and_expected, at(strategy, home, str(tmp_path))):
         assert stats.live["parameters"] == formula.parameters

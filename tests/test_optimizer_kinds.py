@@ -16,6 +16,7 @@ from models import PRESETS, assert_close, assert_same, batch, loss_of, make, ran
 from ranks import run
 from shardwise.engine import elementwise
 from shardwise.errors import OptimizerError, UpdateFailed
+from slowly import in_turn
 from test_offload import at
 
 
@@ -120,8 +121,7 @@ def subclasses(strategy: str, size: int) -> None:
         compare(strategy, size, doubled)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("strategy", PRESETS)
+@in_turn(world=[1, 2], strategy=PRESETS)
 def test_a_step_of_its_own_is_not_that_of_its_base(strategy, world):
     run(world, subclasses, strategy, world)
 
@@ -245,8 +245,7 @@ def schedule_free_pairs(path: str, size: int, strategies: list[str], homes: list
                         assert a == pytest.approx(b, abs=tolerance)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("dtype", ["", ",param_dtype=bf16"])
+@in_turn(world=[1, 2], dtype=["", ",param_dtype=bf16"])
 def test_methods_that_read_state_see_pieces_and_values_follow(world, dtype, tmp_path):
     strategies = [s + dtype for s in (PRESETS if world == 2 else ["ddp", "zero3"])]
     homes = ["device", "cpu", "nvme", "offload_params=nvme,offload_optimizer=nvme"]

@@ -21,7 +21,8 @@ from shardwise.observe.recorded import read
 from shardwise.report.facts import facts_of
 from shardwise.strategy import Strategy
 
-SIZES = {"d": 32, "layers": 4, "vocab": 64}
+SIZES = {"d": 32, "layers": 2, "vocab": 64}
+DEEPER = {**SIZES, "layers": 4}
 
 
 def trained(**given):
@@ -60,7 +61,7 @@ def test_all_ranks_choose_alike_and_train_as_if_it_had_been_named(function):
 
 def little_memory(total):
     with mock.patch.object(host, "memory", return_value=HostMemory(total, total)):
-        return shardwise.fully_shard(make(**SIZES), strategy="auto", example=batch(0, rank(), vocab=64)[:, :-1])
+        return shardwise.fully_shard(make(**DEEPER), strategy="auto", example=batch(0, rank(), vocab=64)[:, :-1])
 
 
 def refused(total):
@@ -77,7 +78,7 @@ def test_where_nothing_fits_every_rank_hears_what_comes_nearest():
 
 
 def test_with_less_memory_it_shards_more():
-    states = 16 * sum(p.numel() for p in make(**SIZES).parameters())
+    states = 16 * sum(p.numel() for p in make(**DEEPER).parameters())
     assert not run(2, squeezed, 1 << 33)[0].startswith("zero3,activation")
     tight = run(2, squeezed, round(2 * 0.97 * states))
     assert tight[0] == tight[1] and tight[0].startswith("zero3")

@@ -102,7 +102,7 @@ def training_of(strategy: shardwise.Strategy, named: str = "adamw", rows: int = 
         pytest.param("zero2,param_dtype=bf16", 2, {"accumulation": 2}, marks=pytest.mark.slow),
         ("zero2,optimizer_in_backward=true", 2, {}),
         ("zero3,activation_checkpointing=true", 2, {"rows": 16}),
-        ("zero3,layout=tensor", 2, {"named": "muon"}),
+        pytest.param("zero3,layout=tensor", 2, {"named": "muon"}, marks=pytest.mark.slow),
         ("zero3,offload_params=nvme,offload_optimizer=nvme", 2, {}),
         ("hsdp,shard_size=2", 4, {"rows": 1}),
     ],
@@ -118,10 +118,11 @@ def test_peaks_on_a_cpu_are_predicted_to_the_byte(text, size, more, tmp_path):
 @pytest.mark.parametrize(
     ("preset", "home"),
     [
-        ("ddp", "all-cpu"), ("zero3", "all-nvme"), ("zero3", "activations-checkpointed"),
+        ("zero3", "all-nvme"), ("zero3", "activations-checkpointed"),
         *(
             pytest.param(preset, home, marks=pytest.mark.slow)
             for preset, home in (
+                ("ddp", "all-cpu"),
                 ("zero1", "optimizer-nvme"), ("zero2", "optimizer-half-cpu"), ("zero2", "grads-cpu"),
                 ("zero3", "device"),
             )

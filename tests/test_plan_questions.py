@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import browser
 from plan_models import MANY, VOCABULARY, Small
 from shardwise.cli import app
+from slowly import slow
 
 MACHINE = ("--devices", "4xA100-40GB")
 MODEL = "plan_models:small"
@@ -149,11 +150,13 @@ def test_what_bounds_a_step():
     assert bound == {"calls": "launch", "work": "compute", "host": "host"}
 
 
-def test_how_far_one_can_go():
-    for what, least, model in (("batch", 64, MODEL), ("layers", MANY, "plan_models:deep")):
-        far = answered("--max", what, "--strategy", "zero3", model=model)[what]
-        (found,) = far.values()
-        assert found > least
+@pytest.mark.parametrize(
+    ("what", "least", "model"),
+    [("batch", 64, MODEL), slow("layers", MANY, "plan_models:deep"), slow("seq", 128, MODEL)],
+)
+def test_how_far_one_can_go(what, least, model):
+    (found,) = answered("--max", what, "--strategy", "zero3", model=model)[what].values()
+    assert found > least
 
 
 @pytest.mark.slow
@@ -304,9 +307,3 @@ def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "config.json").chmod(0)
     assert "not a configuration" in one_line(model=str(tmp_path))
-
-
-@pytest.mark.slow
-def test_how_long_rows_can_be():
-    (far,) = answered("--max", "seq", "--strategy", "zero3")["seq"].values()
-    assert far > 128

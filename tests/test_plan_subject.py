@@ -19,6 +19,7 @@ from shardwise.plan.shapes import SHIPPED
 from shardwise.plan.shorten import shorten
 from shardwise.plan.subject import resolve
 from shardwise.utils import clear_device_cache
+from slowly import slow_unless
 
 # Elements, as the model cards have them, in thousands of millions.
 SIZES = {
@@ -45,12 +46,10 @@ def step(subject, device, keep=2, dtype=None):
         return model
 
 
-QUICK = ("gpt2", "llama-8b", "mixtral-8x7b", "vit-l", "t5-3b", "resnet-50", "bert-large")
+QUICK = ("gpt2", "mixtral-8x7b", "vit-l", "t5-3b", "resnet-50")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED]
-)
+@pytest.mark.parametrize("name", [slow_unless(name in QUICK, name) for name in SHIPPED])
 def test_shipped_models_train_and_have_their_size(name):
     pictures = name.startswith(("vit", "resnet"))
     subject = resolve(name, batch=2, seq=None if pictures else 64)
@@ -62,9 +61,7 @@ def test_shipped_models_train_and_have_their_size(name):
     step(subject, use_planned_device())
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in KINDS[::3] else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", [slow_unless(kind in ("gpt_neo", "bart", "convnext"), kind) for kind in KINDS])
 def test_other_architectures_train_on_both_devices(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     subject = resolve(str(tmp_path), batch=2)

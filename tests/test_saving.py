@@ -18,6 +18,7 @@ from ranks import run
 from shardwise import Accelerator, checkpoint
 from shardwise.errors import CheckpointError
 from shardwise.utils import DataLoaderConfiguration, GradScalerKwargs, ProjectConfiguration, set_seed
+from slowly import in_turn
 
 
 def everywhere(size, function, *args):
@@ -93,8 +94,7 @@ def interrupted(folder, strategy, precision, resumed_strategy, at):
     assert_same(whole(resumed.model), whole(straight.model))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("size", [1, 2])
+@in_turn(preset=PRESETS, size=[1, 2])
 def test_a_resumed_run_is_the_run(size, preset, tmp_path):
     everywhere(size, interrupted, tmp_path, preset, "no", preset, 4)
 

@@ -15,6 +15,7 @@ from models import assert_close, assert_same, rank, whole, world
 from ranks import run
 from shardwise.comm import joined
 from shardwise.engine.hooks import engine_of
+from slowly import slow
 
 D, N = 8, 8
 SOME = 3 * 4 * 160  # bytes: about three blocks go into one message
@@ -150,13 +151,13 @@ def trained(strategy: str, way: Any, limit: int = SOME) -> tuple[dict[str, torch
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_are_those_of_units_that_are_listened_to(way: Any) -> None:
     loud = run(2, trained, "ddp", way, 0)[0][0]
-    for strategy in QUIET:
+    for strategy in ("ddp", "zero2"):
         for values, _, heard in run(2, trained, strategy, way):
             assert_same(values, loud)
             assert len(heard) < N, "not all of them are listened to"
 
 
-@pytest.mark.parametrize("way", [in_order, mixed, penalty, double, failing])
+@pytest.mark.parametrize("way", [mixed, failing, *map(slow, (in_order, penalty, double))])
 def test_three_ranks(way: Any) -> None:
     loud = run(3, trained, "ddp", way, 0)[0][0]
     for values, _, _ in run(3, trained, "ddp", way):

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 import shardwise
 from models import assert_same, rank
 from ranks import run
+from slowly import in_turn
 
 D = 6
 STRATEGIES = ["ddp", "zero1", "zero3", "zero1,param_dtype=bf16", "zero3,param_dtype=bf16", "zero3,offload_params=nvme"]
@@ -99,8 +100,7 @@ def saved_and_loaded(kind: Callable[[], nn.Module], strategy: str) -> None:
         torch.testing.assert_close(model(x).float(), reference(x), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", KINDS)
+@in_turn(strategy=STRATEGIES, kind=KINDS)
 def test_wrapped_and_renamed_models(kind, strategy, tmp_path):
     run(2, saved_and_loaded, kind, strategy + (f",nvme_path={tmp_path}" if "nvme" in strategy else ""))
 

@@ -351,12 +351,14 @@ def test_seeds_and_generators():
 def out_of_memory(kind):
     if kind == "python":
         raise MemoryError
+    if kind == "onednn":
+        raise RuntimeError("could not create a primitive")
     if kind == "cuda":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     torch.empty(1 << 60)  # the real thing on the CPU
 
 
-@pytest.mark.parametrize("kind", ["python", "cuda", "cpu"])
+@pytest.mark.parametrize("kind", ["python", "cuda", "onednn", "cpu"])
 def test_batch_size_alone(kind):
     sizes = []
 

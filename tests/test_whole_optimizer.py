@@ -12,6 +12,7 @@ from models import PRESETS, adamw, assert_close, assert_same, batch, loss_of, ma
 from ranks import run
 from shardwise import checkpoint
 from shardwise.errors import CheckpointError
+from slowly import slow
 
 
 def momentum(params: Any) -> torch.optim.Optimizer:
@@ -57,7 +58,7 @@ def assert_states(mine: Any, plain: Any, same: bool = False) -> None:
         (assert_same if same else assert_close)(mine["state"][number], values)
 
 
-@pytest.mark.parametrize("kind", [adamw, momentum])
+@pytest.mark.parametrize("kind", [adamw, slow(momentum)])
 def test_whole_state_is_that_of_a_plain_optimizer_and_goes_back(kind):
     middle, end = plain_steps(kind, 0, 3), plain_steps(kind, 0, 5)
     first = None

@@ -18,6 +18,7 @@ from ranks import run
 from shardwise import Accelerator
 from shardwise.errors import CommError, GradientError, UnitError
 from shardwise.utils import GradScalerKwargs
+from slowly import in_turn
 
 
 def everywhere(size, function, *args):
@@ -63,9 +64,7 @@ def begins_anew(folder, strategy, how, precision):
     assert whole(model)["weight"].item() == -1.0
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("how", ["load_state", "free_memory"])
-@pytest.mark.parametrize("size", [1, 2])
+@in_turn(preset=PRESETS, how=["load_state", "free_memory"], size=[1, 2])
 def test_a_window_begins_anew(preset, how, size, tmp_path):
     everywhere(size, begins_anew, tmp_path / "a", preset, how, "no")
 
@@ -90,9 +89,7 @@ def let_go(folder, strategy, length, precision):
     assert [d() for d in dead] == [None, None, None]
 
 
-@pytest.mark.parametrize("preset", ["ddp", "zero2", "zero3"])
-@pytest.mark.parametrize("length", [1, 2])
-@pytest.mark.parametrize("size", [1, 2])
+@in_turn(preset=["ddp", "zero2", "zero3"], length=[1, 2], size=[1, 2])
 def test_free_memory_lets_go_of_every_model(preset, length, size, tmp_path):
     everywhere(size, let_go, tmp_path / "a", preset, length, "fp16" if length == 2 else "no")
 

@@ -22,9 +22,10 @@ import torch.distributed as dist
 
 from shardwise import datasheets
 from shardwise.environment import local_rank, patch_environment
-from shardwise.errors import DeviceError
+from shardwise.errors import DeviceError, first_line
 
 CPU = torch.device("cpu")
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 KINDS = ("cuda", "xpu", "mps", "npu", "mlu", "musa", "sdaa", "hpu", "mtia", "neuron")
 """Types of accelerators that scripts may name, wherever they run."""
 
@@ -79,9 +80,7 @@ def named(device: str | torch.device | int) -> torch.device:
     try:
         wanted = torch.device(accelerator() or "cuda", device) if isinstance(device, int) else torch.device(device)
     except RuntimeError as error:
-        raise DeviceError(
-            f"{device!r} is not a device: {str(error).splitlines()[0]}", fix=f"there is {_there_is()}"
-        ) from error
+        raise DeviceError(f"{device!r} is not a device: {first_line(error)}", fix=f"there is {_there_is()}") from error
     if wanted.type in _WITHOUT_MODULE:
         return torch.device(wanted.type)
     number = count() if accelerator() == wanted.type else 0

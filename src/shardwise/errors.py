@@ -25,6 +25,11 @@ class ShardwiseError(Exception):
         super().__init__(text if not fix else f"{text}\n  fix: {fix}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a sentence of ours; its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
     """A ``fix`` for a name that does not exist: the nearest that does, if one is near enough, else ``otherwise``."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

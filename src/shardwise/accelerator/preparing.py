@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,6 +16,7 @@ from shardwise.compat.deepspeed import DummyOptim, DummyScheduler
 from shardwise.compat.memory import release_memory
 from shardwise.compat.wrappers import extract_model_from_parallel
 from shardwise.data_loader import PreparedLoader, prepare_data_loader, skip_first_batches
+from shardwise.device import HALF_PRECISION
 from shardwise.engine.build import shard
 from shardwise.engine.deferred import Deferred
 from shardwise.engine.elementwise import check, needs_whole_tensors
@@ -316,5 +316,4 @@ def _give_fp32(model: nn.Module) -> None:
 
 def _outputs_in_fp32(module: nn.Module, args: Any, output: Any) -> Any:
     """A forward hook: losses are computed in fp32 whatever the model computed in."""
-    half = (torch.float16, torch.bfloat16)
-    return map_tensors(output, lambda t: t.float() if t.dtype in half else t)
+    return map_tensors(output, lambda t: t.float() if t.dtype in HALF_PRECISION else t)

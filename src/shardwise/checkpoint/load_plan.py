@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from shardwise.checkpoint.storage_reader import Run, StorageReader
 from shardwise.checkpoint.torch_format import archivable, archive_around
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, first_line
 from shardwise.layout import row_strides
 
 _AT_ONCE = 256 << 20  # bytes of tensors that are taken apart
@@ -147,8 +147,8 @@ class LoadPlan:
                     raise ValueError(f"'{item.name}' has another shape than the index says")
                 target.copy_(values)
             except _CANNOT_READ as error:
-                line = str(error).splitlines()[0] if str(error) else ""
-                raise self._unreadable(f"its tensors cannot be read ({type(error).__name__}: {line})") from error
+                why = f"{type(error).__name__}: {first_line(error)}"
+                raise self._unreadable(f"its tensors cannot be read ({why})") from error
 
     def _unreadable(self, what: str) -> CheckpointError:
         return CheckpointError(

@@ -18,7 +18,7 @@ import torch
 
 from shardwise import device as devices
 from shardwise.checkpoint.torch_format import archivable
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, first_line
 from shardwise.trees import map_tensors
 
 _CANNOT = (pickle.PickleError, AttributeError, TypeError, ValueError, RuntimeError, EOFError, KeyError)
@@ -97,14 +97,14 @@ def loads(data: bytes, path: Path) -> dict[str, Any]:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except _CANNOT as error:
         raise CheckpointError(
-            f"refused: the file holds something other than plain data ({first_line(error)})",
+            f"refused: the file holds something other than plain data ({why_refused(error)})",
             where=str(path),
             fix="nothing was loaded; use another checkpoint, and find out who changed this one",
         ) from error
 
 
 def _refusal(value: Mapping[str, Any], error: BaseException) -> CheckpointError:
-    path, culprit, why = _culprit(dict(value), "", first_line(error))
+    path, culprit, why = _culprit(dict(value), "", why_refused(error))
     kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")
     return CheckpointError(
         f"a {kind} cannot be saved, because it could not be read back without running code ({why})",
@@ -124,7 +124,7 @@ def _culprit(value: Any, path: str, why: str) -> tuple[str, Any, str]:
         try:
             _round_trip(child)
         except _CANNOT as error:
-            return _culprit(child, name, first_line(error))
+            return _culprit(child, name, why_refused(error))
     return path, value, why
 
 
@@ -136,10 +136,10 @@ def _round_trip(value: Any) -> None:
         torch.load(data, map_location="cpu", weights_only=True)
 
 
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    unsupported = [line for line in lines if "nsupported" in line or "not an allowed" in line]
-    return (unsupported or lines or [type(error).__name__])[0][:200]
+def why_refused(error: BaseException) -> str:
+    """Of what torch says when it does not read a file without running code: what is in the way."""
+    unsupported = (line.strip() for line in str(error).splitlines() if "nsupported" in line or "not an allowed" in line)
+    return next(unsupported, first_line(error))[:200]
 
 
 # --- random generators ---------------------------------------------------------------------------

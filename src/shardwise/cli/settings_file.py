@@ -11,7 +11,7 @@ import yaml
 
 from shardwise.cli.accelerate_file import translate
 from shardwise.cli.settings import Settings, unknown_key
-from shardwise.errors import LaunchError, ShardwiseError
+from shardwise.errors import LaunchError, ShardwiseError, first_line
 
 _ACCELERATE_MARKS = ("compute_environment", "distributed_type")
 
@@ -118,7 +118,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         line = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
         raise LaunchError(f"not valid YAML: {error.problem}", where=line, fix="one 'key: value' per line") from None
     except yaml.YAMLError as error:
-        raise LaunchError(f"not valid YAML: {str(error).splitlines()[0]}", where=str(path)) from None
+        raise LaunchError(f"not valid YAML: {first_line(error)}", where=str(path)) from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

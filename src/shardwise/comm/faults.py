@@ -25,7 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from shardwise.comm.stats import Op
-from shardwise.errors import CommError, RankFailed, ShardwiseError
+from shardwise.errors import CommError, RankFailed, ShardwiseError, first_line
 from shardwise.events import failing
 
 _QUIET_S = 1.0  # a wait shorter than this is not worth telling the others
@@ -158,7 +158,7 @@ class Faults:
         """The report for a collective that broke while this rank waited in it."""
         tracker = self.tracker
         here = f"rank {self.rank}, in {tracker.phase} of unit {tracker.unit}" if tracker.phase else f"rank {self.rank}"
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        line = first_line(error)
         timed_out = "timed out" in line.lower()
         failure, statuses = None, {}
         if self._store is not None:

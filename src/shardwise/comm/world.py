@@ -18,7 +18,7 @@ from shardwise.comm.group import Group
 from shardwise.comm.mesh import Mesh, build_mesh
 from shardwise.comm.process import Process
 from shardwise.environment import CPU
-from shardwise.errors import CommError, StrategyError
+from shardwise.errors import CommError, StrategyError, first_line
 
 
 def init(device: str | torch.device | None = None, *, timeout: float = 600.0) -> World:
@@ -54,7 +54,7 @@ def init(device: str | torch.device | None = None, *, timeout: float = 600.0) ->
             World.current(found).faults.meet(timeout)
         except RuntimeError as error:
             raise CommError(
-                f"the {os.environ['WORLD_SIZE']} ranks did not find each other: {str(error).splitlines()[0]}",
+                f"the {os.environ['WORLD_SIZE']} ranks did not find each other: {first_line(error)}",
                 where=f"rank {os.environ['RANK']}",
                 fix="check that all ranks started and that MASTER_ADDR:MASTER_PORT is reachable",
             ) from error

@@ -12,6 +12,7 @@ import torch
 from shardwise import operations, trees
 from shardwise.compat.dataclasses import TensorInformation
 from shardwise.compat.enums import DistributedType
+from shardwise.device import HALF_PRECISION
 from shardwise.errors import CommError, ConfigError, TensorError
 from shardwise.operations import (
     CannotPadNestedTensorWarning,
@@ -259,8 +260,7 @@ def pad_input_tensors(tensor: Any, batch_size: int, num_processes: int, dim: int
 # --- precision ---------------------------------------------------------------------------------
 def convert_to_fp32(tensor: Any) -> Any:
     """The same nest with fp16 and bf16 tensors in fp32."""
-    halves = (torch.float16, torch.bfloat16)
-    return recursively_apply(lambda t: t.float() if t.dtype in halves else t, tensor)
+    return recursively_apply(lambda t: t.float() if t.dtype in HALF_PRECISION else t, tensor)
 
 
 class ConvertOutputsToFp32:

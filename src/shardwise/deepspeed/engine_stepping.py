@@ -11,10 +11,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from shardwise.deepspeed.engine_facts import Answers
 from shardwise.deepspeed.plain_backward import scaled_backward, watch
+from shardwise.device import HALF_PRECISION
 from shardwise.engine.build import require_engine
 from shardwise.errors import GradientError, OptimizerError
-
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 class Stepping(Answers):
@@ -73,7 +72,7 @@ class Stepping(Answers):
         self._need_optimizer("backward")
         _check_loss(loss)
         length = self._steps.length
-        wide = loss.float() if loss.dtype in _HALVES else loss
+        wide = loss.float() if loss.dtype in HALF_PRECISION else loss
         counted = wide if scale_wrt_gas or length == 1 else wide * length
         with scaled_backward(), self.reports.part("backward"):
             self._steps.backward(counted, retain_graph=retain_graph or None)
@@ -91,7 +90,7 @@ class Stepping(Answers):
         self._need_optimizer("scale")
         _check_loss(loss)
         self._expected += 1
-        return self._steps.scaled(loss.float() if loss.dtype in _HALVES else loss)
+        return self._steps.scaled(loss.float() if loss.dtype in HALF_PRECISION else loss)
 
     def _plain_backward(self) -> None:
         """A backward that no engine runs has reached the model's output."""

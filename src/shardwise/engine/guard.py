@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from shardwise.device import HALF_PRECISION
 from shardwise.errors import ReleasedParameterError, UnitError
 from shardwise.tiers.metadata_access import METADATA_ATTRIBUTES, METADATA_METHODS, accessed
 
@@ -164,15 +165,17 @@ def _stays(param: torch.Tensor, owner: Owner, name: str, args: Any, kwargs: Any)
     with torch._C.DisableTorchFunctionSubclass():
         if device is not None and torch.empty(0, device=device).device != param.device:
             return False
-        return dtype is None or dtype == param.dtype or stays_in_half(owner, param.dtype, dtype)
+        return dtype is None or dtype == param.dtype or widen_saved(owner, param.dtype, dtype)
 
 
-def stays_in_half(unit: Owner, dtype: torch.dtype, wanted: torch.dtype) -> bool:
-    """Is this a conversion of a sharded parameter from half precision to fp32, as scripts do before they save?
+def widen_saved(unit: Owner, dtype: torch.dtype, wanted: torch.dtype) -> bool:
+    """Take a conversion of a sharded parameter from half precision to fp32, as scripts do before they save: its values
+    stay as they are, and from here on state dicts have them in fp32.
 
-    Its values stay as they are then, and state dicts have them in fp32.
+    Returns:
+        Was it one? Otherwise nothing has happened.
     """
-    return wanted is torch.float32 and dtype in (torch.float16, torch.bfloat16) and unit.save_in_fp32()
+    return wanted is torch.float32 and dtype in HALF_PRECISION and unit.save_in_fp32()
 
 
 def guard(params: Iterable[torch.Tensor]) -> None:

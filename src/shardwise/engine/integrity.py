@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shardwise.engine.bucket import Bucket
-from shardwise.engine.guard import mark, stays_in_half
+from shardwise.engine.guard import mark, widen_saved
 from shardwise.engine.unit import Slot, Unit
 from shardwise.errors import UnitError
 
@@ -227,7 +227,7 @@ class Integrity:
         if p.dtype == b.dtype or p.device != b.device or tuple(p.shape) != place.shape or not slot.unit.here:
             return False
         values = b.flat.tensor[place.offset : place.stop].view(place.shape)
-        if not torch.equal(p.detach(), values.to(p.dtype)) or not stays_in_half(slot.unit, b.dtype, p.dtype):
+        if not torch.equal(p.detach(), values.to(p.dtype)) or not widen_saved(slot.unit, b.dtype, p.dtype):
             return False
         b.attach(slot.index, p)
         mark(p, slot.unit, b.names[slot.index])

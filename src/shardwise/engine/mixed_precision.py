@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 
+from shardwise.device import HALF_PRECISION
 from shardwise.placement import DTYPE_NAMES
 from shardwise.quantization.others import keeps_dtype
 from shardwise.strategy import Strategy
@@ -134,7 +135,7 @@ def _is_torchs_own(module: nn.Module) -> bool:
 def _match(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """A forward pre-hook. What is in a half dtype stays so beside statistics in fp32: such kernels take it."""
     dtype = next((p.dtype for p in module._parameters.values() if p is not None), None)
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in HALF_PRECISION:
         return None
     return cast_inputs(dtype, args, kwargs)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from shardwise.engine.deferred import has_meta
 from shardwise.engine.parked import parked_in
-from shardwise.errors import UnitError
+from shardwise.errors import UnitError, first_line
 
 
 def move(module: nn.Module, device: torch.device) -> None:
@@ -38,7 +38,7 @@ def move(module: nn.Module, device: torch.device) -> None:
         if "Couldn't swap" not in str(error):
             raise
         raise UnitError(
-            f"a parameter cannot move to {device}: {str(error).splitlines()[0]}",
+            f"a parameter cannot move to {device}: {first_line(error)}",
             where=type(module).__name__,
             fix=f"move the model to {device} before an optimizer or something else refers to its parameters",
         ) from error

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardwise.device import HALF_PRECISION
 from shardwise.engine.binding import binding_of, owned_by
 from shardwise.engine.bucket import Bucket
 from shardwise.engine.residency import Pin
@@ -81,7 +82,7 @@ def _after_save(module: nn.Module, state: dict[str, Any], prefix: str, _meta: An
     unit = _unit(module)
     unit.take_handles(False)
     for bucket in unit.buckets:
-        wide = unit.saved_in_fp32 and bucket.master_dtype in (torch.float16, torch.bfloat16)
+        wide = unit.saved_in_fp32 and bucket.master_dtype in HALF_PRECISION
         if bucket.placement.aliased and not wide:
             continue  # the parameters themselves are the master values
         key = bucket.flat.key

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise import device
-from shardwise.errors import LaunchError, RankFailed
+from shardwise.errors import LaunchError, RankFailed, first_line
 from shardwise.state import AcceleratorState
 
 _GRACE_S = 8.0  # survivors of a failed rank have this long for their last words
@@ -107,7 +107,7 @@ def _store(job: Job) -> Any:
         )
     except (RuntimeError, OSError) as error:
         raise LaunchError(
-            f"cannot meet at {job.address}:{job.port}: {str(error).splitlines()[0]}",
+            f"cannot meet at {job.address}:{job.port}: {first_line(error)}",
             fix="another port with use_port=..., which is free on host 0 and reachable from all",
         ) from None
 

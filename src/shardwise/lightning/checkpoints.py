@@ -22,7 +22,7 @@ from shardwise.checkpoint.small_state import dumps
 from shardwise.checkpoint.source_state import state_of
 from shardwise.checkpoint.storage_reader import StorageReader
 from shardwise.comm import World
-from shardwise.errors import CheckpointError, ConfigError
+from shardwise.errors import CheckpointError, ConfigError, first_line
 from shardwise.operations import broadcast_object_list
 
 _FILE = "lightning.pt"
@@ -149,7 +149,7 @@ def _rest(folder: Path, state: Any, weights_only: bool | None) -> dict[str, Any]
             found |= torch.load(file, map_location="cpu", weights_only=True if weights_only is None else weights_only)
         except Exception as error:
             raise CheckpointError(
-                f"cannot be read without running code: {str(error).splitlines()[0]}",
+                f"cannot be read without running code: {first_line(error)}",
                 where=str(file),
                 fix="torch.serialization.add_safe_globals([...]) with the classes it names, if you trust the file",
             ) from error

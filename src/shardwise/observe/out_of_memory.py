@@ -30,6 +30,7 @@ _SIGNS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "std::bad_alloc",  # small allocations inside torch
+    "could not create a primitive",  # oneDNN: no memory for its code or its scratch space
 )
 _MARK = "_shardwise_explained"
 _PRESETS = ("ddp", "zero1", "zero2", "zero3")  # each holds no more than the one before

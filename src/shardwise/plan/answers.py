@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shardwise.errors import PlanError, ShardwiseError, did_you_mean
+from shardwise.errors import PlanError, ShardwiseError, did_you_mean, first_line
 from shardwise.plan.asked import PRECISIONS, Asked
 from shardwise.plan.limits import longer, most_blocks, most_rows, most_tokens
 from shardwise.plan.machine import Machine
@@ -230,7 +230,7 @@ def how_far(asked: Asked, most: str, text: str | None, out: Console) -> dict[str
         if isinstance(found, ShardwiseError):
             if text is not None:
                 raise found
-            result.add_row(str(strategy), str(found).splitlines()[0])
+            result.add_row(str(strategy), first_line(found))
             continue
         far, parameters = found
         facts[str(strategy)] = far

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
+from shardwise.device import HALF_PRECISION
 from shardwise.plan.planned_autocast import arguments, autocast_as_on, use_autocast
 from shardwise.plan.planned_device import NAME, PLANNED_TENSORS, Instead, planning
 
@@ -76,7 +77,7 @@ def _attention(
     if (
         dense
         and attn_mask is None
-        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype in HALF_PRECISION
         and width <= _FLASH_HEAD
         and value.shape[-1] == width
     ):

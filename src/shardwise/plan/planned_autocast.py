@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from shardwise import device as devices
+from shardwise.device import HALF_PRECISION
 
 _KEY = "AutocastPrivateUse1"
 _LOW = frozenset({
@@ -31,7 +32,6 @@ _WIDEST = frozenset({
 _RESULT = frozenset(
     ["prod", "softmax", "log_softmax", "cumprod", "cumsum", "linalg_vector_norm", "linalg_matrix_norm", "sum"]
 )  # what they add up in, and return, is fp32 unless the call says otherwise
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def arguments(packet: str, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     dtypes = [value.dtype for value in given if isinstance(value, torch.Tensor) and _may(value, name)]
     if packet in _RESULT:
         said = kwargs.get("dtype") is not None or any(isinstance(value, torch.dtype) for value in args)
-        wide = {} if said or not dtypes or dtypes[0] not in _HALVES else {"dtype": torch.float32}
+        wide = {} if said or not dtypes or dtypes[0] not in HALF_PRECISION else {"dtype": torch.float32}
         return args, {**kwargs, **wide}
     low = torch.get_autocast_dtype(name)
     dtype = low if packet in _LOW or (packet in _WIDEST and torch.float32 not in dtypes) else torch.float32
@@ -84,7 +84,7 @@ def arguments(packet: str, name: str, args: tuple[Any, ...], kwargs: dict[str, A
 def _cast(value: Any, dtype: torch.dtype, name: str) -> Any:
     if not isinstance(value, torch.Tensor) or not _may(value, name) or value.dtype == dtype:
         return value
-    leaf = value.is_leaf and value.requires_grad and value.dtype == torch.float32 and dtype in _HALVES
+    leaf = value.is_leaf and value.requires_grad and value.dtype == torch.float32 and dtype in HALF_PRECISION
     if not (leaf and torch.is_autocast_cache_enabled()):
         return value.to(dtype)
     if id(value) not in _casts:

@@ -1,8 +1,9 @@
 """Predictions of many strategies, by as many processes as there are cores.
 
-Each one has a process of its own: what a model's own code raises inside of a backward on the planned device ends the
-process (torch's device guard for such devices cannot be left while a Python error is pending). Then it is done once
-more, slowly, with every error written down as it is raised.
+They are forked, for what a model's own code raises inside of a backward on the planned device ends the process (torch's
+device guard for such devices cannot be left while a Python error is pending). Then it is done once more, slowly, with
+every error written down as it is raised. A process goes on with the next item as long as nothing was raised: torch
+remembers what operations on tensors without values return, and has to find it out only once.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import mmap
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
@@ -49,22 +50,35 @@ def each(work: Callable[[Any], T], items: Sequence[Any], processes: int | None =
     most = min(processes or os.cpu_count() or 1, len(items))
     done: dict[int, Any] = {}
     running: dict[Connection, tuple[int, Any]] = {}
-    following = at = 0
+    following = iter(range(len(items)))
+
+    def begin() -> None:
+        index = next(following, None)
+        if index is not None:
+            process, pipe = _begin(lambda index: work(items[index]), index, beside=running)
+            running[pipe] = index, process
+
     try:
-        while at < len(items):
-            while following < len(items) and len(running) < most:
-                process, pipe = _begin(work, items[following])
-                running[pipe] = following, process
-                following += 1
-            for ready in wait(list(running)):
-                assert isinstance(ready, Connection)
-                index, process = running.pop(ready)
-                done[index] = _end(ready, process)
-                if done[index] is None:
-                    done[index] = _what_it_raised(work, items[index])
-            while at in done:
-                yield done.pop(at)
-                at += 1
+        for _ in range(most):
+            begin()
+        for at in range(len(items)):
+            while at not in done:
+                for ready in wait(list(running)):
+                    assert isinstance(ready, Connection)
+                    index, process = running.pop(ready)
+                    found = done[index] = _received(ready)
+                    if found is None:
+                        done[index] = _what_it_raised(work, items[index])
+                    if found is None or isinstance(found, ShardwiseError):
+                        _end(ready, process)
+                        begin()
+                    elif (another := next(following, None)) is None:
+                        _end(ready, process)
+                    else:
+                        with suppress(BrokenPipeError):  # it has ended meanwhile, which the next look finds
+                            ready.send(another)
+                        running[ready] = another, process
+            yield done.pop(at)
     finally:
         for pipe, (_, process) in running.items():
             process.kill()
@@ -123,12 +137,21 @@ def _done(work: Callable[[Any], T], item: Any) -> T | ShardwiseError:
 
 
 def _begin(
-    work: Callable[[Any], Any], item: Any, note: mmap.mmap | None = None, quiet: bool = True
+    work: Callable[[Any], Any],
+    item: Any,
+    note: mmap.mmap | None = None,
+    quiet: bool = True,
+    beside: Iterable[Connection] | None = None,
 ) -> tuple[Any, Connection]:
-    """Args: quiet: it prints nothing; else it may print, and have processes of its own."""
-    here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
+    """
+    Args:
+        quiet: it prints nothing; else it may print, and have processes of its own.
+        beside: connections to others like this one, which goes on with what comes through its own until that is closed.
+    """
+    here, there = multiprocessing.get_context("fork").Pipe(duplex=beside is not None)
+    not_its = None if beside is None else [here, *beside]
     process = multiprocessing.get_context("fork").Process(
-        target=_child, args=(work, item, there, note, quiet), daemon=quiet
+        target=_child, args=(work, item, there, not_its, note, quiet), daemon=quiet
     )
     sys.stdout.flush()
     sys.stderr.flush()
@@ -137,8 +160,17 @@ def _begin(
     return process, here
 
 
-def _child(work: Callable[[Any], Any], item: Any, pipe: Connection, note: mmap.mmap | None, quiet: bool) -> None:
-    """Silent as a rule: what a model prints was printed when it was built first."""
+def _child(
+    work: Callable[[Any], Any], item: Any, pipe: Connection, not_ours: Sequence[Connection] | None,
+    note: mmap.mmap | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Silent as a rule: what a model prints was printed when it was built first.
+
+    Args:
+        not_ours: the parent's ends of connections, if more items come through ``pipe``.
+    """
+    for connection in not_ours or ():
+        connection.close()  # or nobody would notice that the parent has closed it, or has ended
     gc.freeze()  # what the parent has is no garbage of ours, and looking through it would copy its pages
     World._current = None  # the parent's ranks are not ours
     if quiet:
@@ -151,7 +183,10 @@ def _child(work: Callable[[Any], Any], item: Any, pipe: Connection, note: mmap.m
             sys.settrace(_Errors(note))
         try:
             found = _done(work, item)
-        except SystemError:
+            while not_ours is not None and not isinstance(found, ShardwiseError):
+                pipe.send(found)
+                found = _done(work, pipe.recv())
+        except (SystemError, EOFError, BrokenPipeError):
             os._exit(1)
         sys.settrace(None)
     pipe.send(found)
@@ -161,21 +196,24 @@ def _child(work: Callable[[Any], Any], item: Any, pipe: Connection, note: mmap.m
     os._exit(0)  # without what the parent has for its own end
 
 
-def _end(pipe: Connection, process: Any) -> Any:
+def _received(pipe: Connection) -> Any:
     """What a process has found; ``None`` if it ended before."""
     try:
         return pipe.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         return None
-    finally:
-        pipe.close()
-        process.join()
+
+
+def _end(pipe: Connection, process: Any) -> None:
+    pipe.close()
+    process.join()
 
 
 def _what_it_raised(work: Callable[[Any], Any], item: Any) -> Any:
     note = mmap.mmap(-1, _NOTE)
     process, pipe = _begin(work, item, note)
-    found = _end(pipe, process)
+    found = _received(pipe)
+    _end(pipe, process)
     if found is not None:
         return found
     text = note[:].rstrip(b"\0").decode(errors="replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shardwise.errors import PlanError, ShardwiseError
+from shardwise.errors import PlanError, ShardwiseError, first_line
 from shardwise.placement import Where
 from shardwise.plan.candidates import candidates, least, why_not
 from shardwise.plan.machine import Machine
@@ -125,7 +125,7 @@ def search(
             if isinstance(result, ShardwiseError):
                 if strategies is not None and len(strategies) == 1:
                     raise result
-                out.append(Row(strategy, None, str(result).splitlines()[0], left[strategy]))
+                out.append(Row(strategy, None, first_line(result), left[strategy]))
             else:
                 out.append(Row(strategy, result, "", left[strategy]))
             if told is not None:

@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME
 
 from shardwise import checkpoint
 from shardwise.checkpoint.coordination import CollectiveBlock
-from shardwise.checkpoint.small_state import first_line
+from shardwise.checkpoint.small_state import why_refused
 from shardwise.errors import CheckpointError
 from shardwise.transformers.subclasses import loaded_in_parts, overrides, saved_in_parts
 
@@ -172,7 +172,7 @@ def _whole_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise CheckpointError(
-            f"cannot be read: {first_line(error)}",
+            f"cannot be read: {why_refused(error)}",
             where=str(path),
             fix="take another checkpoint: this file is not whole, or torch.save() did not write it",
         ) from error

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from shardwise.cli.generate.prompts import Prompt
-from shardwise.errors import CheckpointError, DataError
+from shardwise.errors import CheckpointError, DataError, first_line
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -25,7 +25,7 @@ def tokenizer_of(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(
-            f"transformers cannot read its tokenizer: {str(error).strip().splitlines()[0]}",
+            f"transformers cannot read its tokenizer: {first_line(error)}",
             where=str(folder),
             fix="save it anew (tokenizer.save_pretrained), or give tokens: --ids",
         ) from error
