@@ -28,10 +28,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # The files that take longest, by themselves or by waiting. Several processes share the files: what begins last should
 # be short, or the others wait for it. Otherwise files with few tests come last, and some of these have few.
 _LONGEST = (
-    "plan_questions", "any_to_any", "offload", "plan_memory", "plan_auto", "plan_calibrate", "plan_subject",
-    "scenarios", "examples", "load", "data", "launch", "demo", "doctor", "simulated_training", "simulated_features",
-    "compare", "generate", "elastic", "checkpoint_kills", "clipping", "copies", "deferred_update", "in_backward",
-    "offload_params",
+    "plan_questions", "offload", "plan_calibrate", "any_to_any", "alias_libraries", "plan_memory", "examples",
+    "offload_params", "plan_subject", "launch", "in_backward", "trainer_saving", "fake", "load", "copies", "data",
+    "doctor", "generate", "plan_auto", "saving", "quantized", "lightning", "silent", "deferred_update", "scenarios",
+    "deepspeed_checkpoints", "alias", "load_devices", "devices", "trainer_alias", "simulated_training", "startup",
 )  # fmt: skip
 
 

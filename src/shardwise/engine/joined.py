@@ -178,9 +178,12 @@ def publish(changed: Sequence[tuple[Unit, Sequence[Bucket]]]) -> None:
     messages = list(by_bytes(follow, lambda b: b.flat.nbytes))
     for message in messages:
         coming |= _gather(message)
-    now = len(messages) == 1 and len(follow) > 1
+    if len(messages) == 1 and len(follow) > 1:
+        for transfer in coming.values():  # as a rule one, of all of them
+            transfer.wait()
+        return
     for unit, buckets in changed:
-        unit.follow_with([coming[id(b)] for b in buckets if id(b) in coming], now=now)
+        unit.follow_with([coming[id(b)] for b in buckets if id(b) in coming])
 
 
 def _gather(buckets: Sequence[Bucket]) -> dict[int, Transfer]:

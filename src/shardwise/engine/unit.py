@@ -465,18 +465,10 @@ class Unit:
                 self.gather()
                 self.watch()
 
-    def follow_with(self, transfers: Sequence[Transfer], *, now: bool = False) -> None:
-        """The last part of :meth:`publish`: values that stay have followed when these have ended.
-
-        Args:
-            now: wait for that here.
-        """
-        if not transfers:
-            return
-        self.comes_with(transfers)
-        if now:
-            self._arrive()
-        else:
+    def follow_with(self, transfers: Sequence[Transfer]) -> None:
+        """The last part of :meth:`publish`: values that stay have followed when these have ended."""
+        if transfers:
+            self.comes_with(transfers)
             guard(self.params)
 
     def _drop_passes(self) -> None:
