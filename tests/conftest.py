@@ -1,7 +1,6 @@
 """What holds for every test."""
 
 import atexit
-import gc
 import os
 import shutil
 import sys
@@ -58,10 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the imports have left is no garbage. Whoever collects (``free_memory``, tests of what is dropped) need not
-    look through a million objects of torch each time."""
-    gc.collect()
-    gc.freeze()
+    processes.collect_rarely()
 
 
 @pytest.fixture(autouse=True)

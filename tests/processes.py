@@ -20,6 +20,7 @@ Whatever a test leaves running is killed at its end (``end_all``, called from co
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import multiprocessing.util
@@ -125,6 +126,14 @@ def live_in(nests: list[str]) -> None:
 def keep(process: Process) -> None:
     """Let it live after the test that started it."""
     _started.remove(process)
+
+
+def collect_rarely() -> None:
+    """What the imports have left is no garbage. Whoever collects (``free_memory``, tests of what is dropped) need not
+    look through a million objects of torch each time; and the collector need not come by itself as often as it does."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def end_all() -> None:

@@ -122,6 +122,7 @@ def _serve(pipe: Any, device: str, rank: int, world: int, port: int) -> None:
     import shardwise
 
     torch.set_num_threads(1)
+    processes.collect_rarely()
     if device == "sim":
         import simulated_device
 
