@@ -115,7 +115,8 @@ def close_all() -> None:
 
 
 def _serve(pipe: Any, device: str, rank: int, world: int, port: int) -> None:
-    os.environ.update(processes.rank_environment(rank, world, port))
+    environment = processes.rank_environment(rank, world, port)
+    os.environ.update(environment)
     faulthandler.enable()  # who is ended by a signal says where it was
     import torch
 
@@ -137,6 +138,7 @@ def _serve(pipe: Any, device: str, rank: int, world: int, port: int) -> None:
         except (EOFError, KeyboardInterrupt):
             os._exit(0)
         try:
+            os.environ.update(environment)  # Lightning takes some of it away
             torch.manual_seed(0)
             if device == "sim":
                 torch.accelerator.set_device_index(0)

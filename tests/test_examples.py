@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -18,10 +19,14 @@ from shardwise import checkpoint
 from slowly import slow
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def example(name, *arguments):
     """Run an example's ``main`` in this process."""
+    if name == "oom_retry":
+        # Address space is limited there, and each new thread of a new process group may reserve 64 MiB for an arena.
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
     return of_example(name, "main")(list(arguments))
 
 
