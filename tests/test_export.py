@@ -21,6 +21,7 @@ from shardwise import checkpoint
 from shardwise.checkpoint import coordination
 from shardwise.checkpoint.conversion import check
 from shardwise.checkpoint.manifest import BLOCK
+from terminals import written
 from test_load_model import Deep, failure, peak_of
 
 
@@ -263,7 +264,7 @@ def test_a_bar_on_a_terminal_only(folders, tmp_path, monkeypatch, capfd):
             patched.setattr(coordination, "_MOMENT_S", 0.0)
             call()
             terminal.flush()
-            shown = os.read(ours, 1 << 16).decode()
+            shown = written(ours)
         os.close(ours)
         assert words in shown
         call()

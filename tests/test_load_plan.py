@@ -25,6 +25,7 @@ from shardwise.engine.hooks import engine_of
 from shardwise.errors import OffloadError
 from shardwise.inference.plan import Room, Usage, Weights, forecasts_of, least, place_weights, streaming_room
 from shardwise.inference.rates import Rates
+from terminals import written
 
 
 class Stack(nn.Module):
@@ -131,7 +132,7 @@ def test_a_bar_on_a_terminal_only(tmp_path, monkeypatch, capfd):
         patched.setattr(coordination, "_MOMENT_S", 0.0)
         shardwise.load(empty([200] * 6), checkpoint=file)
         terminal.flush()
-        shown = os.read(ours, 1 << 16).decode()
+        shown = written(ours)
     os.close(ours)
     assert "loading" in shown and "/" in shown
     shardwise.load(empty([200] * 6), checkpoint=file)
