@@ -267,7 +267,8 @@ def test_a_killed_run_goes_on(folders, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("where", ["split", "auto"])
 def test_a_run_that_lost_a_rank_goes_on_with_fewer(where, folders, tmp_path, monkeypatch):
     prompts, out = _many(tmp_path)
-    first = start("generate", *_request(folders["llama"], prompts, out, 2, where), cwd=tmp_path)
+    request = _request(folders["llama"], prompts, out, 2, where)
+    first = start("generate", *request, cwd=tmp_path, new_interpreters=True)  # whose command lines say what they are
     first.until(lambda: _written(out) >= 4)
     ranks = [pid for pid in processes.descendants(first.pid) if b"generate.worker" in _command(pid)]
     os.kill(ranks[-1], signal.SIGKILL)
