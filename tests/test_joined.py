@@ -46,7 +46,7 @@ def trained(strategy: str, limit: int | None, idle: int | None = None):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         losses = []
         with recorded() as issued:
-            for step in range(3):
+            for step in range(4):
                 if idle is not None:
                     model[idle].idle = (rank() + step) % 2 == 0
                 shardwise.reset_stats()

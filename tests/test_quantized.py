@@ -19,6 +19,8 @@ from ranks import run
 from shardwise import Accelerator, QuantizedLinear
 from shardwise.engine.hooks import engine_of
 from shardwise.errors import CheckpointError, OffloadError, UnitError
+from shardwise.inference import planning
+from shardwise.inference.rates import Rates
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -261,7 +263,7 @@ def read_by(model) -> int:
     return files.stats.bytes_read
 
 
-def test_half_the_bytes_stream_and_twice_as_much_fits(tmp_path):
+def test_half_the_bytes_stream_and_twice_as_much_fits(tmp_path, monkeypatch):
     llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=12).bfloat16().save_pretrained(tmp_path / "full")
     shardwise.quantize_checkpoint(tmp_path / "full", tmp_path / "int8", progress=False)
     models = {name: shardwise.load(tmp_path / name, {"": "disk"}, length=8) for name in ("full", "int8")}
@@ -271,10 +273,12 @@ def test_half_the_bytes_stream_and_twice_as_much_fits(tmp_path):
     assert read_by(models["int8"]) < 0.6 * read_by(models["full"])  # with what lies between
     room = plan["full"].device + 4 * plan["full"].nbytes["model.layers.0"]
     fits = {}
+    # With the rates of the moment a busy disk may want one unit less, for more room.
+    monkeypatch.setattr(planning, "measure", lambda *_: Rates(disk=1e9, link=0.0, short=1e-9, long=1e-11, batch=1))
     for name in ("full", "int8"):
         homes = shardwise.load(tmp_path / name, max_memory={"cpu": room}, length=8).shardwise_plan.homes
         fits[name] = sum(at == "device" for unit, at in homes.items() if unit)
-    assert 3 <= fits["full"] <= 4 and fits["int8"] >= 7  # one more or less by what the disk was just measured to do
+    assert fits["full"] == 4 and fits["int8"] >= 8
 
 
 def test_a_folder_in_int8_says_so_and_is_not_quantised_again(folders, tmp_path):

@@ -148,10 +148,11 @@ def trained(strategy: str, way: Any, limit: int = SOME) -> tuple[dict[str, torch
     return whole(model), calls, heard
 
 
+@pytest.mark.parametrize("strategies", [("ddp", "zero2"), slow(("zero1",))])
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_are_those_of_units_that_are_listened_to(way: Any) -> None:
+def test_gradients_are_those_of_units_that_are_listened_to(way: Any, strategies: tuple[str, ...]) -> None:
     loud = run(2, trained, "ddp", way, 0)[0][0]
-    for strategy in ("ddp", "zero2"):
+    for strategy in strategies:
         for values, _, heard in run(2, trained, strategy, way):
             assert_same(values, loud)
             assert len(heard) < N, "not all of them are listened to"
