@@ -125,6 +125,25 @@ def test_a_killed_rank_is_named_with_its_signal_and_the_others_report_where_they
     assert "rank 0 was waiting for" in err
 
 
+def test_a_killed_rank_is_named_before_those_that_end_because_of_it(tmp_path: Path) -> None:
+    """Within milliseconds: the launcher sees both at once."""
+    code, _, err = command("launch", "-n", 2, "--cpu", script(tmp_path, """
+        import os, signal, sys, time
+        if os.environ["RANK"] == "1":
+            open("pid", "w").write(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not os.path.exists("pid") or not (pid := open("pid").read()):
+            time.sleep(0.001)
+        while ") Z" not in open(f"/proc/{pid}/stat").read():
+            time.sleep(0.001)
+        sys.exit(3)
+    """.replace("\n        ", "\n")), cwd=tmp_path)  # fmt: skip
+    assert code == 1
+    first, second = [line for line in err.splitlines() if line.startswith("shardwise: rank ")]
+    assert first == "shardwise: rank 1 was ended by SIGKILL (often the kernel, out of memory), the first to fail"
+    assert second == "shardwise: rank 0 ended with exit code 3"
+
+
 def test_ctrl_c_ends_every_rank_with_one_message(tmp_path: Path) -> None:
     sleeps = "import os, time\nopen('pid-' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
     process = start("launch", "--nproc", 2, "--cpu", script(tmp_path, sleeps), cwd=tmp_path)

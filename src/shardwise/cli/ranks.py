@@ -183,8 +183,9 @@ class _Agent(LocalElasticAgent):
             self.kill()
         pids = [worker.id for worker in worker_group.workers]
         ended = {pid: status for pid in pids if (status := _peek(pid)) is not None}
+        now = time.monotonic()
         for pid in ended:
-            self._ended.setdefault(pid, time.monotonic())
+            self._ended.setdefault(pid, now)
         failures = [self._ended[pid] for pid, status in ended.items() if status != 0]
         if failures and len(ended) < len(pids) and time.monotonic() - min(failures) < _GRACE_S:
             return RunResult(state=WorkerState.HEALTHY)
@@ -212,8 +213,17 @@ class _Agent(LocalElasticAgent):
         return self.start.words(before)
 
     def failures(self, result: RunResult) -> list[tuple[int, ProcessFailure]]:
-        """The failed ranks, in the order in which they ended."""
-        return sorted(result.failures.items(), key=lambda f: (self._ended.get(f[1].pid, float("inf")), f[0]))
+        """The failed ranks, in the order in which they were seen ended.
+
+        Of those seen together the ones that a signal ended come first: a rank that is killed takes others with it,
+        which hear of it within milliseconds and end with an exit code.
+        """
+
+        def order(failed: tuple[int, ProcessFailure]) -> tuple[float, bool, int]:
+            rank, failure = failed
+            return self._ended.get(failure.pid, float("inf")), failure.exitcode >= 0, rank
+
+        return sorted(result.failures.items(), key=order)
 
     def summary(self, result: RunResult) -> list[str]:
         """One line per failed rank, the first failure first."""
