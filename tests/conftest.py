@@ -23,14 +23,17 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # Before torch is imported. The models are tiny: more threads only wait for each other, long on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Whoever connects to a store asks for the name of the address, of this host's own too (c10d's formatSockAddr), and an
+# answer of the name server that is lost takes five seconds.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 # The files that take longest, by themselves or by waiting. Several processes share the files: what begins last should
 # be short, or the others wait for it. Otherwise files with few tests come last, and some of these have few.
 _LONGEST = (
-    "plan_questions", "offload", "plan_calibrate", "any_to_any", "alias_libraries", "plan_memory", "examples",
-    "offload_params", "plan_subject", "launch", "in_backward", "trainer_saving", "fake", "load", "copies", "data",
-    "doctor", "generate", "plan_auto", "saving", "quantized", "lightning", "silent", "deferred_update", "scenarios",
-    "deepspeed_checkpoints", "alias", "load_devices", "devices", "trainer_alias", "simulated_training", "startup",
+    "plan_questions", "offload", "examples", "alias_libraries", "plan_calibrate", "plan_auto", "offload_params",
+    "launch", "any_to_any", "load", "plan_memory", "plan_subject", "deepspeed_checkpoints", "alias", "deferred_update",
+    "lightning", "devices", "quantized", "trainer_saving", "faults", "in_backward", "startup", "doctor", "saving",
+    "load_devices", "checkpoint_memory", "trainer_alias", "scenarios", "copies", "data", "simulated_training",
 )  # fmt: skip
 
 
@@ -58,6 +61,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     processes.collect_rarely()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_a_file_imports_is_no_garbage() -> Iterator[None]:
+    known = len(sys.modules)
+    yield
+    if len(sys.modules) > known + 100:
+        processes.collect_rarely()
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 _PRELOAD = (
     "torch", "torch._dynamo", "torch.distributed.checkpoint", "shardwise.accelerator", "shardwise.cli.ranks",
     "pytest", "hypothesis", "torch._inductor.pattern_matcher", "torch._dynamo.backends.common",
+    "rich.console", "rich.progress", "typer._adapters",
 )  # fmt: skip
 _LIBRARIES = (
     "transformers.trainer", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2",
@@ -166,7 +167,8 @@ def _nest(control: int, visitors: int, rich: int) -> None:
 
 def _prepare() -> None:
     for name in _PRELOAD:
-        importlib.import_module(name)
+        with suppress(ImportError):  # of another version
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # collections in the children leave these pages shared
 

@@ -47,19 +47,18 @@ def test_people_get_tables_and_bf16_and_a_broken_settings_file_is_found(tmp_path
     assert "\x1b" not in out + err
 
 
-def ranks_of(process: Any) -> list[int]:
-    """The processes that the command's launcher started, in the order of their ranks."""
-    found = {}
+def last_rank_of(process: Any) -> int:
+    """The process that the command's launcher started last."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == process.pid:
-                    variables = dict(v.partition("=")[::2] for v in (entry / "environ").read_text().split("\0"))
-                    if "RANK" in variables:
-                        found[int(variables["RANK"])] = int(entry.name)
-            except (OSError, ValueError):  # it has ended meanwhile
+                _, parent, *facts = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended meanwhile
                 continue
-    return [found[rank] for rank in sorted(found)]
+            if int(parent) == process.pid:
+                found.append((int(facts[17]), int(entry.name)))  # when it started
+    return max(found)[1]
 
 
 @pytest.mark.parametrize(
@@ -70,9 +69,9 @@ def ranks_of(process: Any) -> list[int]:
     ],
 )
 def test_a_rank_that_ends_or_hangs_is_named_with_its_place(number: int, message: str, tmp_path: Path) -> None:
-    process = start("doctor", "--cpu", "-n", 2, "--patience", 15, cwd=tmp_path, new_interpreters=True)
+    process = start("doctor", "--cpu", "-n", 2, "--patience", 15, cwd=tmp_path)
     process.until(lambda: "training under ddp" in process.err)
-    os.kill(ranks_of(process)[1], number)
+    os.kill(last_rank_of(process), number)
     begun = time.monotonic()
     code, out, err = process.finish()
     assert code == 1

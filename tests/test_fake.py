@@ -41,7 +41,7 @@ print(json.dumps({"n": n, "live": s.live, "peak": s.peak, "sent": {k: c.bytes_se
 
 @pytest.mark.parametrize(
     "strategy",
-    ["ddp", slow("zero1"), slow("zero2"), slow("zero3"), "zero3,param_dtype=bf16", "hsdp,shard_size=8"],
+    [*map(slow, ("ddp", "zero1", "zero2", "zero3")), "zero3,param_dtype=bf16", "hsdp,shard_size=8"],
 )
 def test_world_of_64(strategy, tmp_path):
     path = tmp_path / "fake.py"

@@ -19,7 +19,8 @@ from shardwise.plan.prediction import Training, prediction
 from shardwise.plan.subject import resolve
 from test_simulated_training import HOMES
 
-WIDTH, VOCAB, LENGTH, BLOCKS = 192, 256, 24, 7
+WIDTH, VOCAB, LENGTH = 192, 256, 24
+BLOCKS, MANY = 4, 7  # the latter are so many that a plan takes fewer, and lines between them
 SIM = "sim:0"
 
 
@@ -36,10 +37,10 @@ class Block(nn.Module):
 
 
 class LM(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, blocks: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -53,8 +54,12 @@ def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
 
 
-def make(batch: int) -> tuple[nn.Module, torch.Tensor, Any]:
-    return LM(), torch.zeros(batch, LENGTH, dtype=torch.long), loss_of
+def make(batch: int, blocks: int = BLOCKS) -> tuple[nn.Module, torch.Tensor, Any]:
+    return LM(blocks), torch.zeros(batch, LENGTH, dtype=torch.long), loss_of
+
+
+def make_deep(batch: int) -> tuple[nn.Module, torch.Tensor, Any]:
+    return make(batch, MANY)
 
 
 def strategy_of(text: str, folder: Any) -> shardwise.Strategy:
@@ -89,9 +94,11 @@ def measured(strategy: shardwise.Strategy, training: Training, device: str) -> t
     return nbytes, host, states
 
 
-def training_of(strategy: shardwise.Strategy, named: str = "adamw", rows: int = 4, accumulation: int = 1) -> Training:
+def training_of(
+    strategy: shardwise.Strategy, named: str = "adamw", rows: int = 4, accumulation: int = 1, made: str = "make"
+) -> Training:
     clip = None if strategy.optimizer_in_backward else 1.0
-    return Training(resolve("test_plan_memory:make", batch=rows), named, accumulation, clip)
+    return Training(resolve(f"test_plan_memory:{made}", batch=rows), named, accumulation, clip)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +165,7 @@ def test_peaks_on_an_accelerator_and_its_host_are_predicted(preset, home, tmp_pa
 def test_few_blocks_say_what_all_of_them_do(text, machine):
     """In bf16 the blocks are reduced together, which no line foretells: that is found out."""
     strategy = shardwise.Strategy.parse(text)
-    training = training_of(strategy)
+    training = training_of(strategy, made="make_deep")
     few = prediction(training, Machine.parse(machine), strategy, whole=None if "bf16" in text else False)
     every = prediction(training, Machine.parse(machine), strategy, whole=True)
     assert (few.device.nbytes, few.device.states) == (every.device.nbytes, every.device.states)

@@ -6,6 +6,7 @@ import pytest
 
 from models import assert_close, assert_same, train, train_alone
 from ranks import run
+from slowly import in_turn
 
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3"]
 
@@ -14,8 +15,7 @@ def every_strategy(strategies, kw):
     return [train(s, **kw) for s in strategies]
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("kw", [{}, {"tied": True}, {"clip": None}], ids=["plain", "tied", "unclipped"])
+@in_turn(world=[2, 3, 4], kw=[{}, {"tied": True}, {"clip": None}])
 def test_bitwise_equal_and_right(world, kw):
     strategies = STRATEGIES + (["hsdp,shard_size=2"] if world == 4 else [])
     ranks = run(world, every_strategy, strategies, kw)

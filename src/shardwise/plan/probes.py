@@ -27,7 +27,7 @@ _BYTES = (1 << 8, 1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 _MESSAGES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
 _TIMES = 60  # of a message
 _AT_ONCE = 10  # operations before a device is waited for
-_LONG_S = 0.25
+_LONG_S = 0.1
 _LARGEST = 1 << 29  # bytes of an operation that is measured as it is
 
 Pairs = list[tuple[float, float]]
