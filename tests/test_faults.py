@@ -69,7 +69,11 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """The ranks of every scenario that a test here asks for, all started at once: most of the time they wait."""
     path = tmp_path_factory.mktemp("faults") / "script.py"
     path.write_text(SCRIPT)
-    tests = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    tests = [
+        item
+        for item in request.session.items
+        if getattr(item, "module", None) is request.module and "scenario" in item.fixturenames  # type: ignore[attr-defined]
+    ]
     running: dict[str, list[processes.Process]] = {}
     for scenario in (test.callspec.params["scenario"] for test in tests):  # type: ignore[attr-defined]
         what, culprit, strategy = re.split("[- ]", scenario)
@@ -133,3 +137,46 @@ def test_a_hanging_rank_is_reported_within_the_timeout(scenario: str, outcome: O
     assert codes[0] == 1
     report = errors[0]
     assert "did not complete within its timeout" in report and "rank 1: not waiting in a collective" in report
+
+
+MIDWAY = """
+import os, signal, sys, threading, time
+import torch
+import shardwise
+from shardwise.checkpoint.coordination import BackgroundGather
+from shardwise.comm.stats import Op
+
+rank, culprit, source, beside = int(os.environ["RANK"]), int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "beside"
+begun = __file__ + "-".join(sys.argv[1:])
+shardwise.comm.faults._EXIT_S = 2.0
+world = shardwise.init("cpu")
+values = torch.ones(60_000_000 << beside)
+if not beside:
+    wait = world.control_group(1000.0).broadcast(values, Op("broadcast", "many", 1), source=source).wait
+else:  # as the thread of an asynchronous save does, while nobody waits for anything else
+    gather, values = BackgroundGather(), values.view(torch.uint8)
+    wait = threading.Thread(target=gather._all_gather, args=[values]).run
+if rank == culprit:
+    if beside:
+        work = gather._group.pg.send([values[values.numel() // 2:]], 1 - rank, 0)
+    while not os.path.exists(begun):
+        time.sleep(0.001)
+    time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Timer(0.005 * beside, lambda: open(begun, "w").close()).start()
+wait()
+"""
+
+
+def test_killed_in_the_middle_of_a_message(tmp_path) -> None:
+    """Where gloo's own wait goes on until the timeout, of what was being received and of what was being sent."""
+    path = tmp_path / "script.py"
+    path.write_text(MIDWAY)
+    cases = ((0, 0, ""), (1, 1, ""), (1, 0, ""), (1, 1, "beside"))
+    started = [processes.ranks_of_a_script(path, 2, *case, whole_end=True) for case in cases]
+    for (culprit, _, beside), ranks in zip(cases, started, strict=True):
+        code, _, err = ranks[1 - culprit].finish(60)
+        assert code == 1, err
+        assert f"rank {culprit} ended or lost its connection without a word (killed?)" in err
+        what = "exchange of the checkpoint" if beside else "broadcast of many"
+        assert f"rank {1 - culprit} was waiting for {what} over ranks [0, 1]" in err

@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, perf_counter
 from types import TracebackType
 from typing import Any
 
@@ -63,6 +63,8 @@ class BackgroundGather:
                 fix="call checkpoint.wait_for_saves() before closing them",
             )
         rows, peers = flat.view(self._world.size, -1), self._group.peers()
+        tracker = self._world.tracker
+        tracker.beside = (_OP, self._group, perf_counter())
         try:
             works = [pg.recv([rows[r]], r, _OP.tag) for r in peers]
             works += [pg.send([rows[self._world.rank]], r, _OP.tag) for r in peers]
@@ -74,6 +76,8 @@ class BackgroundGather:
                 where=f"rank {self._world.rank}",
                 fix="load the latest complete one",
             ) from error
+        finally:
+            tracker.beside = None
 
 
 def _gather(data: bytes, all_gather: Callable[[torch.Tensor], object], world: World | None = None) -> list[bytes]:

@@ -6,6 +6,11 @@ for; a rank that dies of an exception writes down why before its connections clo
 then fails reads all of it and raises one report; one rank is elected to print it. Ranks that wait for each other would
 learn that at the end of a timeout only, so rank 0 says it in time when all wait, and for different things. That is no
 proof, for messages may be slow: nothing is ended.
+
+A rank that is killed in the middle of a message leaves gloo's wait at the other end as it is, until the timeout: when a
+connection closes, gloo tells what has not begun, but not the message under way (``Pair::signalException`` passes over
+``rx_``, and over unbound buffers in ``tx_``; pytorch/gloo at 70dc360). Nothing can end that wait. So who has waited for
+a while looks at the connections, and ends this process with the report if one is closed and the wait goes on.
 """
 
 from __future__ import annotations
@@ -18,9 +23,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -32,24 +38,63 @@ _QUIET_S = 1.0  # a wait shorter than this is not worth telling the others
 _STUCK_S = 30.0  # when all ranks have waited for so long, for different things, one of them says so
 _GRACE_S = 3.0  # how long a failing collective waits for the other ranks' words
 _EXIT_S = 20.0  # after a failure was printed, the interpreter has this long to end
+_LOOK_S = 10.0  # between two looks at the connections of who waits, at most; the first ones come sooner
+
+
+class Waited(Protocol):
+    """Whom a rank waits for: a :class:`~shardwise.comm.group.Group`."""
+
+    ranks: tuple[int, ...]
+
+    def closed(self) -> list[int]:
+        """Of which ranks the connections to this one are closed."""
+
+
+Waiting = tuple[Op, Waited, float]
+"""For what, for whom, and since when."""
 
 
 class Tracker:
-    """Where this rank is. Written on the hot path, so plain attributes and nothing else."""
+    """Where this rank is. Written on the hot path, so plain attributes and nothing else.
 
-    __slots__ = ("phase", "unit", "waiting")
+    Attributes:
+        phase, unit: what it computes.
+        waiting: what it waits for.
+        beside: what a thread beside the training waits for.
+    """
+
+    __slots__ = ("beside", "phase", "unit", "waiting")
 
     def __init__(self) -> None:
         self.phase, self.unit = "", ""
-        self.waiting: tuple[Op, tuple[int, ...], float] | None = None
+        self.waiting: Waiting | None = None
+        self.beside: Waiting | None = None
 
     def __str__(self) -> str:
         waiting = self.waiting
         at = f" (in {self.phase} of unit {self.unit})" if self.phase else ""
         if waiting is not None:
-            op, ranks, since = waiting
-            return f"waiting {time.perf_counter() - since:.0f} s for {op} over ranks {list(ranks)}{at}"
+            op, group, since = waiting
+            return f"waiting {time.perf_counter() - since:.0f} s for {op} over ranks {list(group.ranks)}{at}"
         return f"running{at}" if at else "running outside the model"
+
+
+class _Looks:
+    """When to look whether those are still there for whom one thread waits: some seconds after it began, and ever
+    later."""
+
+    def __init__(self, first: float) -> None:
+        self._known: Waiting | None = None
+        self._first = self._next = first
+
+    def are_due(self, waiting: Waiting | None) -> bool:
+        if waiting is not self._known:
+            self._known, self._next = waiting, self._first
+        since = 0.0 if waiting is None else time.perf_counter() - waiting[2]
+        if since <= self._next:
+            return False
+        self._next = since + min(since, _LOOK_S)
+        return True
 
 
 class Faults:
@@ -62,6 +107,7 @@ class Faults:
         self._stopped = threading.Event()
         self.failed = False  # this rank is ending with an error
         self.speaks = True  # this rank prints the report of a broken collective, for all
+        self._explains = False  # a broken collective at this moment: who waited for it knows
         self._said = False  # that the ranks wait for different things
         self._elsewhere = False  # another rank does: seen while waiting, for the case that the store ends with it
         self._store: Any = None
@@ -103,13 +149,17 @@ class Faults:
     # --- telling ---------------------------------------------------------------------------
     def _watch(self, store: Any) -> None:
         told = stuck = ""
+        looks, beside = _Looks(_QUIET_S), _Looks(_EXIT_S)  # the training fails by itself meanwhile, as a rule
         while not self._stopped.wait(_QUIET_S / 2):
             waiting = self.tracker.waiting
             since = 0.0 if waiting is None else time.perf_counter() - waiting[2]
-            if since <= _QUIET_S and not told:
+            for one, found in ((looks, waiting), (beside, self.tracker.beside)):
+                if one.are_due(found) and found is not None:
+                    self._end_if_closed(found)
+            if store is None or (since <= _QUIET_S and not told):
                 continue
             text = str(self.tracker) if since > _QUIET_S else ""
-            now = f"{waiting[0]} over ranks {list(waiting[1])}" if waiting and since > _STUCK_S else ""
+            now = f"{waiting[0]} over ranks {list(waiting[1].ranks)}" if waiting and since > _STUCK_S else ""
             try:
                 self._elsewhere = self._elsewhere or store.check(["reporter"])
                 if text != told:
@@ -120,8 +170,21 @@ class Faults:
                 if now and self.rank == 0 and not self._said:
                     self._say_stuck(store)
             except RuntimeError:  # the store's host has ended; nobody is left to tell
-                return
+                store = None
             told, stuck = text, now
+
+    def _end_if_closed(self, waiting: Waiting) -> None:
+        """End this process if the rank waits for one that has ended, and is not told so."""
+        op, group, _ = waiting
+        if not group.closed() or self._stopped.wait(_QUIET_S) or self._explains:
+            return
+        if waiting is not self.tracker.waiting and waiting is not self.tracker.beside:
+            return
+        self.say(self.explain(RuntimeError("connection closed"), op, group))
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(1)
 
     def _say_stuck(self, store: Any) -> None:
         """If all ranks wait, and for different things, say so."""
@@ -154,19 +217,27 @@ class Faults:
             return self._store.get(key).decode()
         return ""
 
-    def explain(self, error: RuntimeError, op: Op, ranks: tuple[int, ...]) -> CommError:
+    def explain(self, error: RuntimeError, op: Op, group: Waited) -> CommError:
         """The report for a collective that broke while this rank waited in it."""
+        self._explains = True
+        try:
+            return self._report(error, op, group)
+        finally:
+            self._explains = False
+
+    def _report(self, error: RuntimeError, op: Op, group: Waited) -> CommError:
         tracker = self.tracker
         here = f"rank {self.rank}, in {tracker.phase} of unit {tracker.unit}" if tracker.phase else f"rank {self.rank}"
         line = first_line(error)
         timed_out = "timed out" in line.lower()
+        closed = [] if timed_out else group.closed()  # gloo's timeout closes all of them
         failure, statuses = None, {}
         if self._store is not None:
             try:
                 # Elected before anything else: the rank that hosts the store may end while others still listen.
                 self.speaks = not self._elsewhere
                 self.speaks = self._store.add("reporter", 1) == 1
-                self._store.set(f"status/{self.rank}", f"stopped while waiting for {op} over ranks {list(ranks)}")
+                self._store.set(f"status/{self.rank}", f"stopped while waiting for {op} over ranks {list(group.ranks)}")
                 until = time.monotonic() + _GRACE_S
                 while time.monotonic() < until:
                     failure = failure or self._read("failure")
@@ -182,8 +253,9 @@ class Faults:
         elif timed_out:
             what = f"{op} did not complete within its timeout: the ranks do not agree about what comes next"
         else:
-            what = f"a rank in {list(ranks)} ended or lost its connection without a word (killed?)"
-        lines = [what, f"  rank {self.rank} was waiting for {op} over ranks {list(ranks)}"]
+            who = f"rank {closed[0]}" if len(closed) == 1 else f"a rank in {list(closed or group.ranks)}"
+            what = f"{who} ended or lost its connection without a word (killed?)"
+        lines = [what, f"  rank {self.rank} was waiting for {op} over ranks {list(group.ranks)}"]
         for r, status in sorted(statuses.items()):
             if cause is None or r != cause["rank"]:
                 lines.append(f"  rank {r}: {status or 'not waiting in a collective, or no word from it'}")
@@ -196,6 +268,13 @@ class Faults:
         )
         kind = RankFailed if not timed_out or cause is not None else CommError
         return kind("\n".join(lines), where=here, fix=fix)
+
+    def say(self, report: CommError) -> None:
+        """Print a report, for all ranks that have one."""
+        if self.speaks:
+            print(f"\nshardwise report\n{report}", file=sys.stderr, flush=True)
+        else:
+            print(f"shardwise: rank {self.rank} stopped with the others", file=sys.stderr, flush=True)
 
 
 def install_excepthook(current: Callable[[], Faults | None]) -> None:
@@ -216,10 +295,7 @@ def install_excepthook(current: Callable[[], Faults | None]) -> None:
             return
         faults.failed = True
         if isinstance(error, CommError):
-            if faults.speaks:
-                print(f"\nshardwise report\n{error}", file=sys.stderr, flush=True)
-            else:
-                print(f"shardwise: rank {faults.rank} stopped with the others", file=sys.stderr, flush=True)
+            faults.say(error)
         else:
             faults.publish_failure(error)
             if isinstance(error, ShardwiseError):

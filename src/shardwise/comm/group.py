@@ -20,6 +20,8 @@ from shardwise import events
 from shardwise.comm.process import Process
 from shardwise.comm.stats import Op
 
+_TO_NOBODY = (1 << 31) - 1  # a tag that nobody receives
+
 
 class Transfer:
     """Bytes on their way. ``wait()`` returns when they have arrived (on a device: orders the current
@@ -74,19 +76,33 @@ class Group:
     def wait(self, works: Sequence[object], op: Op) -> None:
         tracker = self.world.tracker
         start = perf_counter()
-        tracker.waiting = (op, self.ranks, start)
+        tracker.waiting = (op, self, start)
         if events.listeners:
             events.wait(op.kind, op.unit)
         try:
             for work in works:
                 work.wait()  # type: ignore[attr-defined]
         except RuntimeError as error:
-            raise self.world.faults.explain(error, op, self.ranks) from error
+            raise self.world.faults.explain(error, op, self) from error
         finally:
             tracker.waiting = None
             self.world.stats.of(op.kind).wait_s += perf_counter() - start
             if events.listeners:
                 events.waited(op.kind, op.unit)
+
+    def closed(self) -> list[int]:
+        """Ranks whose connections to this one are closed: gloo refuses to send to them.
+
+        Cost: a message without bytes to each other rank, which it never asks for. None where the backend is another.
+        """
+        pg, nothing = self.pg, torch.empty(0)
+        out = []
+        for rank in self.peers() if pg is not None and not self.builtin else ():
+            try:
+                pg.send([nothing], rank, _TO_NOBODY)  # type: ignore[union-attr]
+            except RuntimeError:
+                out.append(self.ranks[rank])
+        return out
 
     def allow(self, op: Op) -> None:
         """Raise if some ranks have run out of data and will not come to this collective."""
@@ -104,7 +120,7 @@ class Group:
         try:
             return start()
         except RuntimeError as error:  # the connection to a rank that ended is found here as often as in wait()
-            raise self.world.faults.explain(error, op, self.ranks) from error
+            raise self.world.faults.explain(error, op, self) from error
 
     def exchange(
         self, sends: Sequence[tuple[torch.Tensor, int]], recvs: Sequence[tuple[torch.Tensor, int]], op: Op
