@@ -137,8 +137,12 @@ def test_how_much_host_memory_and_disk_and_how_long_the_disk_takes():
     of_each = 3.5e9 / 4
     assert timing["busy"]["disk"] == pytest.approx(2 * facts["disk"] / of_each, rel=0.02)
     assert timing["bound"] == "disk" and timing["seconds"] >= 0.99 * timing["busy"]["disk"]
-    code, _, said = ask("--batch", "2", "--strategy", "zero3,offload_optimizer=nvme", "--nvme", "3.5GB/s,4MB")
-    assert code == 1, said
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_too_small():
+    code, facts, said = ask("--batch", "2", "--strategy", "zero3,offload_optimizer=nvme", "--nvme", "3.5GB/s,4MB")
+    assert code == 1 and facts["lacks"] == "disk", said
 
 
 def test_over_how_many_ranks_to_split():
