@@ -147,7 +147,8 @@ class LoadPlan:
                     raise ValueError(f"'{item.name}' has another shape than the index says")
                 target.copy_(values)
             except _CANNOT_READ as error:
-                why = f"{type(error).__name__}: {first_line(error)}"
+                kind, said = type(error).__name__, first_line(error)
+                why = kind if said == kind else f"{kind}: {said}"
                 raise self._unreadable(f"its tensors cannot be read ({why})") from error
 
     def _unreadable(self, what: str) -> CheckpointError:

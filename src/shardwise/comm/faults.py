@@ -111,6 +111,7 @@ class Faults:
         self._said = False  # that the ranks wait for different things
         self._elsewhere = False  # another rank does: seen while waiting, for the case that the store ends with it
         self._store: Any = None
+        self._meetings = 0
         self._thread: threading.Thread | None = None
         if size > 1 and active:
             Faults._runs += 1  # several process groups in one life must not read each other's words
@@ -126,6 +127,8 @@ class Faults:
     def meet(self, timeout: float) -> None:
         """All ranks have made their connections when this returns on rank 0, whose end may be the end of the store.
 
+        Every rank calls it as often as the others, each time it has made process groups.
+
         Args:
             timeout: seconds.
 
@@ -134,10 +137,11 @@ class Faults:
         """
         if self._store is None:
             return
-        if self._store.add("connected", 1) == self.size:
-            self._store.set("all are connected", "")
+        self._meetings += 1
+        if self._store.add(f"connected {self._meetings}", 1) == self.size:
+            self._store.set(f"all are connected {self._meetings}", "")
         if self.rank == 0:
-            self._store.wait(["all are connected"], timedelta(seconds=timeout))
+            self._store.wait([f"all are connected {self._meetings}"], timedelta(seconds=timeout))
 
     def stop(self) -> None:
         """End the thread: one that is inside the store while the interpreter ends would abort the process."""

@@ -132,6 +132,7 @@ class World(Process):
             for ranks in partition:
                 new = dist.new_group(ranks, backend=backend, timeout=timedelta(seconds=timeout))
                 pg = new if ranks == mine else pg
+            self.faults.meet(timeout)
             group = Group(self, mine, pg, builtin=device.type != "cpu")
         self._groups[key] = group
         return group
