@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ import torch.distributed as dist
 from torch.optim import lr_scheduler
 
 import shardwise
-from models import adamw, assert_same, batch, loss_of, make, rank, whole
+from models import adamw, assert_close, assert_same, batch, loss_of, make, rank, whole
 from ranks import run
+from shardwise.engine import deferred_update
 from shardwise.engine.build import require_engine
 from shardwise.errors import OffloadError, UpdateFailed
 from test_offload import at, separate_memory
@@ -242,3 +246,31 @@ def test_what_fails_there_is_said_in_the_forward(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(UpdateFailed, match="the disk is gone"):
             model(batch(3, 0)[:, :-1])
+
+
+def first_step_beside(path: str) -> list[Any]:
+    """Of a copy, whose home is the original's, while the last updates of that take long."""
+    model = shardwise.fully_shard(make(), strategy=at("zero3", BOTH, path))
+    other = copy.deepcopy(model)
+    update = deferred_update.update
+    steps = []
+    with mock.patch.object(deferred_update, "update", lambda *args: (time.sleep(0.1), update(*args))[1]):
+        for m, count in ((model, 2), (other, 1)):
+            opt = adamw(m.parameters())
+            for k in range(count):
+                loss_of(m, batch(k, 0)).backward()
+                opt.step()
+                opt.zero_grad()
+            steps.append(opt)
+        return [whole(model), whole(other)]
+
+
+def test_a_step_that_cannot_wait_has_buffers_while_another_models_updates_take_place(tmp_path):
+    (found,) = run(1, first_step_beside, str(tmp_path))
+    alone = make()
+    opt = adamw(alone.parameters())
+    for k, expected in enumerate(reversed(found)):
+        loss_of(alone, batch(k, 0)).backward()
+        opt.step()
+        opt.zero_grad()
+        assert_close(expected, whole(alone), 2e-5)

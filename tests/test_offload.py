@@ -519,6 +519,9 @@ for step in range(4):
         if what == "terminated":  # when its update has begun
             offload.update = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
         if what == "corrupt":
+            for unit in model._shardwise_engine.units:
+                unit.drain()  # of what would be written over it
+                unit.home.disk.drain()
             for bucket in (b for unit in model._shardwise_engine.units for b in unit.buckets):
                 os.pwrite(os.open(f"/proc/self/fd/{bucket.values.state_extent.extent.fd}", os.O_RDWR), b"xxxxxxxx", 0)
     loss_of(model, batch(step, rank)).backward()

@@ -176,6 +176,15 @@ class DeferredUpdate:
             self._end = stream.record_event()
 
 
+def let_finish(shards: Sequence[OptimizerShard]) -> None:
+    """Before these are updated at once: what is under way at their homes, of another model as a rule, has the buffers
+    that they need."""
+    for home in {id(shard.home): shard.home for shard in shards}.values():
+        thread = _threads.get(home)
+        if thread is not None:
+            thread.submit(int).result()
+
+
 def can_defer(bucket: Bucket) -> bool:
     """May this bucket's update take place later than ``step()``, and is there something to hide?"""
     home = bucket.home

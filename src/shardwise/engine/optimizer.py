@@ -337,7 +337,9 @@ def _pieces_in(optimizer: Optimizer, record: Attachment) -> None:
         todo = offload.shards_to_update(record.pieces, record.remote, record.shard_of)
         record.deferred = deferred_update.defer(optimizer, todo, record.pieces, record.remote)
         later = set() if record.deferred is None else record.deferred.updates.keys()
-        offload.step(optimizer, [s for s in todo if id(s.bucket) not in later], record.pieces, record.remote)
+        at_once = [s for s in todo if id(s.bucket) not in later]
+        deferred_update.let_finish(at_once)
+        offload.step(optimizer, at_once, record.pieces, record.remote)
     record.begin_update()
 
 
