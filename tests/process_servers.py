@@ -31,8 +31,9 @@ from typing import Any, NoReturn
 _PRELOAD = (
     "torch", "torch._dynamo", "torch.distributed.checkpoint", "shardwise.accelerator", "shardwise.cli.ranks",
     "pytest", "hypothesis", "torch._inductor.pattern_matcher", "torch._dynamo.backends.common",
-    "rich.console", "rich.progress", "typer._adapters",
+    "rich.console", "rich.progress",
 )  # fmt: skip
+_PRIVATE = ("typer._adapters",)  # of some versions
 _LIBRARIES = (
     "transformers.trainer", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.t5.modeling_t5", "peft",
@@ -146,9 +147,7 @@ def _nest(control: int, visitors: int, rich: int) -> None:
     if not os.fork():  # the one beside it
         os.close(visitors)
         visitors = rich
-        for name in _LIBRARIES:
-            with suppress(ImportError):  # not installed
-                importlib.import_module(name)
+        _import_what_there_is(_LIBRARIES)
         gc.freeze()
     else:
         os.close(rich)
@@ -167,10 +166,16 @@ def _nest(control: int, visitors: int, rich: int) -> None:
 
 def _prepare() -> None:
     for name in _PRELOAD:
-        with suppress(ImportError):  # of another version
-            importlib.import_module(name)
+        importlib.import_module(name)
+    _import_what_there_is(_PRIVATE)
     gc.collect()
     gc.freeze()  # collections in the children leave these pages shared
+
+
+def _import_what_there_is(names: Iterable[str]) -> None:
+    for name in names:
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _answer(requests: socket.socket, adopted: bool = False) -> None:

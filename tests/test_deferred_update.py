@@ -253,7 +253,6 @@ def first_step_beside(path: str) -> list[Any]:
     model = shardwise.fully_shard(make(), strategy=at("zero3", BOTH, path))
     other = copy.deepcopy(model)
     update = deferred_update.update
-    steps = []
     with mock.patch.object(deferred_update, "update", lambda *args: (time.sleep(0.1), update(*args))[1]):
         for m, count in ((model, 2), (other, 1)):
             opt = adamw(m.parameters())
@@ -261,7 +260,6 @@ def first_step_beside(path: str) -> list[Any]:
                 loss_of(m, batch(k, 0)).backward()
                 opt.step()
                 opt.zero_grad()
-            steps.append(opt)
         return [whole(model), whole(other)]
 
 

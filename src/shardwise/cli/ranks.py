@@ -187,7 +187,7 @@ class _Agent(LocalElasticAgent):
         for pid in ended:
             self._ended.setdefault(pid, now)
         failures = [self._ended[pid] for pid, status in ended.items() if status != 0]
-        if failures and len(ended) < len(pids) and time.monotonic() - min(failures) < _GRACE_S:
+        if failures and len(ended) < len(pids) and now - min(failures) < _GRACE_S:
             return RunResult(state=WorkerState.HEALTHY)
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED and self._remaining_restarts > 0:

@@ -54,6 +54,11 @@ Waiting = tuple[Op, Waited, float]
 """For what, for whom, and since when."""
 
 
+def _seconds(waiting: Waiting | None) -> float:
+    """For how long."""
+    return 0.0 if waiting is None else time.perf_counter() - waiting[2]
+
+
 class Tracker:
     """Where this rank is. Written on the hot path, so plain attributes and nothing else.
 
@@ -74,8 +79,8 @@ class Tracker:
         waiting = self.waiting
         at = f" (in {self.phase} of unit {self.unit})" if self.phase else ""
         if waiting is not None:
-            op, group, since = waiting
-            return f"waiting {time.perf_counter() - since:.0f} s for {op} over ranks {list(group.ranks)}{at}"
+            op, group, _ = waiting
+            return f"waiting {_seconds(waiting):.0f} s for {op} over ranks {list(group.ranks)}{at}"
         return f"running{at}" if at else "running outside the model"
 
 
@@ -90,7 +95,7 @@ class _Looks:
     def are_due(self, waiting: Waiting | None) -> bool:
         if waiting is not self._known:
             self._known, self._next = waiting, self._first
-        since = 0.0 if waiting is None else time.perf_counter() - waiting[2]
+        since = _seconds(waiting)
         if since <= self._next:
             return False
         self._next = since + min(since, _LOOK_S)
@@ -156,7 +161,7 @@ class Faults:
         looks, beside = _Looks(_QUIET_S), _Looks(_EXIT_S)  # the training fails by itself meanwhile, as a rule
         while not self._stopped.wait(_QUIET_S / 2):
             waiting = self.tracker.waiting
-            since = 0.0 if waiting is None else time.perf_counter() - waiting[2]
+            since = _seconds(waiting)
             for one, found in ((looks, waiting), (beside, self.tracker.beside)):
                 if one.are_due(found) and found is not None:
                     self._end_if_closed(found)
