@@ -59,8 +59,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     processes.collect_rarely()
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0" and any(map(_needs_the_simulated_device, session.items)):
+        _begin_to_build_the_simulated_device()
+
+
+def _needs_the_simulated_device(item: pytest.Item) -> bool:
+    return "simulated_device" in getattr(item, "fixturenames", ())
+
+
+def _begin_to_build_the_simulated_device() -> None:
+    """Beside the first tests: the compiler takes half a minute, and who needs the device before has to wait for it."""
+    from simulated_device.build import build_early, library
+
+    if not library().exists():
+        processes.keep(processes.fork(build_early)[0])  # it is killed when this process ends
 
 
 @pytest.fixture(autouse=True, scope="module")
