@@ -1,19 +1,27 @@
-"""What is measured of a machine: that everything is, that it is kept, and that plans use it. Never how fast it was."""
+"""What is measured of a machine: that everything is, that it is kept, and that plans use it. Never how fast it was.
+
+So a tenth of the times that a measurement takes for its figures is enough, in ranks that are forked. One is started as
+it is for users: the one that fails.
+"""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import models
+import processes
 from shardwise.errors import PlanError
-from shardwise.plan import ranks
+from shardwise.plan import calls, probes, ranks
 from shardwise.plan.calibrate import _solved, calibrate, exactly, rates_here
 from shardwise.plan.calibration import Calibration, path_of
 from shardwise.plan.calls import Slab
@@ -43,12 +51,41 @@ def few(world: int) -> list[Step]:
     return [step(world, strategy) for strategy in ("ddp", "zero3,activation_checkpointing=true")]
 
 
+TIMES = 6
+
+
+class Rank:
+    """What a process of the standard library does, as far as it is asked for."""
+
+    def __init__(self, process: processes.Process) -> None:
+        self.process = process
+
+    def join(self, timeout: float | None = None) -> None:
+        with suppress(AssertionError):  # it has not ended: it is killed then
+            self.process.finish(100.0 if timeout is None else timeout)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def started(rank: int, *told: Any) -> tuple[Connection, Rank]:
+    process, pipe = processes.fork(measures, rank, *told, number=rank, connected=True)
+    return pipe, Rank(process)
+
+
+def measures(pipe: Connection, *told: Any) -> None:
+    probes._TIMES = calls._REPEATS = TIMES
+    ranks._rank(pipe, *told)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With what was measured of this machine, by one and by two ranks."""
     cache = tmp_path_factory.mktemp("cache") / "shardwise"
     said: list[str] = []
-    found = calibrate(2, threads=1, disk=cache.parent, folder=cache, told=said.append, steps=few)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "_started", started)
+        found = calibrate(2, threads=1, disk=cache.parent, folder=cache, told=said.append, steps=few)
     assert [f.ranks for f in found] == [1, 2] and said[0] == "the disk" and "2 ranks" in said[-1]
     return cache
 
@@ -82,7 +119,8 @@ def test_plans_use_what_was_measured(folder: Path, monkeypatch: pytest.MonkeyPat
     assert Rates.of_sheet(machine).sources["compute"].startswith("assumed")
 
 
-def test_operations_are_measured_as_they_are_and_once(folder: Path) -> None:
+def test_operations_are_measured_as_they_are_and_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_started", started)
     before = Calibration.load(1, 1, folder)
     assert before is not None
     wide = step(1, "ddp,activation_checkpointing=true")
@@ -103,7 +141,7 @@ def test_calls_are_what_was_seen() -> None:
     """Strides and all: a transposed matrix is read at another rate."""
     trace = simulate(step(1, "ddp")).trace
     slab = Slab(1 << 22)
-    backward = [c for op, c in trace.calls.items() if op.name == "aten::mm"]
+    backward = [call for op, call in trace.calls.items() if op.name == "aten::mm"]
     assert any(t.stride[0] == 1 and t.shape[0] > 1 for c in backward for t in c.tensors)
     for call in backward:
         for like in call.tensors:

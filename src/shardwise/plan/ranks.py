@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,12 @@ def run(ranks: int, threads: int, function: Callable[..., Any], *args: Any) -> l
     Raises:
         PlanError: a process failed, or had not ended after five minutes. The others are ended, too.
     """
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="shardwise-calibration-") as folder:
         pipes: list[Connection] = []
         processes = []
         for rank in range(ranks):
-            ours, theirs = context.Pipe(duplex=False)
-            told = (theirs, rank, ranks, threads, str(Path(folder) / "store"), function, args)
-            process = context.Process(target=_rank, args=told, daemon=True)
-            process.start()
-            theirs.close()  # so that the end of the process is the end of what can be read
-            pipes.append(ours)
+            pipe, process = _started(rank, ranks, threads, str(Path(folder) / "store"), function, args)
+            pipes.append(pipe)
             processes.append(process)
         try:
             return [_answer(pipe, rank) for rank, pipe in enumerate(pipes)]
@@ -45,6 +41,16 @@ def run(ranks: int, threads: int, function: Callable[..., Any], *args: Any) -> l
                 process.join(2)
                 process.kill()
                 process.join()
+
+
+def _started(*told: Any) -> tuple[Connection, BaseProcess]:
+    """A process for :func:`_rank`, and where its answer comes from."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_rank, args=(theirs, *told), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process is the end of what can be read
+    return ours, process
 
 
 def _answer(pipe: Connection, rank: int) -> Any:
