@@ -10,31 +10,26 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-import shardwise
+import processes
 from library_scripts import LIBRARIES
 from slowly import slow
 
 pytest.importorskip("accelerate")
 HERE = Path(__file__).parent
-SRC = str(Path(shardwise.__file__).parent.parent)
 DRAWS = ("grpo",)
 WALKED = ("transformers", "trl", "peft", "diffusers", "sentence_transformers", "lerobot", "lightning")
 
 
-def interpreter(*arguments: object, **variables: str) -> None:
-    """A Python process of its own: it decides what ``accelerate`` is before anything is imported."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **variables}
-    found = subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=170
-    )
-    assert found.returncode == 0, found.stderr[-6000:]
+def ran(script: Path, *arguments: object) -> None:
+    """A Python process of its own: it decides what ``accelerate`` is before anybody has imported that."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    code, _, said = processes.script(script, *arguments, environment=environment).finish(170)
+    assert code == 0, said[-6000:]
 
 
 def compared(folder: Path, strategies: str, scripts: list[str]) -> None:
@@ -46,8 +41,8 @@ def compared(folder: Path, strategies: str, scripts: list[str]) -> None:
         if LIBRARIES[name] != "diffusers":
             pytest.importorskip("datasets")
     program = HERE / "library_scripts.py"
-    interpreter(program, folder, *scripts)
-    interpreter(program, folder, "--as", "accelerate", "--strategies", strategies, *scripts, PYTHONPATH=SRC)
+    ran(program, folder, *scripts)
+    ran(program, folder, "--as", "accelerate", "--strategies", strategies, *scripts)
     for strategy in strategies.split(","):
         for name in scripts:
             # What is drawn at random depends on the number of ranks, and not on the strategy.
@@ -145,4 +140,5 @@ def test_every_name_that_installed_libraries_import_is_there(tmp_path: Path) -> 
             counted[package] += 1
     assert counted["transformers"] > 30 and counted["peft"] > 10, counted
     (tmp_path / "names.json").write_text(json.dumps([[*key, where] for key, where in names.items()]))
-    interpreter("-c", RESOLVE, tmp_path / "names.json", PYTHONPATH=SRC)
+    (tmp_path / "resolve.py").write_text(RESOLVE)
+    ran(tmp_path / "resolve.py", tmp_path / "names.json")
