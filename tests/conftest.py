@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -15,6 +16,9 @@ from process_servers import Nest
 
 _nests: list[Nest] = []  # for the processes that share the tests
 
+# What is imported is no garbage, and to look through it again and again takes longer than all imports. From the first
+# test on it is collected: see processes.collect_rarely().
+gc.disable()
 # With it, a print() is two writes, and the lines of several processes that share a pipe come out mixed.
 os.environ.pop("PYTHONUNBUFFERED", None)
 # Every rank imports the module of its test, and every new interpreter all of Shardwise: to compile them anew each time
@@ -61,6 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     processes.collect_rarely()
+    gc.enable()
     if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0" and any(map(_needs_the_simulated_device, session.items)):
         _begin_to_build_the_simulated_device()
 

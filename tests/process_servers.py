@@ -147,8 +147,10 @@ def _nest(control: int, visitors: int, rich: int) -> None:
     if not os.fork():  # the one beside it
         os.close(visitors)
         visitors = rich
+        gc.disable()
         _import_what_there_is(_LIBRARIES)
         gc.freeze()
+        gc.enable()
     else:
         os.close(rich)
     with socket.socket(fileno=control) as owner, socket.socket(fileno=visitors) as door:
@@ -165,11 +167,13 @@ def _nest(control: int, visitors: int, rich: int) -> None:
 
 
 def _prepare() -> None:
+    gc.disable()  # what is imported is no garbage
     for name in _PRELOAD:
         importlib.import_module(name)
     _import_what_there_is(_PRIVATE)
     gc.collect()
     gc.freeze()  # collections in the children leave these pages shared
+    gc.enable()
 
 
 def _import_what_there_is(names: Iterable[str]) -> None:
