@@ -17,7 +17,8 @@ import shardwise
 from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, train, whole
 from ranks import run
 from shardwise.errors import GradientError, OptimizerError, UnitError, UpdateFailed
-from test_offload import at, separate_memory
+from slowly import slow
+from test_offload import at, every, homes_for, separate_memory
 
 HOMES = ("device", "cpu", "nvme")
 AWAY = [f"offload_params={p},offload_optimizer={o}" for p, o in product(HOMES, HOMES)]
@@ -31,11 +32,11 @@ def attached(optimizer: Any, params: Any) -> torch.optim.Optimizer:
     return made
 
 
-def pairs(strategies: list[str], path: str, homes: list[str], kw: dict[str, Any]) -> None:
+def pairs(strategies: list[str], path: str, homes: list[str], kw: dict[str, Any], every: bool = True) -> None:
     optimizer = kw.pop("optimizer", adamw)
-    for strategy in strategies:
+    for index, strategy in enumerate(strategies):
         plain = train(strategy, clip=None, optimizer=optimizer, **kw)
-        for home in homes:
+        for home in homes_for(index, homes, every):
             losses, _, weights = train(
                 at(strategy + ASK, home, path), clip=None, optimizer=partial(attached, optimizer), **kw
             )
@@ -46,9 +47,10 @@ def pairs(strategies: list[str], path: str, homes: list[str], kw: dict[str, Any]
 ON = {1: ["ddp", "zero3"], 2: PRESETS, 4: ["zero2", "hsdp,shard_size=2"]}
 
 
-@pytest.mark.parametrize("world", ON)
-def test_same_bits(world, tmp_path):
-    run(world, pairs, ON[world], str(tmp_path), AWAY if world == 2 else [AWAY[0], AWAY[-1]], {"steps": 3})
+@pytest.mark.parametrize(("world", "every"), [*((world, False) for world in ON), slow(2, True)])
+def test_same_bits(world, every, tmp_path):
+    homes = AWAY if world == 2 else [AWAY[0], AWAY[-1]]
+    run(world, pairs, ON[world], str(tmp_path), homes, {"steps": 3}, every or world != 2)
 
 
 def test_same_bits_in_half_precision_and_tied(tmp_path):
@@ -62,13 +64,14 @@ def test_same_bits_with_one_tensor_per_parameter(tmp_path):
     run(2, pairs, ["zero3,layout=tensor", "zero1,layout=tensor"], str(tmp_path), [AWAY[0], AWAY[-1]], muon_like)
 
 
-def over_the_link(path: str) -> None:
+def over_the_link(path: str, every: bool) -> None:
     with separate_memory():
-        pairs(["zero3", "zero1"], path, AWAY[1:], {"steps": 3})
+        pairs(["zero3", "zero1"], path, AWAY[1:], {"steps": 3}, every)
 
 
-def test_same_bits_when_gradients_are_copied_to_the_host(tmp_path):
-    run(2, over_the_link, str(tmp_path))
+@every
+def test_same_bits_when_gradients_are_copied_to_the_host(every, tmp_path):
+    run(2, over_the_link, str(tmp_path), every)
 
 
 # --- a longer story -----------------------------------------------------------------------------------

@@ -58,6 +58,13 @@ def pairs(strategies: list[str], path: str, kw: dict[str, Any], homes: Sequence[
     gc.collect()
 
 
+def pairs_in_turn(
+    strategies: list[str], path: str, kw: dict[str, Any], every: bool, homes: Sequence[str] = HOMES, first: int = 0
+) -> None:
+    for index, strategy in enumerate(strategies):
+        pairs([strategy], path, kw, homes_for(first + index, homes, every))
+
+
 ON = {1: ["ddp", "zero3"], 2: PRESETS, 3: ["zero1", "zero3"], 4: ["zero2", "hsdp,shard_size=2"]}
 
 
@@ -68,10 +75,11 @@ def test_same_bits_under_every_preset(world, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_same_bits_with_master_values_on_the_disk(dtype, tmp_path):
-    extra = f",param_dtype={dtype}"
-    run(2, pairs, [s + extra for s in [*ALL, "zero1,layout=tensor"]], str(tmp_path), {"steps": 3})
+@every
+def test_same_bits_with_master_values_away(every, tmp_path):
+    for first, dtype in enumerate(("bf16", "fp16")):
+        strategies = [f"{s},param_dtype={dtype}" for s in [*ALL, "zero1,layout=tensor"]]
+        run(2, pairs_in_turn, strategies, str(tmp_path), {"steps": 3}, every, HOMES, first)
 
 
 OPTIMIZERS: dict[str, Any] = {
@@ -109,15 +117,16 @@ def whole_tensors(home: str, path: str, preset: str) -> dict[str, torch.Tensor]:
     return whole(model)
 
 
-def several(path: str) -> None:
-    for preset in ALL:
+def several(path: str, every: bool) -> None:
+    for index, preset in enumerate(ALL):
         plain = whole_tensors("device", path, preset)
-        for home in HOMES:
+        for home in homes_for(index, HOMES, every):
             assert_same(whole_tensors(home, path, preset), plain)
 
 
-def test_whole_tensors_and_several_optimizers(tmp_path):
-    run(2, several, str(tmp_path))
+@every
+def test_whole_tensors_and_several_optimizers(every, tmp_path):
+    run(2, several, str(tmp_path), every)
 
 
 def long_story(home: str, path: str, strategy: str) -> dict[str, torch.Tensor]:
@@ -151,15 +160,17 @@ def long_story(home: str, path: str, strategy: str) -> dict[str, torch.Tensor]:
     return whole(model)
 
 
-def stories(path: str, strategies: list[str], homes: Sequence[str] = HOMES) -> None:
-    for strategy in strategies:
+def stories(path: str, strategies: list[str], homes: Sequence[str] = HOMES, every: bool = True) -> None:
+    for index, strategy in enumerate(strategies):
         plain = long_story("device", path, strategy)
-        for home in homes:
+        for home in homes_for(index, homes, every):
             assert_same(long_story(home, path, strategy), plain)
 
 
-def test_frozen_added_scheduled_accumulated(tmp_path):
-    run(2, stories, str(tmp_path), [*ALL, "zero3,param_dtype=bf16", "zero2,param_dtype=bf16"])
+@every
+def test_frozen_added_scheduled_accumulated(every, tmp_path):
+    strategies = [*ALL, "zero3,param_dtype=bf16", "zero2,param_dtype=bf16"]
+    run(2, stories, str(tmp_path), strategies, HOMES, every)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75])
@@ -216,11 +227,11 @@ def separate_memory():
         yield
 
 
-def over_the_link(path: str) -> None:
-    for strategy in [*ALL, "zero3,layout=tensor"]:
+def over_the_link(path: str, every: bool) -> None:
+    for index, strategy in enumerate([*ALL, "zero3,layout=tensor"]):
         plain = train(strategy, steps=3)
         with separate_memory():
-            for home in HOMES:
+            for home in homes_for(index, HOMES, every):
                 losses, norms, weights = train(at(strategy, home, path), steps=3)
                 assert (losses, norms) == plain[:2], (strategy, home)
                 assert_same(weights, plain[2])
@@ -230,8 +241,9 @@ def over_the_link(path: str) -> None:
         values_by_hand(path, "")
 
 
-def test_same_bits_when_gradients_and_values_are_copied(tmp_path):
-    run(2, over_the_link, str(tmp_path))
+@every
+def test_same_bits_when_gradients_and_values_are_copied(every, tmp_path):
+    run(2, over_the_link, str(tmp_path), every)
 
 
 def link_bytes(path: str, home: str) -> Any:

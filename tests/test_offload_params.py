@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,18 @@ from models import PRESETS, adamw, assert_same, batch, loss_of, make, rank, trai
 from ranks import run
 from shardwise.tiers.home import Home
 from slowly import in_turn
-from test_offload import at, doors, every, homes_for, pairs, saved_and_resumed, separate_memory, stories, values_by_hand
+from test_offload import (
+    at,
+    doors,
+    every,
+    homes_for,
+    pairs,
+    pairs_in_turn,
+    saved_and_resumed,
+    separate_memory,
+    stories,
+    values_by_hand,
+)  # fmt: skip
 
 HOMES = ("device", "cpu", "nvme")
 MIXED = [f"offload_params={p},offload_optimizer={o}" for p, o in product(("cpu", "nvme"), HOMES)]
@@ -38,11 +48,6 @@ def clean(path: Path) -> None:
 ON = {1: ["ddp", "zero3"], 3: ["zero1", "zero3"], 4: ["zero2", "hsdp,shard_size=2"]}
 
 
-def each_with(strategies: Sequence[str], path: str, kw: dict[str, Any], every: bool) -> None:
-    for index, strategy in enumerate(strategies):
-        pairs([strategy], path, kw, homes_for(index, MIXED, every))
-
-
 @pytest.mark.parametrize("world", [1, 3, 4])
 def test_same_bits_on_any_number_of_ranks(world, tmp_path):
     run(world, pairs, ON[world], str(tmp_path), {"steps": 3, "clip": 0.5 if world > 1 else None}, FEW)
@@ -51,14 +56,14 @@ def test_same_bits_on_any_number_of_ranks(world, tmp_path):
 
 @every
 def test_same_bits_under_every_preset(every, tmp_path):
-    run(2, each_with, PRESETS, str(tmp_path), {"steps": 3, "clip": 0.5}, every)
+    run(2, pairs_in_turn, PRESETS, str(tmp_path), {"steps": 3, "clip": 0.5}, every, MIXED)
     clean(tmp_path)
 
 
 @every
 def test_same_bits_with_master_values_apart(every, tmp_path):
     strategies = [s + ",param_dtype=bf16" for s in ("ddp", "zero2", "zero3", "zero1,layout=tensor")]
-    run(2, each_with, strategies, str(tmp_path), {"steps": 3}, every)
+    run(2, pairs_in_turn, strategies, str(tmp_path), {"steps": 3}, every, MIXED)
     run(2, pairs, ["zero3,param_dtype=fp16"], str(tmp_path), {"steps": 3}, FEW)
 
 
