@@ -34,10 +34,11 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 # The files that take longest, by themselves or by waiting. Several processes share the files: what begins last should
 # be short, or the others wait for it. Otherwise files with few tests come last, and some of these have few.
 _LONGEST = (
-    "plan_questions", "offload", "examples", "alias_libraries", "plan_calibrate", "plan_auto", "offload_params",
-    "launch", "any_to_any", "load", "plan_memory", "plan_subject", "deepspeed_checkpoints", "alias", "deferred_update",
-    "lightning", "devices", "quantized", "trainer_saving", "faults", "in_backward", "startup", "doctor", "saving",
-    "load_devices", "checkpoint_memory", "trainer_alias", "scenarios", "copies", "data", "simulated_training",
+    "plan_questions", "offload", "examples", "alias_libraries", "offload_params", "any_to_any", "launch",
+    "trainer_saving", "scenarios", "doctor", "faults", "load", "plan_memory", "data", "plan_auto", "saving", "generate",
+    "deepspeed_checkpoints", "copies", "quantized", "plan_subject", "deferred_update", "load_devices", "silent",
+    "alias", "trainer_alias", "lightning", "in_backward", "startup", "devices", "checkpoint_memory", "plan_calibrate",
+    "simulated_training",
 )  # fmt: skip
 
 
