@@ -95,6 +95,7 @@ def alone(rank: int, key: str, setting: Setting, turns: int) -> dict[str, float 
             trainer.turn(ids)
         dist.barrier()  # other ranks may still be receiving what this one holds
     counted: float | None = None
+    shared = 0  # which is no block of the allocator's, and is kept
     if contender.library == "Shardwise":
         import shardwise
 
@@ -106,8 +107,9 @@ def alone(rank: int, key: str, setting: Setting, turns: int) -> dict[str, float 
     after = written_bytes()
     if contender.library == "Shardwise":
         counted = shardwise.stats().bytes_sent / turns
+        shared = shardwise.stats().shared_memory
     wire = None if before is None or after is None else (after - before) / turns
-    return {"peak": meter.peak, "states": meter.held, "wire": wire, "counted": counted}
+    return {"peak": meter.peak + shared, "states": meter.held, "wire": wire, "counted": counted}
 
 
 # --- figures -------------------------------------------------------------------------------------

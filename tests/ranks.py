@@ -190,18 +190,18 @@ def _receive_late() -> None:
 
     from shardwise.comm.group import Group
 
-    exchange = Group.exchange
+    exchange = Group.start_exchange
 
-    def late(self: Group, sends: Any, recvs: Any, op: Any) -> list[Any]:
+    def late(self: Group, sends: Any, recvs: Any, tag: int) -> list[Any]:
         arriving = [(torch.empty_like(t), r) for t, r in recvs]
         with torch.no_grad():
             for target, _ in recvs:
                 target.view(torch.uint8).fill_(0xFF)
-            works = exchange(self, sends, arriving, op)
+            works = exchange(self, sends, arriving, tag)
         received = [_LateWork(w, a, t) for w, (a, _), (t, _) in zip(works, arriving, recvs, strict=False)]
         return [*received, *works[len(recvs) :]]
 
-    Group.exchange = late  # type: ignore[method-assign]
+    Group.start_exchange = late  # type: ignore[method-assign]
 
 
 def _assert_no_races() -> None:

@@ -12,7 +12,7 @@ import torch
 import shardwise
 from models import LM, PRESETS, batch, loss_of, make, rank
 from ranks import run
-from shardwise.comm import joined
+from shardwise.comm import group, joined
 from slowly import in_turn
 
 SIZES = {"d": 64, "layers": 4, "vocab": 97}
@@ -74,7 +74,12 @@ def test_live_bytes_by_state(strategy):
 LARGE = {"d": 320, "layers": 5, "vocab": 97}  # blocks of 2.5 MB, a batch of nothing beside them
 
 
-def at_the_peak(strategy: str):
+def at_the_peak(strategy: str, shortest: int):
+    with mock.patch.object(group, "SHORTEST", shortest):
+        return _at_the_peak(strategy)
+
+
+def _at_the_peak(strategy: str):
     model = shardwise.fully_shard(make(**LARGE), strategy=strategy)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     found = []
@@ -98,10 +103,24 @@ def at_the_peak(strategy: str):
     + [(2, "zero3,param_dtype=bf16"), (4, "hsdp,shard_size=2")],
 )
 def test_live_bytes_at_the_peak(world, strategy):
-    for steps, formula, metered, largest in run(world, at_the_peak, strategy):
+    for steps, formula, metered, largest in run(world, at_the_peak, strategy, 1 << 40):
         assert steps[2] == steps[3] == steps[4], "nothing piles up"
         assert 0.98 * formula <= steps[3] <= formula
         assert steps[3] <= metered <= 1.02 * formula + 3 * largest, "what is not counted by state is one layer's"
+
+
+@in_turn(world=[2, 3], strategy=PRESETS)
+def test_through_shared_memory_less_lives_and_two_units_lie_there(world, strategy):
+    for steps, formula, _, _ in run(world, at_the_peak, strategy, group.SHORTEST):
+        assert steps[2] == steps[3] == steps[4], "nothing piles up"
+        assert 0.9 * formula <= steps[3] < formula
+    unit = 4 * max(sum(p.numel() for p in block.parameters()) for block in make(**LARGE).blocks)
+    for used in run(world, shared_memory):
+        assert 0.5 * unit <= used <= 2.5 * unit
+
+
+def shared_memory() -> int:
+    return shardwise.stats().shared_memory
 
 
 @pytest.mark.parametrize("strategy", PRESETS)

@@ -148,6 +148,13 @@ class Faults:
         if self.rank == 0:
             self._store.wait([f"all are connected {self._meetings}"], timedelta(seconds=timeout))
 
+    def share(self, name: str, text: str) -> list[str]:
+        """Every rank's text, by rank. Collective; once for each name."""
+        if self._store is None:
+            return [text]
+        self._store.set(f"{name}/{self.rank}", text)
+        return [self._store.get(f"{name}/{rank}").decode() for rank in range(self.size)]
+
     def stop(self) -> None:
         """End the thread: one that is inside the store while the interpreter ends would abort the process."""
         self._stopped.set()

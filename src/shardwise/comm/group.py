@@ -5,6 +5,7 @@ gloo's own collectives leave most of the wire unused (64 MiB over two ranks: all
 therefore a set of tagged sends and receives, and sums are taken in rank order, which makes them
 deterministic and equal under every strategy. The tag names the unit, so two ranks that disagree about
 what comes next never exchange the wrong bytes: they wait, and the wait ends in a report.
+Between ranks of one host long messages lie in memory that both see (:mod:`~shardwise.comm.shared_memory`).
 On NCCL (and on the fake backend used for planning) the built-in collectives are used.
 """
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from shardwise import events
 from shardwise.comm.process import Process
+from shardwise.comm.shared_memory import SHORTEST, Message
 from shardwise.comm.stats import Op
 
 _TO_NOBODY = (1 << 31) - 1  # a tag that nobody receives
@@ -127,8 +129,61 @@ class Group:
     ) -> list[object]:
         """Start tagged sends ``(tensor, group rank)`` and receives; returns their work handles."""
         self._count(op, sum(t.numel() * t.element_size() for t, _ in sends))
-
         return self._issue(op, lambda: self.start_exchange(sends, recvs, op.tag))
+
+    # --- through shared memory -----------------------------------------------------------------
+    def arrival(self, r: int, like: torch.Tensor) -> Message | None:
+        """A message of as many elements as these that group rank ``r`` will put into shared memory; ``None``: it sends
+        it."""
+        memory, rank = self.world.memory, self.ranks[r]
+        if memory is None or like.nbytes < SHORTEST or rank not in memory.reads:
+            return None
+        return Message(memory, rank, like.numel(), like.dtype)
+
+    def all_share(self, like: torch.Tensor) -> bool:
+        """Will messages of as many elements as these between any two ranks lie in shared memory?"""
+        memory = self.world.memory
+        return memory is not None and like.nbytes >= SHORTEST and not self.builtin and memory.is_shared(self.ranks)
+
+    def lay(self, mine: torch.Tensor) -> Message:
+        """Put a message to all ranks, this one too, into shared memory."""
+        assert self.world.memory is not None
+        return self.world.memory.put(mine, self.ranks)
+
+    def swap(
+        self,
+        sends: Sequence[tuple[torch.Tensor | Message, int]],
+        recvs: Sequence[tuple[torch.Tensor | Message, int]],
+        op: Op,
+    ) -> list[object]:
+        """As :meth:`exchange`, through shared memory where there is some: among ranks of which none can go on before it
+        has what the others send.
+
+        Args:
+            sends: also what lies there already.
+            recvs: what :meth:`arrival` gives is to be read where it lies, and released.
+        """
+        self._count(op, sum(t.nbytes for t, _ in sends))
+        return self._issue(op, lambda: self._start_swap(sends, recvs, op.tag))
+
+    def _start_swap(
+        self,
+        sends: Sequence[tuple[torch.Tensor | Message, int]],
+        recvs: Sequence[tuple[torch.Tensor | Message, int]],
+        tag: int,
+    ) -> list[object]:
+        memory = self.world.memory
+        works: list[object] = []
+        for into, r in recvs:
+            works += self.start_exchange([], [(into.note if isinstance(into, Message) else into, r)], tag)
+        for sent, r in sends:
+            if isinstance(sent, torch.Tensor):
+                if memory is not None and sent.nbytes >= SHORTEST and self.ranks[r] in memory.read_by:
+                    sent = memory.put(sent, [self.ranks[r]]).note
+            else:
+                sent = sent.note
+            works += self.start_exchange([(sent, r)], [], tag)
+        return works
 
     # --- the backend's own -------------------------------------------------------------------
     def start_exchange(
@@ -176,6 +231,30 @@ class Group:
         sends = [(mine, r) for r in self.peers()]
         recvs = [(flat[r * chunk : (r + 1) * chunk], r) for r in reversed(self.peers())]
         return Transfer(self, op, self.exchange(sends, recvs, op))
+
+    def all_gather_late(self, mine: torch.Tensor, flat: Callable[[], torch.Tensor], op: Op) -> Transfer | None:
+        """As :meth:`all_gather`, where everything may lie in shared memory until this rank waits for it.
+
+        Args:
+            mine: ``(n,)`` this rank's chunk. It is copied.
+            flat: gives the ``(size * n,)`` where the chunks go, when they are here.
+
+        Returns:
+            ``None``: some ranks have no memory in common, or it is too short.
+        """
+        if self.size == 1 or not self.all_share(mine):
+            return None
+        self.allow(op)
+        peers, own = self.peers(), self.lay(mine)
+        arrivals = {r: message for r in reversed(peers) if (message := self.arrival(r, mine))}
+
+        def move() -> None:
+            rows = flat().view(self.size, -1)
+            for r, message in {self.rank: own, **arrivals}.items():
+                message.move(rows[r])
+
+        works = self.swap([(own, r) for r in peers], [(message, r) for r, message in arrivals.items()], op)
+        return Transfer(self, op, works, move)
 
     def broadcast(self, tensor: torch.Tensor, op: Op, source: int = 0) -> Transfer:
         """Group rank ``source``'s values to everyone, in place."""

@@ -13,6 +13,7 @@ import torch
 
 from shardwise.comm.faults import Faults, Tracker
 from shardwise.comm.group import Group
+from shardwise.comm.shared_memory import SHORTEST, Message
 from shardwise.comm.stats import CommStats
 from shardwise.comm.world import World
 
@@ -24,8 +25,40 @@ class _Done:
         """It has arrived."""
 
 
+class _Lying(Message):
+    """A message in shared memory that nobody put there. It takes no memory of its own: it is what is sent."""
+
+    __slots__ = ("_like",)
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._like, self.numel, self.dtype, self.note = like, like.numel(), like.dtype, like
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return self._like
+
+    def release(self) -> None:
+        """It has been read."""
+
+    def move(self, into: torch.Tensor) -> None:
+        """It is there."""
+
+
 class PlannedGroup(Group):
     """Ranks that receive and send nothing."""
+
+    def _host(self, r: int) -> int:
+        return self.ranks[r] // self.world.local_size
+
+    def arrival(self, r: int, like: torch.Tensor) -> Message | None:
+        return _Lying(like) if like.nbytes >= SHORTEST and self._host(r) == self._host(self.rank) else None
+
+    def all_share(self, like: torch.Tensor) -> bool:
+        hosts = {self._host(r) for r in range(self.size)}
+        return like.nbytes >= SHORTEST and not self.builtin and len(hosts) == 1
+
+    def lay(self, mine: torch.Tensor) -> Message:
+        return _Lying(mine)
 
     def start_exchange(
         self, sends: Sequence[tuple[torch.Tensor, int]], recvs: Sequence[tuple[torch.Tensor, int]], tag: int
@@ -53,7 +86,7 @@ class PlannedWorld(World):
         self.rank, self.size, self.local_size, self.device = 0, size, local_size, device
         self.stats, self.tracker, self.fake = CommStats(), Tracker(), True
         self.faults = Faults(0, size, self.tracker, active=False)
-        self.join = self.saver = None
+        self.join = self.saver = self.memory = None
         self._abandoned = None
         self._groups, self._meshes = {}, {}
 

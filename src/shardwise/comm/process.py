@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.comm.faults import Faults, Tracker
+from shardwise.comm.shared_memory import SharedMemory
 from shardwise.comm.stats import CommStats, Op
 
 
@@ -76,6 +77,7 @@ class Process:
         stats: counts of what crossed the wire.
         tracker: what this rank is doing, for reports.
         faults: tells the others, and hears from them, why a rank ends.
+        memory: what ranks of this host share; ``None`` until there is a group, and where there is nothing to share.
         fake: collectives do nothing (torch's ``fake`` backend), to plan with.
         join: the open ``join_uneven_inputs`` block.
         saver: what asynchronous saves keep. Nobody here looks at it.
@@ -91,6 +93,7 @@ class Process:
         self.tracker = Tracker()
         self.fake = self.default_pg is not None and dist.get_backend(self.default_pg) == "fake"
         self.faults = Faults(self.rank, self.size, self.tracker, active=not self.fake)
+        self.memory: SharedMemory | None = None
         self.join: JoinContext | None = None
         self.saver: object | None = None
         self._abandoned: list[Any] | None = []

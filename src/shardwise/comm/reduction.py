@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from shardwise.comm.group import Group, Transfer
+from shardwise.comm.shared_memory import Message
 from shardwise.comm.stats import Op
 
 
@@ -41,7 +42,7 @@ class Reduction:
 
     def __init__(self, axes: Axes, raw: torch.Tensor, out: torch.Tensor, op: Op, memory: Memory) -> None:
         self.axes, self.raw, self.out, self.op, self.memory = axes, raw, out, op, memory
-        self.sources: list[torch.Tensor] = []
+        self.sources: list[torch.Tensor | Message] = []
         self.received: list[torch.Tensor] = []
         self._second: Transfer | None = None
         self._first: Transfer | None = self._start_builtin() if axes.whole.builtin else self._start_ordered()
@@ -62,19 +63,21 @@ class Reduction:
             self.sources = [mine]
             return Transfer(None, None)
         row = self.axes.replicate.rank
-        into = [self.out[row * n : (row + 1) * n]] if self._out_is_free else []
-        self.received = [self._take(n) for _ in group.peers()[len(into) :]]
-        spare = iter([*into, *self.received])
-        self.sources = [mine if r == group.rank else next(spare) for r in range(group.size)]
-        recvs = [(self.sources[r], r) for r in reversed(group.peers())]
+        seen = {r: message for r in group.peers() if (message := group.arrival(r, mine))}
+        sent = [r for r in group.peers() if r not in seen]
+        into = [self.out[row * n : (row + 1) * n]] if self._out_is_free and sent else []
+        self.received = [self._take(n) for _ in sent[len(into) :]]
+        places = seen | dict(zip(sent, [*into, *self.received], strict=True))
+        self.sources = [mine if r == group.rank else places[r] for r in range(group.size)]
+        recvs = [(places[r], r) for r in reversed(group.peers())]
         sends = [(chunk[r], r) for r in group.peers()]
-        return Transfer(group, self.op, group.exchange(sends, recvs, self.op))
+        return Transfer(group, self.op, group.swap(sends, recvs, self.op))
 
     def _sum_ordered(self) -> None:
         n = self.raw.numel() // self.axes.whole.size
         row = self.axes.replicate.rank
         out = self.out[row * n : (row + 1) * n]
-        first, *between = self.sources
+        first, *between = (source.tensor if isinstance(source, Message) else source for source in self.sources)
         last = between.pop() if between else None
         total = first if first.dtype == out.dtype else first.to(out.dtype)
         for source in between:
@@ -84,6 +87,9 @@ class Reduction:
             torch.add(total, last, out=out)
         elif not _same(total, out):
             out.copy_(total)
+        for place in self.sources:
+            if isinstance(place, Message):
+                place.release()
         self._give_back()
 
     # --- the backend's own -------------------------------------------------------------------

@@ -17,6 +17,7 @@ from shardwise.comm.faults import Faults, install_excepthook
 from shardwise.comm.group import Group
 from shardwise.comm.mesh import Mesh, build_mesh
 from shardwise.comm.process import Process
+from shardwise.comm.shared_memory import SharedMemory
 from shardwise.environment import CPU
 from shardwise.errors import CommError, StrategyError, first_line
 
@@ -103,7 +104,7 @@ class World(Process):
             group.pg = None
         self._groups.clear()
         self._meshes.clear()
-        self.default_pg = self._abandoned = None
+        self.default_pg = self.memory = self._abandoned = None
 
     @classmethod
     def current(cls, device: torch.device | None = None) -> World:
@@ -132,6 +133,8 @@ class World(Process):
             for ranks in partition:
                 new = dist.new_group(ranks, backend=backend, timeout=timedelta(seconds=timeout))
                 pg = new if ranks == mine else pg
+            if not self._groups:
+                self.memory = SharedMemory(self.rank, self.size, self.faults.share)
             self.faults.meet(timeout)
             group = Group(self, mine, pg, builtin=device.type != "cpu")
         self._groups[key] = group

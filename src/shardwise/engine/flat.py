@@ -305,6 +305,10 @@ class FlatParameters:
         """Have memory for the values."""
         self.flat.fill()
 
+    def _filled(self) -> torch.Tensor:
+        self.fill()
+        return self.flat.tensor
+
     def stage(self) -> None:
         """Begin to bring held shards from their home into ``flat``, if that is where they are."""
         if self.source is not None and self._arriving is None:
@@ -328,6 +332,10 @@ class FlatParameters:
                 return arriving
             arriving.wait()  # here, not later: all ranks start their collectives in the same order
         else:
+            if self.placement.released and self.sends_own:
+                late = self.mesh.gather_late(self.own_shard(), self._filled, self.op("gather"))
+                if late is not None:
+                    return late
             self.fill()
             if self.sends_own:
                 self.flat.tensor[self.held].copy_(self.master if self.shard is None else self.shard)

@@ -30,6 +30,8 @@ class Stats:
         live, peak: bytes by state (``parameters``, ``gradients``, ``optimizer``, ``gather_buffers``,
             ``offload_buffers``, ``host_activations``).
         peak_total: bytes of all states at their joint peak.
+        shared_memory: bytes of memory through which ranks of one host send, at most so far; it is kept. Of the whole
+            process, and beside ``live`` and ``peak``.
         to_host, to_device: bytes that offloading copied between the device and the host.
         disk: bytes read and written for states whose home is ``nvme``, seconds with I/O under way (``busy_s``), seconds
             that training waited for it (``wait_s``), and the share that was hidden (``hidden``).
@@ -42,6 +44,7 @@ class Stats:
     disk: DiskStats
     to_host: int
     to_device: int
+    shared_memory: int = 0
 
     @property
     def bytes_sent(self) -> int:
@@ -53,6 +56,7 @@ class Stats:
             "live": self.live,
             "peak": self.peak,
             "peak_total": self.peak_total,
+            "shared_memory": self.shared_memory,
             "to_host": self.to_host,
             "to_device": self.to_device,
             "disk": {**vars(self.disk), "hidden": self.disk.hidden},
@@ -62,7 +66,8 @@ class Stats:
 def stats(module: nn.Module | None = None) -> Stats:
     """Counters of one sharded module, or of all that live in this process."""
     chosen = _chosen(module)
-    comm = {k: CommCount(c.calls, c.bytes_sent, c.wait_s) for k, c in World.current().stats.kinds.items()}
+    world = World.current()
+    comm = {k: CommCount(c.calls, c.bytes_sent, c.wait_s) for k, c in world.stats.kinds.items()}
     return Stats(
         comm,
         {s: sum(e.ledger.live[s] for e in chosen) for s in STATES},
@@ -71,6 +76,7 @@ def stats(module: nn.Module | None = None) -> Stats:
         _disk(chosen),
         sum(link.to_host_bytes for link in _links(chosen)),
         sum(link.to_device_bytes for link in _links(chosen)),
+        0 if world.memory is None else world.memory.used,
     )
 
 
@@ -146,7 +152,9 @@ def expected(module: nn.Module, strategy: str | Strategy | None = None, optimize
     but for the root's own and the last two units, which stay; whole ones with split optimizer state once per step.
     ``gather_buffers`` bounds what comes and goes: the values of the root's own and two other units, their arriving
     gradients where gradients are split, and what one reduce receives, or adds to what is there. What is short travels
-    together, in messages of up to ``comm.joined.JOINED_BYTES``, and is packed for that. ``offload_buffers`` lacks
+    together, in messages of up to ``comm.joined.JOINED_BYTES``, and is packed for that. What lies in memory that ranks
+    share (``stats().shared_memory``: up to two units, and what their different lengths waste) needs less here: nothing
+    to receive into, and no place for values before they are waited for. ``offload_buffers`` lacks
     padding: 64 bytes per state tensor and 4 KiB per buffer at most. ``peak``: see :func:`_peak`.
     """
     engine = require_engine(module)
