@@ -32,7 +32,7 @@ from shardwise import host
 from shardwise.errors import CommError
 
 SHORTEST = 512 << 10
-"""Bytes. What is shorter is sent: to say where it lies would cost as much (a message of 256 KiB takes as long either way)."""
+"""Bytes. What is shorter is sent: a message of half of it takes as long either way."""
 
 _NAME = "shardwise"
 _HEAD = 64  # bytes of a file: who it is of
