@@ -265,3 +265,28 @@ def test_a_save_on_other_ranks_only_is_named_at_once(tmp_path):
     code, _, err = ranks[1].finish()
     assert code == 1 and "rank 1 came to save_state, and rank 0 went on" in err, err
     ranks[0].kill()
+
+
+LATE = """
+import sys, time, torch
+from shardwise import Accelerator
+
+accelerator = Accelerator(cpu=True)
+model = accelerator.prepare(torch.nn.Linear(1, 1))
+accelerator.backward(model(torch.ones(2, 1)).sum())
+accelerator.wait_for_everyone()
+if not accelerator.is_main_process:
+    time.sleep(1.5)
+    open(sys.argv[1], "w").write("I come late")
+accelerator.end_training()
+"""
+
+
+def test_the_main_process_stays_until_its_last_word_is_heard(tmp_path):
+    """A process that ends takes with it what others have not received."""
+    path = tmp_path / "script.py"
+    path.write_text(LATE)
+    for process in processes.ranks_of_a_script(path, 2, tmp_path / "late", whole_end=True):
+        code, _, err = process.finish(60)
+        assert code == 0, err
+    assert (tmp_path / "late").exists()

@@ -11,15 +11,17 @@ process that evaluates by itself passes no point: no gradients come, and its loa
 
 from __future__ import annotations
 
+import atexit
 import json
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shardwise import operations
+from shardwise.comm import World
 from shardwise.comm.group import Group, Transfer
 from shardwise.comm.stats import Op
 from shardwise.engine.engine import Engine
@@ -47,6 +49,13 @@ class Led:
         self._apart = False  # and there in a part that each does by itself
         self._dismissed = False  # that part is over on rank 0
         self._sent: list[Transfer] = []
+        _all.add(self)
+
+    def be_heard(self) -> None:
+        """Wait until the others have received the last word."""
+        sent, self._sent = self._sent, []
+        for transfer in sent:
+            transfer.wait()
 
     def if_due(self, where: str) -> None:
         """A point, if gradients were reduced since the last one."""
@@ -165,9 +174,8 @@ class Led:
 
     # --- messages --------------------------------------------------------------------------
     def _send(self, engine: Engine, text: bytes) -> None:
-        """Without waiting for anybody."""
-        for transfer in self._sent:
-            transfer.wait()
+        """Without waiting for anybody to hear this one."""
+        self.be_heard()
         group, op = _line(engine)
         parts = [torch.tensor([len(text)])] + ([torch.frombuffer(bytearray(text), dtype=torch.uint8)] if text else [])
         self._sent = [group.broadcast(part, op) for part in parts]
@@ -182,6 +190,19 @@ class Led:
         group.broadcast(text, op).wait()
         request: dict[str, Any] = json.loads(bytes(text.tolist()))
         return request
+
+
+_all: weakref.WeakSet[Led] = weakref.WeakSet()
+
+
+@atexit.register
+def _be_heard() -> None:
+    """The connections of a process that ends take with them what has not been received, and others may come later."""
+    if World._current is None or World._current.faults.failed:
+        return
+    for led in list(_all):
+        with suppress(CommError):  # who was to hear it has ended
+            led.be_heard()
 
 
 def _line(engine: Engine) -> tuple[Group, Op]:

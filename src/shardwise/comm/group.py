@@ -21,6 +21,7 @@ from shardwise import events
 from shardwise.comm.process import Process
 from shardwise.comm.shared_memory import SHORTEST, Message
 from shardwise.comm.stats import Op
+from shardwise.errors import CommError
 
 _TO_NOBODY = (1 << 31) - 1  # a tag that nobody receives
 
@@ -121,6 +122,8 @@ class Group:
     def _issue(self, op: Op, start: Callable[[], list[object]]) -> list[object]:
         try:
             return start()
+        except CommError:  # shared memory is full
+            raise
         except RuntimeError as error:  # the connection to a rank that ended is found here as often as in wait()
             raise self.world.faults.explain(error, op, self) from error
 
