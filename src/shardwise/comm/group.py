@@ -57,6 +57,11 @@ class Transfer:
             self.group.world.keep(self.works)
 
 
+def _announced(payload: torch.Tensor | Message) -> torch.Tensor:
+    """What crosses the wire: it, or where it lies."""
+    return payload.note if isinstance(payload, Message) else payload
+
+
 class Group:
     """Some ranks of the world and how to move bytes between them.
 
@@ -143,10 +148,14 @@ class Group:
             return None
         return Message(memory, rank, like.numel(), like.dtype)
 
-    def all_share(self, like: torch.Tensor) -> bool:
-        """Will messages of as many elements as these between any two ranks lie in shared memory?"""
+    def all_share(self, nbytes: int) -> bool:
+        """Will a message of so many bytes to all other ranks lie in shared memory?"""
+        return self.size > 1 and not self.builtin and nbytes >= SHORTEST and self.has_one_memory()
+
+    def has_one_memory(self) -> bool:
+        """Does each rank read what each other one puts into shared memory?"""
         memory = self.world.memory
-        return memory is not None and like.nbytes >= SHORTEST and not self.builtin and memory.is_shared(self.ranks)
+        return memory is not None and memory.is_shared(self.ranks)
 
     def lay(self, mine: torch.Tensor) -> Message:
         """Put a message to all ranks, this one too, into shared memory."""
@@ -154,11 +163,9 @@ class Group:
         return self.world.memory.put(mine, self.ranks)
 
     def swap(
-        self,
-        sends: Sequence[tuple[torch.Tensor | Message, int]],
-        recvs: Sequence[tuple[torch.Tensor | Message, int]],
+        self, sends: Sequence[tuple[torch.Tensor | Message, int]], recvs: Sequence[tuple[torch.Tensor | Message, int]],
         op: Op,
-    ) -> list[object]:
+    ) -> list[object]:  # fmt: skip
         """As :meth:`exchange`, through shared memory where there is some: among ranks of which none can go on before it
         has what the others send.
 
@@ -167,26 +174,21 @@ class Group:
             recvs: what :meth:`arrival` gives is to be read where it lies, and released.
         """
         self._count(op, sum(t.nbytes for t, _ in sends))
-        return self._issue(op, lambda: self._start_swap(sends, recvs, op.tag))
 
-    def _start_swap(
-        self,
-        sends: Sequence[tuple[torch.Tensor | Message, int]],
-        recvs: Sequence[tuple[torch.Tensor | Message, int]],
-        tag: int,
-    ) -> list[object]:
-        memory = self.world.memory
-        works: list[object] = []
-        for into, r in recvs:
-            works += self.start_exchange([], [(into.note if isinstance(into, Message) else into, r)], tag)
-        for sent, r in sends:
-            if isinstance(sent, torch.Tensor):
-                if memory is not None and sent.nbytes >= SHORTEST and self.ranks[r] in memory.read_by:
-                    sent = memory.put(sent, [self.ranks[r]]).note
-            else:
-                sent = sent.note
-            works += self.start_exchange([(sent, r)], [], tag)
-        return works
+        def start() -> list[object]:
+            works = self.start_exchange([], [(_announced(into), r) for into, r in recvs], op.tag)
+            for sent, r in sends:  # one after the other, so that the first is on its way while the next is copied
+                works += self.start_exchange([(_announced(self._laid(sent, r)), r)], [], op.tag)
+            return works
+
+        return self._issue(op, start)
+
+    def _laid(self, sent: torch.Tensor | Message, r: int) -> torch.Tensor | Message:
+        """Put it into shared memory, if group rank ``r`` reads it there and it is long enough."""
+        memory, rank = self.world.memory, self.ranks[r]
+        if isinstance(sent, Message) or memory is None or sent.nbytes < SHORTEST or rank not in memory.read_by:
+            return sent
+        return memory.put(sent, [rank])
 
     # --- the backend's own -------------------------------------------------------------------
     def start_exchange(
@@ -235,18 +237,13 @@ class Group:
         recvs = [(flat[r * chunk : (r + 1) * chunk], r) for r in reversed(self.peers())]
         return Transfer(self, op, self.exchange(sends, recvs, op))
 
-    def all_gather_late(self, mine: torch.Tensor, flat: Callable[[], torch.Tensor], op: Op) -> Transfer | None:
-        """As :meth:`all_gather`, where everything may lie in shared memory until this rank waits for it.
+    def all_gather_late(self, mine: torch.Tensor, flat: Callable[[], torch.Tensor], op: Op) -> Transfer:
+        """As :meth:`all_gather`, where all share memory: everything lies there until this rank waits for it.
 
         Args:
             mine: ``(n,)`` this rank's chunk. It is copied.
             flat: gives the ``(size * n,)`` where the chunks go, when they are here.
-
-        Returns:
-            ``None``: some ranks have no memory in common, or it is too short.
         """
-        if self.size == 1 or not self.all_share(mine):
-            return None
         self.allow(op)
         peers, own = self.peers(), self.lay(mine)
         arrivals = {r: message for r in reversed(peers) if (message := self.arrival(r, mine))}

@@ -69,11 +69,6 @@ class Mesh:
         """All-gather along the shard axis into ``flat`` ``(parts * n,)``, in place."""
         return self.shard.all_gather(flat, op)
 
-    def gather_late(self, held: torch.Tensor, flat: Callable[[], torch.Tensor], op: Op) -> Transfer | None:
-        """:meth:`gather` of the held shards ``(R * n,)`` into memory that is needed when it is waited for, and not
-        before; ``None`` where that cannot be. See :meth:`Group.all_gather_late`."""
-        return self.shard.all_gather_late(held, flat, op)
-
     def reduce(self, raw: torch.Tensor, out: torch.Tensor, op: Op, memory: Memory) -> Reduction:
         """Sum ``raw`` ``(parts * n,)`` over the world into ``out`` ``(R * n,)``: the held shards.
 

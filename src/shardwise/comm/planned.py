@@ -53,9 +53,8 @@ class PlannedGroup(Group):
     def arrival(self, r: int, like: torch.Tensor) -> Message | None:
         return _Lying(like) if like.nbytes >= SHORTEST and self._host(r) == self._host(self.rank) else None
 
-    def all_share(self, like: torch.Tensor) -> bool:
-        hosts = {self._host(r) for r in range(self.size)}
-        return like.nbytes >= SHORTEST and not self.builtin and len(hosts) == 1
+    def has_one_memory(self) -> bool:
+        return len({self._host(r) for r in range(self.size)}) == 1
 
     def lay(self, mine: torch.Tensor) -> Message:
         return _Lying(mine)

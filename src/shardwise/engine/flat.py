@@ -305,7 +305,8 @@ class FlatParameters:
         """Have memory for the values."""
         self.flat.fill()
 
-    def _filled(self) -> torch.Tensor:
+    def filled(self) -> torch.Tensor:
+        """``(parts * n,)`` memory for the values, which there is from now on."""
         self.fill()
         return self.flat.tensor
 
@@ -332,10 +333,9 @@ class FlatParameters:
                 return arriving
             arriving.wait()  # here, not later: all ranks start their collectives in the same order
         else:
-            if self.placement.released and self.sends_own:
-                late = self.mesh.gather_late(self.own_shard(), self._filled, self.op("gather"))
-                if late is not None:
-                    return late
+            held_bytes = self.layout.numel * self.dtype.itemsize // self.mesh.shard.size
+            if self.placement.released and self.sends_own and self.mesh.shard.all_share(held_bytes):
+                return self.mesh.shard.all_gather_late(self.own_shard(), self.filled, self.op("gather"))
             self.fill()
             if self.sends_own:
                 self.flat.tensor[self.held].copy_(self.master if self.shard is None else self.shard)

@@ -208,6 +208,4 @@ class _Places:
         self.buckets = buckets
 
     def __call__(self) -> list[torch.Tensor]:
-        for b in self.buckets:
-            b.fill()
-        return [b.flat.tensor for b in self.buckets]
+        return [b.filled() for b in self.buckets]
